@@ -1,0 +1,178 @@
+"""Task cards: what a data set is, how its files are read, what the model is asked, and how its answers are scored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+
+from qformer import config, resources
+from qformer.errors import ConfigError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How an answer is generated; every value is explicit, so that no model folder's defaults slip in."""
+
+    max_new_tokens: int = 30
+    min_new_tokens: int = 1
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    repetition_penalty: float = 1.0
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class TrainCard:
+    """How a set is trained on."""
+
+    reader: str
+    """A name in `qformer.data.readers.READERS`."""
+    files: dict[str, str]
+    """The reader's files and folders by role, relative to data.root."""
+    template: str
+    """The templates (a shipped name or a YAML file) one of which is drawn for each sample and pass."""
+    size: int | None = None
+    """S_d, the published number of samples that p_d is computed from; null: the number of records read."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further settings of the reader."""
+    answer: Literal["most_frequent", "sampled", "uniform_distinct"] = "most_frequent"
+    """Which of several reference answers is trained on; `sampled` weighs them by their count."""
+    target: str = "{answer}"
+    """What the LLM learns to write, over the sample's fields and the drawn `answer`."""
+    turns: Literal["each", "whole"] = "each"
+    """Dialogues: one row per turn, or one row with every answer trained."""
+
+
+@dataclass(frozen=True)
+class EvalCard:
+    """How a set is scored."""
+
+    reader: str
+    files: dict[str, str]
+    template: str
+    split: str
+    answer: Literal["generate", "rank"]
+    metric: str
+    """A name in `qformer.evaluate.metrics.METRICS`."""
+    size: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    metric_options: dict[str, Any] = field(default_factory=dict)
+    candidates: list[str] = field(default_factory=list)
+    """Answers to rank, the same for all samples; empty: the sample's own."""
+    normalize: Literal["sum", "mean", "pmi"] = "sum"
+    end: bool = True
+    """Whether a candidate's end mark is scored too."""
+    question_type: str | None = None
+    """The field that the most-frequent-answer baseline is counted by."""
+    decoding: Decoding = field(default_factory=Decoding)
+
+
+@dataclass(frozen=True)
+class TaskCard:
+    """One data set."""
+
+    name: str
+    version: int
+    title: str = ""
+    role: Literal["held_in", "held_out"] = "held_in"
+    """held_out: measured zero-shot, refused in any training mixture."""
+    category: str = ""
+    licence: str = ""
+    source: str = ""
+    """Where the files are to be had, and the layout they are expected in."""
+    train: TrainCard | None = None
+    eval: EvalCard | None = None
+    notes: list[str] = field(default_factory=list)
+    """What the paper leaves open and which choice was made."""
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Named changes, taken as `name:variant`."""
+    variant: str = ""
+
+    @property
+    def key(self) -> str:
+        """The name with its variant: what samples, files and scores are filed under."""
+        return f"{self.name}:{self.variant}" if self.variant else self.name
+
+
+def load(name: str) -> TaskCard:
+    """The card of a shipped name, `name:variant`, or a YAML file.
+
+    Raises:
+        ConfigError: no such card or variant, an unknown key, a wrong type.
+    """
+    base, _, variant = name.partition(":")
+    path = resources.find("tasks", base, "task card")
+    raw = config.read_yaml(path)
+    if variant:
+        known = raw.get("variants") or {}
+        if variant not in known:
+            raise ConfigError(f"{path}: no variant '{variant}'.{did_you_mean(variant, known)}")
+        raw = OmegaConf.to_container(OmegaConf.merge(raw, known[variant]))  # type: ignore[assignment]
+    for section, kind in (("train", TrainCard), ("eval", EvalCard)):
+        missing = [
+            key
+            for key in kind.__dataclass_fields__
+            if raw.get(section) is not None and key not in raw[section] and _required(kind, key)
+        ]
+        if missing:
+            raise ConfigError(f"{path}: {section} lacks {', '.join(missing)}.")
+    for key in ("name", "version"):
+        if key not in raw:
+            raise ConfigError(f"{path}: the card lacks '{key}'.")
+    card = config.structured(TaskCard, [(str(path), raw)])
+    return replace(card, variant=variant)
+
+
+def load_all(names: Iterable[str], section: Literal["train", "eval"]) -> dict[str, TaskCard]:
+    """Cards by key for training or for scoring; "held_in" and "held_out" stand for all cards of that role.
+
+    Raises:
+        ConfigError: a card is held out and asked for in training, or has no such section, or is named twice.
+    """
+    cards: dict[str, TaskCard] = {}
+    for name in _expand(names, section):
+        card = load(name)
+        if section == "train" and card.role == "held_out":
+            raise ConfigError(
+                f"data.tasks names '{name}', which is held out: it is measured zero-shot and never trained on. "
+                f"Take it out of the mixture, or copy its card and set role: held_in."
+            )
+        if getattr(card, section) is None:
+            raise ConfigError(f"the card '{name}' has no '{section}' section, so it cannot be used there.")
+        if card.key in cards:
+            raise ConfigError(f"the card '{card.key}' is named twice.")
+        cards[card.key] = card
+    return cards
+
+
+def _expand(names: Iterable[str], section: str) -> list[str]:
+    expanded: list[str] = []
+    for name in names:
+        if name in ("held_in", "held_out"):
+            shipped = [load(each) for each in resources.names("tasks")]
+            expanded += [card.name for card in shipped if card.role == name and getattr(card, section) is not None]
+        else:
+            expanded.append(name)
+    return expanded
+
+
+def _required(kind: type, key: str) -> bool:
+    import dataclasses
+
+    entry = kind.__dataclass_fields__[key]  # type: ignore[attr-defined]
+    return entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+
+
+def probabilities(
+    sizes: Mapping[str, int], multipliers: Mapping[str, float], sampling: str = "sqrt"
+) -> dict[str, float]:
+    """p_d of each set: √S_d (or S_d, or 1) times its multiplier, over the sum (InstructBLIP, section 2.3)."""
+    power = {"sqrt": 0.5, "proportional": 1.0, "uniform": 0.0}[sampling]
+    weights = {name: size**power * multipliers.get(name, 1.0) for name, size in sizes.items()}
+    total = sum(weights.values())
+    return {name: weight / total for name, weight in weights.items()}

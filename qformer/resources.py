@@ -1,0 +1,42 @@
+"""Finding the shipped cards, templates, configs and weights: in a wheel, an editable install or a bare clone."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+from qformer.errors import ConfigError, did_you_mean
+
+
+def folder(kind: str) -> Path:
+    """Where the shipped files of a kind ("tasks", "templates", "configs") are.
+
+    An installed package maps the three top-level folders to `qformer.tasks` and so on; in a clone that was never
+    installed they stand beside the package.
+    """
+    beside = Path(__file__).parent.parent / kind
+    if (beside / "__init__.py").exists() and beside.parent.joinpath("setup.cfg").exists():
+        return beside
+    return Path(str(resources.files(f"qformer.{kind}")))
+
+
+def names(kind: str) -> list[str]:
+    """The names of all shipped files of a kind, without their ending, sorted."""
+    return sorted(path.stem for path in folder(kind).glob("*.yaml"))
+
+
+def find(kind: str, name: str, what: str) -> Path:
+    """The file behind a name: a path to a YAML file as it is, otherwise a shipped one of that name.
+
+    Raises:
+        ConfigError: there is no such file, and none shipped by that name.
+    """
+    given = Path(name)
+    if given.suffix in (".yaml", ".yml"):
+        if not given.is_file():
+            raise ConfigError(f"{what} '{name}': there is no such file.")
+        return given
+    shipped = folder(kind) / f"{name}.yaml"
+    if not shipped.is_file():
+        raise ConfigError(f"unknown {what} '{name}'.{did_you_mean(name, names(kind))}")
+    return shipped

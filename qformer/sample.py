@@ -1,0 +1,97 @@
+"""The records that travel: what was read (`Sample`) and what a model is given (`Batch`).  No torch is needed here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video file, or a folder of frames, and which of its frames are looked at."""
+
+    path: Path
+    frames: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One exchange of a dialogue."""
+
+    instruction: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One record as a file has it; nothing is rendered or tokenised yet.
+
+    `fields` holds what the file says by name (question, options, ocr, context …) and fills the templates.
+    `references` keeps duplicates: ten annotators give ten answers.  `candidates` are the record's own choices.
+    """
+
+    id: str
+    task: str
+    images: tuple[Path | bytes | Video, ...]
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    turns: tuple[Turn, ...] = ()
+    references: tuple[str, ...] = ()
+    candidates: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token ids of the LLM; a trained span is one the loss is taken over."""
+
+    ids: tuple[int, ...]
+    trained: bool = False
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of the soft tokens of one read; `frame` is its number within a video."""
+
+    read: int
+    frame: int = 0
+
+
+Row = tuple[Text | Slot, ...]
+
+
+@dataclass(frozen=True)
+class Read:
+    """The Q-Former looking at one picture with one instruction in mind (ids of its own tokenizer)."""
+
+    picture: int
+    instruction: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass is given.
+
+    pixels: (N, 3, H, W) float32, each distinct picture once.  `reads` index pictures, slots in `rows` index reads.
+    `samples` names the sample behind each row, for error messages.  `weight` 0 marks a dummy that only keeps the
+    number of forward passes equal over ranks.
+    """
+
+    pixels: Tensor
+    reads: tuple[Read, ...]
+    rows: tuple[Row, ...]
+    samples: tuple[str, ...] = ()
+    weight: float = 1.0
+
+
+def row_length(row: Row, soft_tokens: int) -> int:
+    """Positions a row takes in the LLM when each slot takes `soft_tokens`."""
+    return sum(soft_tokens if isinstance(piece, Slot) else len(piece.ids) for piece in row)
+
+
+def trained_tokens(row: Row) -> int:
+    """Number of tokens of a row that the loss is taken over."""
+    return sum(len(piece.ids) for piece in row if isinstance(piece, Text) and piece.trained)
