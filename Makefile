@@ -1,0 +1,67 @@
+# Everything from a fresh clone, on a CPU, without a model hub: `make demo`, `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OLDEST := .venv-oldest
+# An environment is fresh while the files that say what belongs into it are unchanged.
+INSTALLED := $(VENV)/installed-$(shell cat setup.cfg pyproject.toml | cksum | cut -d' ' -f1)
+INSTALLED_OLDEST := $(OLDEST)/installed-$(shell cat setup.cfg pyproject.toml constraints/oldest.txt | cksum | cut -d' ' -f1)
+STARTED := $(shell date +%s)
+ARGS ?=
+# One thread a process: tests run in two processes, and sums come out the same on every machine.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all coverage check format clean
+
+help:
+	@echo "make demo      tune and score a small model on drawn scenes, then write a report (about a quarter of an hour)"
+	@echo "make test      the test suite"
+	@echo "make test-all  every test, line coverage, and the suite on the oldest supported versions"
+	@echo "make check     ruff, formatting, types"
+	@echo "make format    let ruff mend what it can"
+	@echo "make clean     remove the environments and everything that was built"
+
+install: $(INSTALLED)
+
+$(INSTALLED):
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@rm -f $(VENV)/installed-* && touch $@
+	@echo "installed in $$(( $$(date +%s) - $(STARTED) )) s"
+
+demo: $(INSTALLED)
+	@started=$$(date +%s); $(BIN)/qformer demo $(ARGS) && now=$$(date +%s) && \
+	echo "demo: $$(( now - started )) s after installation, $$(( now - $(STARTED) )) s in all"
+
+test: $(INSTALLED)
+	$(PYTEST) $(ARGS)
+
+# Subprocesses are counted: coverage patches them (see [coverage:run] in setup.cfg).
+coverage: $(INSTALLED)
+	rm -f .coverage .coverage.*
+	OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report --fail-under=90
+
+$(INSTALLED_OLDEST):
+	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints/oldest.txt -e '.[dev]'
+	@rm -f $(OLDEST)/installed-* && touch $@
+
+test-all: $(INSTALLED) $(INSTALLED_OLDEST)
+	$(MAKE) coverage ARGS='-m "slow or not slow"'
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) $(OLDEST) build dist ./*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage .coverage.*
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
