@@ -40,3 +40,19 @@ def find(kind: str, name: str, what: str) -> Path:
     if not shipped.is_file():
         raise ConfigError(f"unknown {what} '{name}'.{did_you_mean(name, names(kind))}")
     return shipped
+
+
+def located(name: str) -> str:
+    """A tower's name or directory as it is; `demo:NAME` stands for the shipped tiny tower of that name.
+
+    Raises:
+        ConfigError: no tower is shipped by that name.
+    """
+    if not name.startswith("demo:"):
+        return name
+    shipped = Path(__file__).parent / "demo" / "weights"
+    directory = shipped / name.removeprefix("demo:")
+    if not directory.is_dir():
+        known = [path.name for path in shipped.iterdir() if path.is_dir()] if shipped.is_dir() else []
+        raise ConfigError(f"unknown shipped tower '{name}'.{did_you_mean(directory.name, known)}")
+    return str(directory)

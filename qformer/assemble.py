@@ -1,0 +1,100 @@
+"""From pictures and rendered words to a `Batch`: each distinct picture once, one read per picture and instruction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qformer import images
+from qformer.sample import Batch, Read, Row, Slot, Text
+from qformer.text import Joiner, Rendered
+
+Pixels = dict[str, Tensor]
+"""Opened and transformed pictures (3, H, W) of one step, by picture key."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """What one row is made of: its sample's name, its pictures (paths, bytes or PIL images), its words."""
+
+    name: str
+    pictures: tuple[Any, ...]
+    rendered: Rendered
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An item in ids; its slots number its own pictures, which stand in a step's `Pixels` under their keys."""
+
+    name: str
+    pictures: tuple[str, ...]
+    instruction: tuple[int, ...]
+    row: Row
+
+
+class Assembler:
+    """Opens and transforms pictures and joins ids; holds tokenizers and no weights, so that data workers can have it."""
+
+    def __init__(self, joiner: Joiner, transform: Callable[[Any, tuple[object, ...]], Tensor], max_pixels: int):
+        """`transform` takes a PIL image and the key of its random choices, and gives (3, H, W)."""
+        self.joiner, self.transform, self.max_pixels = joiner, transform, max_pixels
+
+    def prepare(self, item: Item, pixels: Pixels, *, answered: bool, key: tuple[object, ...] = ()) -> Prepared:
+        """One item in ids; pictures that `pixels` lacks are opened and put there.
+
+        Pictures are told apart by path or content and cropped by (key, picture): rows of a step share one encoding.
+
+        Raises:
+            DataError: a picture cannot be opened, or an instruction's marks do not fit its pictures.
+        """
+        names = []
+        for picture in item.pictures:
+            name = images.picture_key(picture)
+            if name not in pixels:
+                pixels[name] = self.transform(images.load_image(picture, self.max_pixels, item.name), (*key, name))
+            names.append(name)
+        return Prepared(
+            item.name,
+            tuple(names),
+            self.joiner.read_ids(_read_instruction(item.rendered)),
+            self.joiner.row(item.rendered, range(len(names)), answered=answered),
+        )
+
+    def batch(self, prepared: Sequence[Prepared], pixels: Pixels) -> Batch:
+        """Prepared items as one batch: their distinct pictures stacked, their distinct reads numbered."""
+        pictures: dict[str, int] = {}
+        reads: dict[Read, int] = {}
+        rows = []
+        for each in prepared:
+            mine = [
+                reads.setdefault(Read(pictures.setdefault(name, len(pictures)), each.instruction), len(reads))
+                for name in each.pictures
+            ]
+            rows.append(tuple(replace(p, read=mine[p.read]) if isinstance(p, Slot) else p for p in each.row))
+        return Batch(
+            pixels=torch.stack([pixels[name] for name in pictures]),
+            reads=tuple(reads),
+            rows=tuple(rows),
+            samples=tuple(each.name for each in prepared),
+        )
+
+    def __call__(self, items: Sequence[Item], *, answered: bool) -> Batch:
+        """Items as one batch, with their targets (training) or as prompts alone."""
+        pixels: Pixels = {}
+        return self.batch([self.prepare(item, pixels, answered=answered) for item in items], pixels)
+
+    def dummy(self, size: int) -> Batch:
+        """A batch of weight zero: one black picture of (3, size, size), one trained token."""
+        row = (Slot(0), Text(self.joiner.answer_ids(".")), Text(self.joiner.profile.end, trained=True))
+        read = Read(0, self.joiner.read_ids("."))
+        return Batch(torch.zeros(1, 3, size, size), (read,), (row,), ("dummy",), weight=0.0)
+
+
+def _read_instruction(rendered: Rendered) -> str:
+    """What the Q-Former reads: the row's own instruction; with every answer trained in one row the first one, since
+    later questions would be read by earlier answers."""
+    return rendered.turns[0].instruction if rendered.turns else rendered.instruction

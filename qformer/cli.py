@@ -1,0 +1,152 @@
+"""The command line.  Heavy imports wait until a command needs them, so that help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from qformer import __version__
+from qformer.errors import QFormerError
+
+INTERRUPTED = 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    top = argparse.ArgumentParser(
+        prog="qformer", description="Instruction-aware Q-Formers between any frozen image encoder and any frozen LLM."
+    )
+    top.add_argument("--version", action="version", version=f"qformer {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = commands.add_parser("demo", help="the whole pipeline on the embedded default, then a report")
+    command.add_argument("--output", default="runs/demo", help="the run directory (runs/demo)")
+    command.add_argument("--steps", type=int, help="training steps, instead of the demo's own number")
+    command.add_argument("--limit", type=int, help="score this many questions a set; scores are marked as partial")
+    command.add_argument("--seed", type=int, default=0, help="of scenes, order and start")
+
+    command = commands.add_parser("train", help="tune a Q-Former as a config says; goes on where it stopped")
+    command.add_argument("config", help="a shipped config's name or a YAML file")
+    command.add_argument("changes", nargs="*", metavar="key=value", help="settings to change")
+
+    command = commands.add_parser("eval", help="score a run or a saved adapter, with baselines and intervals")
+    command.add_argument("source", help="a run directory or a saved adapter")
+    command.add_argument("--tasks", required=True, help="cards, comma-separated; also held_in, held_out")
+    command.add_argument("--data", required=True, help="the folder the cards' paths start from")
+    command.add_argument("--limit", type=int, help="score a seeded subset of this many samples; marked as partial")
+    command.add_argument("--batch-size", type=int, default=32)
+    command.add_argument("--no-shuffled", action="store_true", help="skip the baseline with shuffled pictures")
+    command.add_argument("--on-error", choices=("fail", "skip"), default="fail", help="what a broken record does")
+    command.add_argument("--output", help="where scores go (default: eval/ in the run directory)")
+    command.add_argument("--vision", help="where the image encoder is now, if it moved")
+    command.add_argument("--language", help="where the LLM is now, if it moved")
+
+    command = commands.add_parser("ask", help="one picture, one instruction, one answer")
+    command.add_argument("source", help="a run directory or a saved adapter")
+    command.add_argument("picture")
+    command.add_argument("instruction")
+    command.add_argument("--max-new-tokens", type=int, default=64)
+    command.add_argument("--beams", type=int, default=1)
+    command.add_argument("--vision", help="where the image encoder is now, if it moved")
+    command.add_argument("--language", help="where the LLM is now, if it moved")
+
+    command = commands.add_parser("render", help="what the model would be shown, and which tokens are trained on")
+    command.add_argument("config", help="a shipped config's name or a YAML file")
+    command.add_argument("changes", nargs="*", metavar="key=value", help="settings to change")
+    command.add_argument("-n", type=int, default=5, dest="count", help="how many samples")
+    command.add_argument("--ids", action="store_true", help="every token with its id")
+
+    command = commands.add_parser("tasks", help="the cards: role, size, reader, prompt, metric, p_d")
+    command.add_argument("name", nargs="?", help="one card, whole")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; 0 done, 1 a failure, 2 wrong usage, 130 interrupted."""
+    try:
+        options = parser().parse_args(arguments)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    try:
+        return int(COMMANDS[options.command](options) or 0)
+    except QFormerError as error:
+        print(f"qformer: {error}", file=sys.stderr)  # noqa: T201
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("qformer: interrupted; the last checkpoint is whole, the same command goes on from it.", file=sys.stderr)  # noqa: T201
+        return INTERRUPTED
+    except BrokenPipeError:
+        return 0
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from qformer.demo.run import demo
+
+    demo(output=options.output, seed=options.seed, steps=options.steps, limit=options.limit, say=_say)
+
+
+def _train(options: argparse.Namespace) -> None:
+    from qformer.run import fit
+
+    fit(options.config, options.changes, say=_say)
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from qformer.run import score
+
+    score(
+        options.source,
+        options.tasks.split(","),
+        options.data,
+        limit=options.limit,
+        batch_size=options.batch_size,
+        shuffled=not options.no_shuffled,
+        on_error=options.on_error,
+        output=options.output,
+        vision=options.vision,
+        language=options.language,
+        say=_say,
+    )
+
+
+def _ask(options: argparse.Namespace) -> None:
+    from qformer.vlm import load
+
+    model = load(options.source, vision=options.vision, language=options.language)
+    answers = model.generate(
+        [options.picture], [options.instruction], max_new_tokens=options.max_new_tokens, num_beams=options.beams
+    )
+    _say(answers[0])
+
+
+def _render(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from qformer import config
+    from qformer.render import render
+
+    console = Console(highlight=False, soft_wrap=True)
+    for block in render(config.load(options.config, options.changes), options.count, ids=options.ids):
+        console.print(block)
+
+
+def _tasks(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from qformer.listing import card_page, table
+
+    Console(highlight=False).print(card_page(options.name) if options.name else table())
+
+
+def _say(line: object) -> None:
+    from rich.console import Console
+
+    Console(highlight=False, soft_wrap=True).print(line, markup=False)
+
+
+COMMANDS = {"demo": _demo, "train": _train, "eval": _eval, "ask": _ask, "render": _render, "tasks": _tasks}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

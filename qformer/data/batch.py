@@ -1,0 +1,137 @@
+"""Step k of a run as batches: draws, rendering, pictures, ids, and the cut into micro-batches."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qformer.assemble import Assembler, Item, Pixels, Prepared
+from qformer.cards import TaskCard, probabilities
+from qformer.config import DataConfig
+from qformer.data.mixture import Draw, Mixture
+from qformer.data.readers import Records, open_records
+from qformer.errors import DataError
+from qformer.sample import Batch, row_length
+from qformer.text import Templates, Truncations, load_templates, render_train
+
+
+@dataclass(frozen=True)
+class Source:
+    """One set of the mixture: its card, its phrasings, its records."""
+
+    card: TaskCard
+    templates: Templates
+    records: Records
+
+
+@dataclass
+class StepData:
+    """What one process is given for one step.
+
+    `drawn` counts draws per set; `broken` lists records that could not be read; `error` is the first of them where a
+    broken record is to end the run (it travels as a value, since a worker's exception would bring its traceback along).
+    """
+
+    step: int
+    batches: list[Batch] = field(default_factory=list)
+    drawn: Counter[str] = field(default_factory=Counter)
+    broken: list[tuple[str, str]] = field(default_factory=list)
+    truncations: Truncations = field(default_factory=Truncations)
+    error: DataError | None = None
+
+
+def open_sources(cards: Mapping[str, TaskCard], root: Path) -> dict[str, Source]:
+    """The training sets of the cards.
+
+    Raises:
+        ConfigError: an unknown reader or template.  DataError: files that are not there, or not of the form expected.
+    """
+    return {
+        key: Source(card, load_templates(card.train.template), open_records(card.train, root, card))
+        for key, card in cards.items()
+        if card.train is not None
+    }
+
+
+def mixture_of(sources: Mapping[str, Source], settings: DataConfig, multipliers: Mapping[str, float], seed: int) -> Mixture:
+    """The mixture of opened sets: p_d by published (or read) size, passes by the records really there."""
+    sizes = {key: source.card.train.size or len(source.records) for key, source in sources.items()}
+    shares = probabilities(sizes, multipliers, settings.sampling)
+    return Mixture(shares, {key: len(source.records) for key, source in sources.items()}, seed)
+
+
+class StepMaker:
+    """Makes the batches of step k for one rank: a map-style data set over steps, for a `DataLoader` without batching."""
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        sources: Mapping[str, Source],
+        assembler: Assembler,
+        *,
+        batch_size: int,
+        steps: int,
+        soft_tokens: int,
+        micro_batch_tokens: int | None = None,
+        rank: int = 0,
+        ranks: int = 1,
+        on_error: str = "fail",
+    ):
+        self.mixture, self.sources, self.assembler = mixture, dict(sources), assembler
+        self.batch_size, self.steps, self.soft_tokens = batch_size, steps, soft_tokens
+        self.micro_batch_tokens, self.rank, self.ranks = micro_batch_tokens, rank, ranks
+        self.on_error = on_error
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def draws(self, step: int) -> list[Draw]:
+        """This rank's draws of a step: every `ranks`-th of `batch_size` consecutive ones."""
+        first = step * self.batch_size
+        return [self.mixture.draw(number) for number in range(first + self.rank, first + self.batch_size, self.ranks)]
+
+    def __getitem__(self, step: int) -> StepData:
+        data = StepData(step)
+        pixels: Pixels = {}
+        prepared: list[Prepared] = []
+        self.assembler.joiner.truncations = data.truncations
+        for draw in self.draws(step):
+            data.drawn[draw.task] += 1
+            try:
+                key = (self.mixture.seed, step)
+                prepared += [self.assembler.prepare(i, pixels, answered=True, key=key) for i in self.items(draw)]
+            except DataError as error:
+                if self.on_error == "fail":
+                    data.error = error
+                    return data
+                data.broken.append((f"{draw.task} record {draw.place}", str(error)))
+        data.batches = [self.assembler.batch(group, pixels) for group in self._groups(prepared)]
+        return data
+
+    def items(self, draw: Draw) -> list[Item]:
+        """The rows of one draw in words: one, or one per turn of a dialogue.
+
+        Raises:
+            DataError: the record is broken.
+        """
+        source = self.sources[draw.task]
+        sample = source.records[draw.place]
+        rendered = render_train(source.card.train, source.templates, sample, self.mixture.seed, draw.turn)
+        return [Item(sample.id, sample.images, each) for each in rendered]
+
+    def _groups(self, prepared: Sequence[Prepared]) -> Iterator[list[Prepared]]:
+        """Rows by falling length, cut so that a padded micro-batch holds at most the budget of LLM positions."""
+        budget = self.micro_batch_tokens or 0
+        group: list[Prepared] = []
+        longest = 0
+        for each in sorted(prepared, key=lambda item: -row_length(item.row, self.soft_tokens)):
+            length = row_length(each.row, self.soft_tokens)
+            if group and budget and longest * (len(group) + 1) > budget:
+                yield group
+                group = []
+            longest = longest if group else length         # falling lengths: the first of a group is its longest
+            group.append(each)
+        if group:
+            yield group

@@ -1,0 +1,183 @@
+"""The instruction-aware Q-Former: a BERT whose learned queries read a picture and an instruction.
+
+Li et al. 2023, "BLIP-2", section 3.1; Dai et al. 2023, "InstructBLIP", section 2.3.
+B rows, Q queries, T instruction ids, P image tokens, V encoder width, D Q-Former width, L language width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qformer.errors import ConfigError
+from qformer.nn.attention import NORM_EPS, CrossAttention, SelfAttention
+from qformer.nn.tokens import Tokens
+
+SPREAD = 0.02
+"""Standard deviation of new weights and queries, as in BERT."""
+
+
+@dataclass(frozen=True)
+class QFormerSize:
+    """The shape of a Q-Former; the defaults are the paper's (BERT-base)."""
+
+    vision_width: int
+    hidden: int = 768
+    layers: int = 12
+    heads: int = 12
+    intermediate: int = 3072
+    vocabulary: int = 30522
+    positions: int = 512
+    queries: int = 32
+    cross_attention_every: int = 2
+    instruction: bool = True
+    dropout: float = 0.1
+
+
+class FeedForward(nn.Module):
+    """LN(x + dropout(W_2 · GELU(W_1 · x))), with the exact GELU."""
+
+    def __init__(self, width: int, intermediate: int, dropout: float):
+        super().__init__()
+        self.inner = nn.Linear(width, intermediate)
+        self.outer = nn.Linear(intermediate, width)
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        return self.norm(x + self.dropout(self.outer(F.gelu(self.inner(x)))))
+
+
+class Block(nn.Module):
+    """Queries and text look at each other; the queries also at the picture; each half has its own feed-forward."""
+
+    def __init__(self, size: QFormerSize, number: int):
+        super().__init__()
+        width, dropout = size.hidden, size.dropout
+        self.self_attention = SelfAttention(width, size.heads, dropout)
+        self.cross_attention = (
+            CrossAttention(width, size.vision_width, size.heads, dropout)
+            if number % size.cross_attention_every == 0
+            else None
+        )
+        self.query_feed_forward = FeedForward(width, size.intermediate, dropout)
+        self.text_feed_forward = FeedForward(width, size.intermediate, dropout) if size.instruction else None
+        self.queries_only = number == size.layers - 1     # text that no later block reads cannot reach the output
+        if self.queries_only and self.text_feed_forward is not None:
+            self.text_feed_forward.requires_grad_(False)
+
+    def forward(self, x: Tensor, queries: int, mask: Tensor | None, tokens: Tokens) -> Tensor:
+        """x (B, Q + T, D), mask (B, Q + T) bool or None -> the same shape, or (B, Q, D) from the last block."""
+        x = self.self_attention(x, mask, first=queries if self.queries_only else None)
+        seen, text = x[:, :queries], x[:, queries:]
+        if self.cross_attention is not None:
+            seen = self.cross_attention(seen, tokens)
+        seen = self.query_feed_forward(seen)
+        if text.shape[1] == 0:
+            return seen
+        return torch.cat([seen, self.text_feed_forward(text)], dim=1)
+
+
+class QFormer(nn.Module):
+    """Learned queries that read image tokens with an instruction in mind.
+
+    The arithmetic is BERT's; queries have no position.  The text half of the last block is not computed and takes no
+    gradient, but belongs to the state dict, as in published weights.  Without `size.instruction` there are neither
+    word nor position embeddings nor text feed-forwards (BLIP-2's second stage).
+    """
+
+    def __init__(self, size: QFormerSize, generator: torch.Generator | None = None):
+        """New weights and queries are N(0, 0.02), biases zero, all drawn from `generator`."""
+        super().__init__()
+        self.size = size
+        self.queries = nn.Parameter(torch.empty(size.queries, size.hidden))
+        self.word_embeddings = nn.Embedding(size.vocabulary, size.hidden) if size.instruction else None
+        self.position_embeddings = nn.Embedding(size.positions, size.hidden) if size.instruction else None
+        self.norm = nn.LayerNorm(size.hidden, eps=NORM_EPS)
+        self.dropout = nn.Dropout(size.dropout)
+        self.blocks = nn.ModuleList(Block(size, number) for number in range(size.layers))
+        self._draw(generator)
+
+    def forward(self, tokens: Tokens, instruction: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Query outputs (B, Q, D) of tokens (B, P, V) and an instruction: ids (B, T), mask (B, T), True where real.
+
+        Text is padded on the right: positions count from the row's first id.
+
+        Raises:
+            ConfigError: tokens of another width, an instruction that is too long, or one for a Q-Former without text.
+        """
+        if tokens.values.shape[-1] != self.size.vision_width:
+            raise ConfigError(
+                f"the image tokens are {tokens.values.shape[-1]} wide and the Q-Former was built for "
+                f"{self.size.vision_width}; give it the encoder it was built for."
+            )
+        queries = self.queries.expand(len(tokens.values), -1, -1)
+        if instruction is None:
+            x, mask = queries, None
+        else:
+            ids, text_mask = instruction
+            x = torch.cat([queries, self._embed(ids)], dim=1)
+            mask = torch.cat([text_mask.new_ones(queries.shape[:2], dtype=torch.bool), text_mask.bool()], dim=1)
+        x = self.dropout(self.norm(x))
+        for block in self.blocks:
+            x = block(x, self.size.queries, mask, tokens)
+        return x
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        """(B, T) -> words plus positions (B, T, D), before the norm that text and queries share."""
+        if self.word_embeddings is None or self.position_embeddings is None:
+            raise ConfigError(
+                "an instruction was given to a Q-Former that was built without one; leave the instruction out, or "
+                "build it with qformer.instruction: true."
+            )
+        if ids.shape[1] > self.size.positions:
+            raise ConfigError(
+                f"the instruction has {ids.shape[1]} ids and the Q-Former has {self.size.positions} positions; set "
+                f"qformer.instruction_limit to at most {self.size.positions}."
+            )
+        places = torch.arange(ids.shape[1], device=ids.device)
+        return self.word_embeddings(ids) + self.position_embeddings(places)
+
+    @torch.no_grad()
+    def _draw(self, generator: torch.Generator | None) -> None:
+        self.queries.normal_(0.0, SPREAD, generator=generator)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                module.weight.normal_(0.0, SPREAD, generator=generator)
+            if isinstance(module, nn.Linear):
+                module.bias.zero_()
+
+
+class QFormerConnector(nn.Module):
+    """Encoder tokens to soft tokens: LayerNorm, Q-Former, linear projection.  All of it is trained and saved."""
+
+    def __init__(self, qformer: QFormer, language_width: int, generator: torch.Generator | None = None):
+        """The projection is drawn as `nn.Linear` draws it (uniform within 1/√D), from `generator`."""
+        super().__init__()
+        width = qformer.size.hidden
+        self.language_width = language_width
+        self.norm = nn.LayerNorm(qformer.size.vision_width, eps=1e-5)
+        self.qformer = qformer
+        self.projection = nn.Linear(width, language_width)
+        with torch.no_grad():
+            for parameter in self.projection.parameters():
+                parameter.uniform_(-(width**-0.5), width**-0.5, generator=generator)
+
+    @property
+    def size(self) -> QFormerSize:
+        """The Q-Former's shape."""
+        return self.qformer.size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights."""
+        return self.projection.weight.dtype
+
+    def forward(self, tokens: Tokens, instruction: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Tokens (B, P, V), instruction ids and mask (B, T) or None -> soft tokens (B, Q, L)."""
+        tokens = tokens._replace(values=self.norm(tokens.values))
+        return self.projection(self.qformer(tokens, instruction))

@@ -1,0 +1,82 @@
+"""Showing what a model would be shown: pictures, instruction, the LLM's row, and exactly which tokens are trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text as Styled
+
+from qformer import cards
+from qformer.assemble import Item
+from qformer.backbones.language import load_profile
+from qformer.config import RunConfig
+from qformer.data.batch import StepMaker, mixture_of, open_sources
+from qformer.sample import Row, Slot
+from qformer.text import Joiner
+from qformer.vlm import instruction_tokenizer, located
+
+
+def joiner_of(settings: RunConfig) -> Joiner:
+    """The joiner of a run, from tokenizers alone: no weight is read."""
+    tokenizer, profile = load_profile(located(settings.language))
+    return Joiner(tokenizer, profile, instruction_tokenizer(settings.qformer), settings.qformer.instruction_limit)
+
+
+def render(settings: RunConfig, count: int, *, ids: bool = False) -> list[Styled]:
+    """The first `count` samples of a run as they would be shown to the model, one block of text each."""
+    named = cards.load_all(settings.data.tasks, "train")
+    sources = open_sources(named, Path(settings.data.root))
+    weights = {card.key: settings.data.tasks[name] for name, card in zip(settings.data.tasks, named.values(), strict=True)}
+    mixture = mixture_of(sources, settings.data, weights, settings.seed)
+    joiner = joiner_of(settings)
+    maker = StepMaker(mixture, sources, None, batch_size=count, steps=1, soft_tokens=settings.qformer.queries)
+    return [
+        block(joiner, draw.task, item, settings.qformer.queries, ids=ids)
+        for draw in maker.draws(0)
+        for item in maker.items(draw)
+    ]
+
+
+def block(joiner: Joiner, task: str, item: Item, queries: int, *, ids: bool) -> Styled:
+    """One row: trained tokens are marked with ▸ ◂ and green, soft tokens with ⟨…⟩."""
+    text = Styled()
+    text.append(f"{item.name}\n", style="bold")
+    text.append(f"  set          {task}\n")
+    for picture in item.pictures:
+        text.append(f"  picture      {picture if isinstance(picture, Path) else '<bytes>'}\n")
+    read = joiner.read_ids(item.rendered.turns[0].instruction if item.rendered.turns else item.rendered.instruction)
+    text.append("  Q-Former     ")
+    if read:
+        text.append_text(_words(joiner.instruction_tokenizer, read, ids=ids))
+    else:
+        text.append("(reads no instruction)")
+    text.append("\n  LLM          ")
+    text.append_text(row_text(joiner, joiner.row(item.rendered, range(len(item.pictures)), answered=True), queries, ids=ids))
+    text.append("\n")
+    return text
+
+
+def row_text(joiner: Joiner, row: Row, queries: int, *, ids: bool) -> Styled:
+    """A row in one line; with `ids` every token stands with its number."""
+    text = Styled()
+    for piece in row:
+        if isinstance(piece, Slot):
+            text.append(f"⟨{queries} soft tokens of picture {piece.read + 1}⟩", style="cyan")
+        elif piece.trained:
+            text.append("▸", style="bold green")
+            text.append_text(_words(joiner.tokenizer, piece.ids, ids=ids, style="bold green"))
+            text.append("◂", style="bold green")
+        else:
+            text.append_text(_words(joiner.tokenizer, piece.ids, ids=ids))
+    return text
+
+
+def _words(tokenizer: Any, ids_: tuple[int, ...], *, ids: bool, style: str = "") -> Styled:
+    if not ids:
+        return Styled(tokenizer.decode(list(ids_)).replace("\n", "⏎"), style=style)
+    text = Styled()
+    for number in ids_:
+        text.append(tokenizer.decode([number]).replace("\n", "⏎"), style=style)
+        text.append(f"[{number}] ", style="dim")
+    return text

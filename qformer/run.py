@@ -1,0 +1,118 @@
+"""What the commands do, as functions: tune, score, ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from qformer import cards, config, vlm
+from qformer.config import RunConfig
+from qformer.errors import ConfigError
+
+
+def fit(
+    settings: RunConfig | str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    say: Callable[[str], None] = print,
+    quiet: bool = False,
+) -> Path:
+    """Tune a Q-Former as the settings say, score what `evaluate.tasks` names, and write the report.
+
+    Args:
+        settings: a `RunConfig`, a shipped config's name, or a YAML file.
+        overrides: `key=value` changes to a named config.
+        say: is given every line meant for a person.
+        quiet: no progress bars.
+
+    Returns:
+        The run directory.
+    """
+    from qformer.train.loop import train
+
+    if not isinstance(settings, RunConfig):
+        settings = config.load(settings, overrides)
+    cards.load_all(settings.evaluate.tasks, "eval")                  # a wrong name fails before an hour of training
+    run = train(settings, say=say, quiet=quiet)
+    if settings.evaluate.tasks and _is_first_process():
+        score(
+            run,
+            settings.evaluate.tasks,
+            settings.data.root,
+            limit=settings.evaluate.limit,
+            batch_size=settings.evaluate.batch_size,
+            shuffled=settings.evaluate.shuffled,
+            say=say,
+            quiet=quiet,
+        )
+    if _is_first_process():
+        from qformer.report import write_report
+
+        say(f"report: {write_report(run)}")
+    return run
+
+
+def score(
+    source: str | Path | vlm.VLM,
+    tasks: Sequence[str],
+    data: str | Path,
+    *,
+    limit: int | None = None,
+    batch_size: int = 32,
+    shuffled: bool = True,
+    seed: int = 0,
+    on_error: str = "fail",
+    output: str | Path | None = None,
+    vision: str | None = None,
+    language: str | None = None,
+    say: Callable[[str], None] = print,
+    quiet: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Score an adapter, with its baselines and intervals, on the `eval` sections of cards.
+
+    Args:
+        source: a saved adapter, a run directory, or a loaded model.
+        tasks: card names (`name`, `name:variant`, a YAML file), "held_in" or "held_out".
+        data: the folder the cards' paths start from.
+        limit: a seeded subset of this many samples per set; the score is marked as partial.
+        output: where predictions and scores go; by default `eval/` in the run directory.
+
+    Returns:
+        By card: score, interval, baselines, recipe id; the same that `eval/TASK.json` holds.
+    """
+    from qformer.evaluate.run import score as score_cards
+
+    chosen = cards.load_all(tasks, "eval")
+    if not chosen:
+        raise ConfigError("no task to score; name cards, or 'held_in' or 'held_out'.")
+    if output is None:
+        if isinstance(source, vlm.VLM):
+            raise ConfigError("score: a loaded model has no directory of its own; give output.")
+        output = run_directory(Path(source)) / "eval"
+    model = source if isinstance(source, vlm.VLM) else vlm.load(source, vision=vision, language=language)
+    return score_cards(
+        model,
+        chosen,
+        Path(data),
+        limit=limit,
+        batch_size=batch_size,
+        shuffled=shuffled,
+        seed=seed,
+        directory=Path(output),
+        max_pixels=model.settings.data.max_pixels,
+        on_error=on_error,
+        say=say,
+        quiet=quiet,
+    )
+
+
+def run_directory(source: Path) -> Path:
+    """The run that an adapter belongs to: three folders up from `runs/NAME/checkpoints/step-N`, else itself."""
+    return source.parent.parent if source.parent.name == "checkpoints" else source
+
+
+def _is_first_process() -> bool:
+    from accelerate import PartialState
+
+    return bool(PartialState().is_main_process)

@@ -1,0 +1,415 @@
+"""Words: templates, what is asked and answered for a sample, and how an LLM's rows are joined from token ids.
+
+Prompt strings live in `templates/` and in the cards.  Ids are joined here piece by piece, so that no tokenizer's habits
+(opening marks, end marks, truncation side) decide what the model is trained on.  No torch is imported here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import string
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from qformer import config, keyed, resources
+from qformer.cards import EvalCard, TaskCard, TrainCard
+from qformer.config import ProfileConfig
+from qformer.errors import ConfigError, DataError, did_you_mean
+from qformer.sample import Row, Sample, Slot, Text, Turn
+
+IMAGE_MARK = "<image>"
+"""Stands for the next picture inside an instruction."""
+
+
+# -- templates --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Templates:
+    """Phrasings of one instruction; `{name}` is filled from the sample."""
+
+    name: str
+    version: int
+    source: str
+    templates: list[str]
+
+
+def load_templates(name: str) -> Templates:
+    """A shipped templates file, or a YAML file of the same form.
+
+    Raises:
+        ConfigError: no such file, a wrong key or type, or no template in it.
+    """
+    path = resources.find("templates", name, "template")
+    loaded = config.structured(Templates, [(str(path), config.read_yaml(path))])
+    if not loaded.templates:
+        raise ConfigError(f"{path}: holds no template; give at least one under 'templates'.")
+    return loaded
+
+
+def lettered(options: Sequence[str]) -> str:
+    """Options as the paper writes them: `(a) blue (b) yellow (c) pink`."""
+    return " ".join(f"({string.ascii_lowercase[number]}) {option}" for number, option in enumerate(options))
+
+
+def fill(template: str, fields: Mapping[str, Any], where: str) -> str:
+    """A template with its fields filled in.
+
+    Raises:
+        DataError: a field that the template names is not in the record; says which, and which there are.
+    """
+    wanted = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    for name in wanted:
+        if name not in fields:
+            raise DataError(f"{where}: no field '{name}' for the template '{template}'.{did_you_mean(name, fields)}")
+    return template.format_map({name: fields[name] for name in wanted})
+
+
+# -- what is asked, and what is answered ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One row in words.  `history` holds earlier turns of a dialogue, read and not trained on.
+
+    `turns` is set instead of `target` where every answer of a dialogue is trained in one row.
+    """
+
+    instruction: str
+    target: str = ""
+    history: tuple[Turn, ...] = ()
+    turns: tuple[Turn, ...] = ()
+
+
+def render_train(
+    card: TrainCard, templates: Templates, sample: Sample, seed: int, number: int
+) -> list[Rendered]:
+    """The rows of a training sample in pass `number`: template and answer are functions of (seed, task, id, pass).
+
+    Raises:
+        DataError: a field that a template names is missing, or there is nothing to train on.
+    """
+    where = f"{sample.task}, sample '{sample.id}'"
+    if sample.turns:
+        if card.turns == "whole":
+            return [Rendered(sample.turns[0].instruction, turns=sample.turns)]
+        return [
+            Rendered(turn.instruction, turn.answer, history=sample.turns[:place])
+            for place, turn in enumerate(sample.turns)
+        ]
+    key = (seed, sample.task, sample.id, number)
+    answer = choose_answer(sample.references, card.answer, key)
+    fields = {"options": lettered(sample.candidates), **sample.fields}
+    if answer is not None:
+        fields["answer"] = answer
+    instruction = fill(keyed.choose(templates.templates, *key, "template"), fields, where)
+    target = fill(card.target, fields, where)
+    if not target.strip():
+        raise DataError(f"{where}: the target is empty, so there is nothing to train on.")
+    return [Rendered(instruction, target)]
+
+
+def render_eval(card: EvalCard, templates: Templates, sample: Sample, prompt: int = 0) -> Rendered:
+    """What the model is asked about a sample: the card's first template unless another is asked for.
+
+    Raises:
+        DataError: a field that the template names is missing.
+    """
+    if sample.turns:
+        *history, last = sample.turns
+        return Rendered(last.instruction, history=tuple(history))
+    candidates = sample.candidates or tuple(card.candidates)
+    fields = {"options": lettered(candidates), **sample.fields}
+    return Rendered(fill(templates.templates[prompt], fields, f"{sample.task}, sample '{sample.id}'"))
+
+
+def choose_answer(
+    references: Sequence[str], rule: Literal["most_frequent", "sampled", "uniform_distinct"], key: tuple[object, ...]
+) -> str | None:
+    """One of several reference answers: the most frequent (the first of equals), one drawn by count, or one drawn from
+    the distinct ones.  None where there are no references."""
+    if not references:
+        return None
+    if rule == "most_frequent":
+        return Counter(references).most_common(1)[0][0]
+    return keyed.choose(references if rule == "sampled" else sorted(set(references)), *key, "answer")
+
+
+# -- how an LLM is spoken to ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How rows are joined for one LLM; data, saved with the adapter.
+
+    A plain row is  [slots] opening prompt | separator target end  (slots behind the opening where `slots_first` is
+    off).  A chat row is  head [slots] words | middle, target end between words …  with the literal texts of the chat
+    template around the words.  An encoder–decoder reads  [slots] prompt closing  and writes  target end.
+    """
+
+    layout: Literal["plain", "chat"]
+    opening: tuple[int, ...]
+    end: tuple[int, ...]
+    """Ids behind a target, trained on; the first of them ends generation."""
+    pad: int
+    separator: str = ""
+    closing: tuple[int, ...] = ()
+    head: str = ""
+    middle: str = ""
+    between: str = ""
+    system: str = ""
+    stop: tuple[str, ...] = ()
+    slots_first: bool = True
+    encoder_decoder: bool = False
+    instruction_limit: int = 128
+    target_limit: int = 256
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `Profile.from_dict` takes them back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Profile:
+        """A profile from the values of `as_dict`, after a trip through JSON or YAML."""
+        tuples = {name: tuple(values[name]) for name in ("opening", "end", "closing", "stop")}
+        return cls(**{**values, **tuples})
+
+
+def profile_from_tokenizer(
+    tokenizer: Any,
+    overrides: ProfileConfig | None = None,
+    *,
+    encoder_decoder: bool = False,
+    instruction_limit: int = 128,
+    target_limit: int = 256,
+) -> Profile:
+    """The profile that a tokenizer speaks for: its chat template if it has one, plain text otherwise.
+
+    Raises:
+        ConfigError: the tokenizer has no end mark, or a chat layout is asked for and it has no chat template.
+    """
+    overrides = overrides or ProfileConfig()
+    has_template = bool(getattr(tokenizer, "chat_template", None)) and not encoder_decoder
+    layout = overrides.layout or ("chat" if has_template else "plain")
+    if layout == "chat" and not has_template:
+        raise ConfigError("language.profile.layout is 'chat', but the tokenizer has no chat template; use 'plain'.")
+    end = tuple(overrides.end) if overrides.end is not None else _end_mark(tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end[0]
+    frame = {"head": "", "middle": "", "between": ""}
+    opening: tuple[int, ...] = ()
+    closing: tuple[int, ...] = ()
+    if layout == "chat":
+        frame = _chat_frame(tokenizer, overrides.system or "")
+        ends = _ids(tokenizer, frame["between"])
+        if overrides.end is None and ends:
+            end = (ends[0],)                               # the mark that closes an assistant's turn
+    else:
+        if encoder_decoder:
+            closing = end
+        elif tokenizer.bos_token_id is not None and _opens_with_bos(tokenizer):
+            opening = (tokenizer.bos_token_id,)
+    if overrides.opening is not None:
+        opening = tuple(overrides.opening)
+    separator = overrides.separator
+    if separator is None:
+        separator = "" if layout == "chat" or encoder_decoder or _brings_its_own_blank(tokenizer) else " "
+    return Profile(
+        layout=layout,
+        opening=opening,
+        end=end,
+        pad=pad,
+        separator=separator,
+        closing=closing,
+        system=overrides.system or "",
+        stop=tuple(overrides.stop or ()),
+        slots_first=True if overrides.slots_first is None else overrides.slots_first,
+        encoder_decoder=encoder_decoder,
+        instruction_limit=instruction_limit,
+        target_limit=target_limit,
+        **frame,
+    )
+
+
+@dataclass
+class Truncations:
+    """How many texts were cut, and by how many ids in all."""
+
+    instructions: int = 0
+    targets: int = 0
+    ids: int = 0
+
+    def add(self, other: Truncations) -> None:
+        """Add the counts of another."""
+        self.instructions += other.instructions
+        self.targets += other.targets
+        self.ids += other.ids
+
+
+class Joiner:
+    """Makes the LLM's rows and the Q-Former's instruction ids out of rendered words; holds tokenizers, no weights."""
+
+    def __init__(self, tokenizer: Any, profile: Profile, instruction_tokenizer: Any | None, instruction_limit: int = 128):
+        """`instruction_tokenizer` None: a Q-Former that reads no instruction."""
+        self.tokenizer, self.profile = tokenizer, profile
+        self.instruction_tokenizer, self.instruction_limit = instruction_tokenizer, instruction_limit
+        self.truncations = Truncations()
+        self._frames: dict[str, tuple[int, ...]] = {}
+
+    def read_ids(self, instruction: str) -> tuple[int, ...]:
+        """What the Q-Former reads: [CLS] words [SEP], the words cut on the left to the limit (marks among it)."""
+        if self.instruction_tokenizer is None:
+            return ()
+        words = _ids(self.instruction_tokenizer, instruction.replace(IMAGE_MARK, " "))
+        kept = self._cut_left(words, self.instruction_limit - 2)
+        return (self.instruction_tokenizer.cls_token_id, *kept, self.instruction_tokenizer.sep_token_id)
+
+    def target_ids(self, target: str) -> tuple[int, ...]:
+        """A target as it is trained on and scored: separator and words cut on the right to the limit, then the end."""
+        words = self.answer_ids(target)
+        limit = self.profile.target_limit - len(self.profile.end)
+        if len(words) > limit:
+            self.truncations.targets += 1
+            self.truncations.ids += len(words) - limit
+        return (*words[:limit], *self.profile.end)
+
+    def answer_ids(self, answer: str) -> tuple[int, ...]:
+        """Separator and words of an answer, neither cut nor ended: what a candidate is scored on."""
+        return _ids(self.tokenizer, self.profile.separator + answer.strip())
+
+    def row(self, rendered: Rendered, reads: Sequence[int], *, answered: bool) -> Row:
+        """One row of the LLM: slots for `reads` (pictures or frames in order), the words, and the trained target.
+
+        Slots stand at the front of the user's words, or where `<image>` marks stand in the first instruction.
+
+        Raises:
+            DataError: the instruction has another number of `<image>` marks than there are reads (0 marks are fine).
+        """
+        turns = list(rendered.turns) or [*rendered.history, Turn(rendered.instruction, rendered.target)]
+        trained = [bool(rendered.turns)] * (len(turns) - 1) + [True]
+        pieces: list[Text | Slot] = []
+        slots = [Slot(read, frame) for frame, read in enumerate(reads)]
+        for number, (turn, learn) in enumerate(zip(turns, trained, strict=True)):
+            pieces += self._words(turn.instruction, slots if number == 0 else [], first=number == 0)
+            if number < len(turns) - 1 or answered:
+                last = number == len(turns) - 1
+                ids = self.target_ids(turn.answer) if learn else (*self.answer_ids(turn.answer), *self.profile.end)
+                pieces.append(Text(ids, trained=learn))
+                if not last and self.profile.layout == "chat":
+                    pieces.append(Text(self._frame("between")))
+        return _merged(pieces)
+
+    def _words(self, instruction: str, slots: list[Slot], first: bool) -> list[Text | Slot]:
+        parts = instruction.split(IMAGE_MARK)
+        marks = len(parts) - 1
+        if not slots or marks == 0:
+            parts = [instruction.replace(IMAGE_MARK, "")]
+            marks = 0
+        elif marks != len(slots):
+            raise DataError(
+                f"the instruction has {marks} {IMAGE_MARK} marks and the record {len(slots)} pictures; "
+                f"give none or as many: '{instruction}'."
+            )
+        profile = self.profile
+        spans = self._cut_parts([_ids(self.tokenizer, part.strip()) for part in parts])
+        words: list[Text | Slot] = [] if marks else list(slots)
+        for number, ids in enumerate(spans):
+            if number:
+                words.append(slots[number - 1])
+            words.append(Text(ids))
+        if profile.layout == "chat":
+            head = [Text((*profile.opening, *self._frame("head")))] if first else []
+            return [*head, *words, Text(self._frame("middle"))]
+        if not first:
+            return words
+        opening = Text(profile.opening)
+        if profile.slots_first and not marks:
+            return [*slots, opening, *words[len(slots) :]]
+        return [opening, *words]
+
+    def _frame(self, name: str) -> tuple[int, ...]:
+        if name not in self._frames:
+            ids = _ids(self.tokenizer, getattr(self.profile, name))
+            if name == "between" and ids[: len(self.profile.end)] == self.profile.end:
+                ids = ids[len(self.profile.end) :]         # the end mark stands behind every target already
+            self._frames[name] = ids
+        return self._frames[name]
+
+    def _cut_parts(self, spans: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """The user's words cut on the left to the limit, over all parts together; the frame is never cut."""
+        fixed = len(self.profile.closing) + (len(self.profile.opening) if self.profile.layout == "plain" else 0)
+        surplus = sum(map(len, spans)) - (self.profile.instruction_limit - fixed)
+        if surplus <= 0:
+            return spans
+        self.truncations.instructions += 1
+        self.truncations.ids += surplus
+        kept = []
+        for span in spans:
+            cut = min(surplus, len(span))
+            kept.append(span[cut:])
+            surplus -= cut
+        return kept
+
+    def _cut_left(self, ids: tuple[int, ...], limit: int) -> tuple[int, ...]:
+        if len(ids) > limit:
+            self.truncations.instructions += 1
+            self.truncations.ids += len(ids) - limit
+        return ids[max(0, len(ids) - limit) :]
+
+
+def _merged(pieces: Sequence[Text | Slot]) -> Row:
+    """Neighbouring texts of the same kind joined, empty ones dropped."""
+    row: list[Text | Slot] = []
+    for piece in pieces:
+        if isinstance(piece, Text):
+            if not piece.ids:
+                continue
+            if row and isinstance(row[-1], Text) and row[-1].trained == piece.trained:
+                row[-1] = Text(row[-1].ids + piece.ids, piece.trained)
+                continue
+        row.append(piece)
+    return tuple(row)
+
+
+def _ids(tokenizer: Any, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer(text, add_special_tokens=False).input_ids) if text else ()
+
+
+def _end_mark(tokenizer: Any) -> tuple[int, ...]:
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("the LLM's tokenizer has no end mark (eos_token); give one as language.profile.end: [ID].")
+    return (tokenizer.eos_token_id,)
+
+
+def _opens_with_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer itself opens a text with its BOS; never assumed, some families have one and skip it."""
+    ids = tokenizer("a").input_ids
+    return bool(ids) and ids[0] == tokenizer.bos_token_id
+
+
+def _brings_its_own_blank(tokenizer: Any) -> bool:
+    """SentencePiece-like tokenizers put a blank before a text's first word; byte-level ones do not."""
+    tokens = tokenizer.convert_ids_to_tokens(list(_ids(tokenizer, "a")))
+    return bool(tokens) and tokens[0].startswith("\u2581")
+
+
+def _chat_frame(tokenizer: Any, system: str) -> dict[str, str]:
+    """The literal texts of a chat template around the words, found by rendering marks and splitting at them."""
+    first, answer, second = "\u0001first\u0001", "\u0001answer\u0001", "\u0001second\u0001"
+    turns = [
+        {"role": "user", "content": first},
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": second},
+    ]
+    if system:
+        turns.insert(0, {"role": "system", "content": system})
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    found = re.fullmatch(f"(.*?){first}(.*?){answer}(.*?){second}(.*)", text, flags=re.DOTALL)
+    if found is None:
+        raise ConfigError(
+            "the LLM's chat template changes or drops the words it is given; set language.profile.layout: plain."
+        )
+    head, middle, between, _ = found.groups()
+    return {"head": head, "middle": middle, "between": between}

@@ -1,0 +1,144 @@
+"""Checkpoints that are whole or not there, and going on from the last one as if nothing had happened."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+
+from qformer import config, weights
+from qformer.config import RunConfig
+from qformer.errors import ConfigError, TrainingError
+from qformer.vlm import ADAPTER_FILE, VLM, checkpoints
+
+OPTIMIZER_FILE = "optimizer.pt"
+STATE_FILE = "state.json"
+
+FREE = {
+    "name", "output", "data.root", "data.workers", "data.max_pixels",
+    "train.steps", "train.log_every", "train.monitor_every", "train.checkpoint_every", "train.keep_checkpoints",
+    "train.log_with", "evaluate",
+}  # fmt: skip
+"""Settings that may change when a run goes on: how long, how it is reported, where things are."""
+PATHS = {"vision.name", "vision.checkpoint", "language.name", "qformer.init", "qformer.tokenizer"}
+"""Settings that may name the same thing at another place: the last part of the path must stay."""
+
+
+def save(run: Path, step: int, model: VLM, optimizer: torch.optim.Optimizer, keep: int) -> Path:
+    """Write `checkpoints/step-N`: adapter, optimizer and step; it appears whole or not at all.
+
+    Random states need no file: dropout is seeded anew by (seed, step, rank), data by draw number.
+
+    Raises:
+        TrainingError: it cannot be written (disk full); what was there before is left whole.
+    """
+    folder = run / "checkpoints"
+    target = folder / f"step-{step}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob(".step-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        work = Path(tempfile.mkdtemp(prefix=f".step-{step}.", dir=folder))
+        try:
+            model.write(work)
+            torch.save(optimizer.state_dict(), work / OPTIMIZER_FILE)
+            (work / STATE_FILE).write_text(json.dumps({"step": step}), encoding="utf-8")
+            for file in work.rglob("*"):
+                if file.is_file():
+                    _to_disk(file)
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(work, target)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+    except (OSError, RuntimeError) as error:
+        raise TrainingError(
+            f"{target}: the checkpoint cannot be written ({error}); earlier checkpoints are whole. Make room, then "
+            f"start the same command again."
+        ) from None
+    for old in checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def restore(checkpoint: Path, model: VLM, optimizer: torch.optim.Optimizer) -> int:
+    """Load adapter and optimizer; the step to go on with.
+
+    Raises:
+        ConfigError: the adapter does not fit, or was trained with another LLM.
+    """
+    from qformer.backbones.language import same_language
+
+    tensors = weights.load_tensors(checkpoint / ADAPTER_FILE)
+    if not same_language(model.language.fingerprint(), tensors.pop("language.fingerprint")):
+        raise ConfigError(
+            f"{checkpoint}: it was trained with another LLM than '{model.settings.language.name}'; start a new run "
+            f"(another output), or carry the adapter over with qformer.plug."
+        )
+    weights.load_strict(model.connector, tensors, str(checkpoint / ADAPTER_FILE))
+    optimizer.load_state_dict(torch.load(checkpoint / OPTIMIZER_FILE, map_location="cpu", weights_only=True))
+    return int(json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["step"])
+
+
+def same_run(saved: Path, settings: RunConfig) -> None:
+    """Refuse to go on with a run whose data or model would change.
+
+    Raises:
+        ConfigError: names every such setting with its old and new value.
+    """
+    before = _flat(dataclasses.asdict(config.structured(RunConfig, [(str(saved), config.read_yaml(saved))])))
+    now = _flat(dataclasses.asdict(settings))
+    changed = [key for key in sorted(before | now) if before.get(key) != now.get(key) and not _may_change(key, before, now)]
+    if changed:
+        listed = "; ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in changed)
+        raise ConfigError(
+            f"{saved}: this run cannot go on with other data or another model: {listed}. Put the old value back, or "
+            f"start a new run with another output."
+        )
+
+
+def cut_metrics(file: Path, step: int) -> None:
+    """Cut metrics.jsonl back to a checkpoint's step, so that no step is told twice; a torn last line goes too."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+    work = file.with_suffix(".tmp")
+    work.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(work, file)
+
+
+def _may_change(key: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
+    if any(key == free or key.startswith(f"{free}.") for free in FREE):
+        return True
+    old, new = before.get(key), now.get(key)
+    return key in PATHS and bool(old) and bool(new) and PurePath(old).name == PurePath(new).name
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and f"{prefix}{key}" != "data.tasks":
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif f"{prefix}{key}" == "data.tasks":
+            flat[f"{prefix}{key}"] = {PurePath(name).name: weight for name, weight in value.items()}
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _to_disk(file: Path) -> None:
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())

@@ -1,0 +1,266 @@
+"""A training run: cards and files first, weights after, then steps until the last."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+
+from qformer import cards, config, keyed, vlm
+from qformer.config import RunConfig
+from qformer.data.batch import StepData, StepMaker, mixture_of, open_sources
+from qformer.data.proof import LabelProof
+from qformer.sample import Batch, row_length
+from qformer.train import checkpoint, monitors
+from qformer.train.optim import learning_rate, optimizer_for
+from qformer.train.step import NotFiniteError, StepReport, train_step
+
+CONFIG_FILE, METRICS_FILE, MIXTURE_FILE, BROKEN_FILE = "config.yaml", "metrics.jsonl", "mixture.json", "broken.jsonl"
+PROVEN_STEPS = 3
+"""Steps at the start whose trained tokens are decoded and compared with their targets."""
+
+
+def train(settings: RunConfig, *, say: Callable[[str], None] = print, quiet: bool = False) -> Path:
+    """Run, or go on with, the training that the settings describe; the run directory.
+
+    Cards, files and settings are checked before any weight is read.  A run directory that holds checkpoints goes on
+    from the last one, bit for bit as if it had never stopped.
+
+    Raises:
+        ConfigError, DataError: the settings or the data are at fault.  TrainingError: a value that is not finite,
+            labels that do not decode, a checkpoint that cannot be written.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")         # workers fork after the tokenizers were used
+    run = settings.directory
+    task_cards = cards.load_all(settings.data.tasks, "train")
+    sources = open_sources(task_cards, Path(settings.data.root))
+    multipliers = {card.key: settings.data.tasks[name] for name, card in zip(settings.data.tasks, task_cards.values(), strict=True)}
+    mixture = mixture_of(sources, settings.data, multipliers, settings.seed)
+    last = vlm.checkpoints(run)[-1:]
+    if (run / CONFIG_FILE).exists() and last:
+        checkpoint.same_run(run / CONFIG_FILE, settings)
+
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="bf16" if settings.train.precision == "bfloat16" else "no",
+        log_with=list(settings.train.log_with) or None,
+        project_dir=str(run),
+    )
+    first_process = accelerator.is_main_process
+    say = say if first_process else lambda _: None
+    model = vlm.build(settings, report=say).to(accelerator.device)
+    model.train()
+    optimizer = optimizer_for(model.trainable(), settings.train)
+    start = checkpoint.restore(last[0], model, optimizer) if last else 0
+    wrapped = accelerator.prepare_model(model)
+    maker = StepMaker(
+        mixture,
+        sources,
+        model.assembler(training=True),
+        batch_size=settings.train.batch_size,
+        steps=settings.train.steps,
+        soft_tokens=settings.qformer.queries,
+        micro_batch_tokens=settings.train.micro_batch_tokens,
+        rank=accelerator.process_index,
+        ranks=accelerator.num_processes,
+        on_error=settings.data.on_error,
+    )
+    if first_process:
+        run.mkdir(parents=True, exist_ok=True)
+        config.save(settings, run / CONFIG_FILE)
+        checkpoint.cut_metrics(run / METRICS_FILE, start)
+    if settings.train.log_with:
+        accelerator.init_trackers(settings.name, config={"settings": json.dumps(asdict(settings))})
+    proof = LabelProof(maker.assembler.joiner)
+    trained = sum(parameter.numel() for parameter in model.trainable().values())
+    say(f"{run}: steps {start} to {settings.train.steps}, {trained:,} trained parameters, {accelerator.num_processes} process(es)")
+
+    alarm = monitors.BlindnessAlarm()
+    dummy = maker.assembler.dummy(model.vision.image_size)
+    broken: Counter[str] = Counter()
+    loader = DataLoader(
+        maker,
+        batch_size=None,
+        sampler=range(start, settings.train.steps),
+        num_workers=settings.data.workers,
+    )
+    with _bar(settings, start, shown=first_process and not quiet) as advance, _Lines(run, first_process) as lines:
+        began = time.perf_counter()
+        for data in loader:
+            step = data.step
+            if data.error is not None:
+                raise data.error
+            _note_broken(run, data, broken, accelerator.process_index)
+            if step - start < PROVEN_STEPS:
+                proof.check(maker, data)
+            report = _one_step(step, settings, wrapped, model, data, dummy, optimizer, accelerator)
+            done = step + 1
+            seconds, began = time.perf_counter() - began, time.perf_counter()
+            values: dict[str, Any] = {}
+            if settings.train.monitor_every and done % settings.train.monitor_every == 0 and data.batches:
+                reading = monitors.readings(model, data.batches[0])
+                values |= reading
+                for warning in alarm(reading):
+                    say(f"step {done}: {warning}")
+                began = time.perf_counter()
+            if values or done % settings.train.log_every == 0 or done == settings.train.steps:
+                values |= _readings(report, data, settings, seconds, accelerator.num_processes)
+                lines.write({"step": done, **values})
+                if settings.train.log_with:
+                    accelerator.log(values, step=done)
+            advance(report.loss, settings.train.batch_size / seconds)
+            if done % settings.train.checkpoint_every == 0 or done == settings.train.steps:
+                if first_process:
+                    checkpoint.save(run, done, model, optimizer, settings.train.keep_checkpoints)
+                accelerator.wait_for_everyone()
+                began = time.perf_counter()
+    if first_process:
+        write_mixture(run, maker)
+        for line in (*proof.summary(), *_broken_summary(broken, run)):
+            say(line)
+    if settings.train.log_with:
+        accelerator.end_training()
+    return run
+
+
+def _one_step(
+    step: int,
+    settings: RunConfig,
+    wrapped: torch.nn.Module,
+    model: vlm.VLM,
+    data: StepData,
+    dummy: Batch,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+) -> StepReport:
+    """Seed dropout and set the rate by the step's number, then take the step; a value that is not finite is saved."""
+    torch.manual_seed(keyed.keyed_hash(settings.seed, "dropout", step, accelerator.process_index) >> 1)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, settings.train)
+    try:
+        return train_step(
+            wrapped, model.objective, data.batches, dummy, optimizer, accelerator, settings.train.max_norm
+        )
+    except NotFiniteError as error:
+        where = _module_not_finite(model, data.batches) or error.where
+        record = {"step": step + 1, "where": where, "samples": error.samples}
+        settings.directory.joinpath("not_finite.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+        raise NotFiniteError(f"{where} at step {step + 1}", error.samples) from None
+
+
+def _module_not_finite(model: vlm.VLM, batches: list[Batch]) -> str | None:
+    """The innermost module whose output is the first that is not finite, found by running the batches again."""
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor) and not found and not torch.isfinite(output).all():
+                found.append(f"the output of {name}")
+
+        return hook
+
+    hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    try:
+        with monitors.undisturbed(model):
+            for batch in batches:
+                model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None
+
+
+def _readings(report: StepReport, data: StepData, settings: RunConfig, seconds: float, ranks: int) -> dict[str, Any]:
+    positions = sum(row_length(row, settings.qformer.queries) for batch in data.batches for row in batch.rows)
+    return {
+        "loss": report.loss,
+        "gradient_norm": report.gradient_norm,
+        "learning_rate": learning_rate(data.step, settings.train),
+        "samples_per_second": settings.train.batch_size / seconds,
+        "tokens_per_second": positions * ranks / seconds,
+        "truncations": data.truncations.instructions + data.truncations.targets,
+    }
+
+
+def write_mixture(run: Path, maker: StepMaker) -> None:
+    """`mixture.json`: by set the share asked for, the draws it has had, its records, and its passes."""
+    mixture = maker.mixture
+    drawn = mixture.totals(maker.steps * maker.batch_size)
+    shares = mixture.shares()
+    table = {
+        name: {
+            "asked": shares[name],
+            "drawn": drawn[name],
+            "records": mixture.records[name],
+            "passes": drawn[name] / mixture.records[name],
+        }
+        for name in mixture.names
+    }
+    (run / MIXTURE_FILE).write_text(json.dumps(table, indent=2), encoding="utf-8")
+
+
+def _note_broken(run: Path, data: StepData, broken: Counter[str], rank: int) -> None:
+    """Records that could not be read, each with its reason, in the run directory."""
+    if not data.broken:
+        return
+    suffix = f".{rank}" if rank else ""
+    with (run / f"{BROKEN_FILE}{suffix}").open("a", encoding="utf-8") as file:
+        for record, reason in data.broken:
+            broken[record.partition(" record ")[0]] += 1
+            file.write(json.dumps({"step": data.step, "record": record, "reason": reason}) + "\n")
+
+
+def _broken_summary(broken: Counter[str], run: Path) -> list[str]:
+    return [f"{count} broken record(s) of {name} were skipped; {run / BROKEN_FILE} lists them" for name, count in sorted(broken.items())]
+
+
+class _Lines:
+    """metrics.jsonl, a line at a time, each on disk before the next step; on other processes nothing is written."""
+
+    def __init__(self, run: Path, active: bool):
+        self.file = (run / METRICS_FILE).open("a", encoding="utf-8") if active else None
+
+    def __enter__(self) -> _Lines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.file:
+            self.file.close()
+
+    def write(self, values: dict[str, Any]) -> None:
+        if self.file:
+            self.file.write(json.dumps(values) + "\n")
+            self.file.flush()
+
+
+@contextmanager
+def _bar(settings: RunConfig, start: int, *, shown: bool) -> Iterator[Callable[[float, float], None]]:
+    """A progress bar with loss, samples/s and time left; `advance(loss, samples_per_second)` moves it a step."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f} · {task.fields[speed]:.1f} samples/s"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, disable=not shown) as progress:
+        task = progress.add_task(settings.name, total=settings.train.steps, completed=start, loss=float("nan"), speed=0.0)
+        smooth: list[float] = []
+
+        def advance(loss: float, speed: float) -> None:
+            smooth[:] = [loss, speed] if not smooth else [0.95 * smooth[0] + 0.05 * loss, 0.95 * smooth[1] + 0.05 * speed]
+            progress.update(task, advance=1, loss=smooth[0], speed=smooth[1])
+
+        yield advance

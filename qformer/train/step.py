@@ -1,0 +1,93 @@
+"""The one training step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from qformer.errors import TrainingError
+from qformer.objectives import Objective
+from qformer.sample import Batch
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step did: loss in nats per counted thing (summed over parts), gradient norm, counts over all ranks."""
+
+    loss: float
+    gradient_norm: float
+    counts: dict[str, int]
+
+
+def train_step(
+    model: nn.Module,
+    objective: Objective,
+    batches: Sequence[Batch],
+    dummy: Batch,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    max_norm: float | None,
+) -> StepReport:
+    """One optimizer step over all ranks' micro-batches: every trained token weighs the same, however they were split.
+
+    The counts of the whole step come first; each backward then gets its share of Σ sum/count.  All ranks make as many
+    forward passes as the longest needs, the surplus on `dummy`, since gradients travel inside the wrapped backward.
+    """
+    counts, rounds = global_counts(objective, batches, accelerator)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    total = torch.zeros((), device=accelerator.device)
+    for number in range(rounds):
+        batch = batches[number] if number < len(batches) else dummy
+        last = number == rounds - 1
+        with nullcontext() if last else accelerator.no_sync(model), accelerator.autocast():
+            sums = model(batch)
+            loss = torch.stack([sums[part] / max(1, counts[part]) for part in sums]).sum()
+            check_finite(loss, batch, "the loss")
+            (loss * accelerator.num_processes).backward()          # DDP averages over ranks; ours is a sum
+        total += loss.detach()
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm if max_norm is not None else float("inf"))
+    if not torch.isfinite(norm):
+        raise NotFiniteError(first_not_finite(model), [name for batch in batches for name in batch.samples])
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepReport(float(accelerator.reduce(total, "sum")), float(norm), counts)
+
+
+def global_counts(
+    objective: Objective, batches: Sequence[Batch], accelerator: Accelerator
+) -> tuple[dict[str, int], int]:
+    """Counts of a step's parts over all micro-batches and ranks, and the number of forward passes each rank makes."""
+    counted = [objective.counts(batch) for batch in batches]
+    parts = sorted({part for each in counted for part in each} | {"answer"})
+    own = torch.tensor([sum(each.get(part, 0) for each in counted) for part in parts], device=accelerator.device)
+    rounds = torch.tensor([max(1, len(batches))], device=accelerator.device)
+    total = accelerator.reduce(own, "sum")
+    return dict(zip(parts, total.tolist(), strict=True)), int(accelerator.gather(rounds).max())
+
+
+class NotFiniteError(TrainingError):
+    """A loss or gradient that is not a finite number; names the module it came from and the samples it came with."""
+
+    def __init__(self, where: str, samples: Sequence[str]):
+        self.where, self.samples = where, tuple(samples)
+        shown = ", ".join(self.samples[:8]) + (" …" if len(self.samples) > 8 else "")
+        super().__init__(f"a value that is not finite in {where}, with the samples {shown}.")
+
+
+def check_finite(value: Tensor, batch: Batch, where: str) -> None:
+    """Stop at the first value that is not finite."""
+    if not torch.isfinite(value):
+        raise NotFiniteError(where, batch.samples)
+
+
+def first_not_finite(model: nn.Module) -> str:
+    """The first trained parameter whose gradient is not finite."""
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+            return f"the gradient of {name.removeprefix('module.')}"
+    return "the gradient"
