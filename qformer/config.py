@@ -46,7 +46,7 @@ class TransformConfig:
 class VisionConfig:
     """The frozen image encoder."""
 
-    name: str = "???"
+    name: str = ""
     """A timm model name, a directory or hub id of a timm or transformers vision model."""
     checkpoint: str | None = None
     """Local weights for a timm name: a .safetensors or .pth file, or a directory that holds one."""
@@ -89,7 +89,7 @@ class ProfileConfig:
 class LanguageConfig:
     """The frozen language model."""
 
-    name: str = "???"
+    name: str = ""
     """A directory or hub id of any causal or sequence-to-sequence LLM."""
     revision: str | None = None
     pretrained: bool = True
@@ -247,7 +247,7 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             raise ConfigError(f"command line: '{text}' is not of the form key=value.")
     config = structured(RunConfig, [*layers, ("command line", changes)])
     for section, key in (("vision", "name"), ("language", "name")):
-        if OmegaConf.is_missing(OmegaConf.create({key: getattr(getattr(config, section), key)}), key):
+        if not getattr(getattr(config, section), key):
             raise ConfigError(f"{path}: {section}.{key} is not set; it takes a name or a directory.")
     beside = {_card_beside(path, name): weight for name, weight in config.data.tasks.items()}
     scored = [_card_beside(path, name) for name in config.evaluate.tasks]
