@@ -1,0 +1,1 @@
+"""Pure tensor code: attention, the Q-Former, likelihoods per token."""

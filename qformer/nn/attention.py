@@ -28,7 +28,7 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def attend(self, x: Tensor, source: Tensor, mask: Tensor | None) -> Tensor:
-        """x (B, N, D), source (B, M, S), mask (B, M) bool or None -> (B, N, D)."""
+        """Rows x (B, N, D), source (B, M, S), mask (B, M) bool or None -> (B, N, D)."""
         context = F.scaled_dot_product_attention(
             self._split(self.query(x)),
             self._split(self.key(source)),
@@ -60,7 +60,7 @@ class SelfAttention(Attention):
         super().__init__(width, width, heads, dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, first: int | None = None) -> Tensor:
-        """x (B, N, D), mask (B, N) bool or None -> (B, N, D), or (B, first, D): only the first rows are computed."""
+        """Rows x (B, N, D), mask (B, N) bool or None -> (B, N, D), or (B, first, D): the first rows alone."""
         return self.attend(x[:, :first], x, mask)
 
 
@@ -68,7 +68,7 @@ class CrossAttention(Attention):
     """Attention of a sequence to an encoder's tokens."""
 
     def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
-        """x (B, Q, D), tokens (B, P, V) -> (B, Q, D)."""
+        """Rows x (B, Q, D), tokens (B, P, V) -> (B, Q, D)."""
         return self.attend(x, tokens.values, tokens.mask)
 
 

@@ -66,12 +66,12 @@ class Block(nn.Module):
         )
         self.query_feed_forward = FeedForward(width, size.intermediate, dropout)
         self.text_feed_forward = FeedForward(width, size.intermediate, dropout) if size.instruction else None
-        self.queries_only = number == size.layers - 1     # text that no later block reads cannot reach the output
+        self.queries_only = number == size.layers - 1  # text that no later block reads cannot reach the output
         if self.queries_only and self.text_feed_forward is not None:
             self.text_feed_forward.requires_grad_(False)
 
     def forward(self, x: Tensor, queries: int, mask: Tensor | None, tokens: Tokens) -> Tensor:
-        """x (B, Q + T, D), mask (B, Q + T) bool or None -> the same shape, or (B, Q, D) from the last block."""
+        """Rows x (B, Q + T, D), mask (B, Q + T) bool or None -> the same shape, or (B, Q, D) from the last block."""
         x = self.self_attention(x, mask, first=queries if self.queries_only else None)
         seen, text = x[:, :queries], x[:, queries:]
         if self.cross_attention is not None:
@@ -127,6 +127,24 @@ class QFormer(nn.Module):
             x = block(x, self.size.queries, mask, tokens)
         return x
 
+    @torch.no_grad()
+    def look(self, tokens: Tokens, instruction: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """For monitors: `forward`'s query outputs (B, Q, D), and `attention_entropy` meant over cross-attentions."""
+        entropies: list[Tensor] = []
+
+        def note(module: CrossAttention, inputs: tuple[Tensor, Tokens], _output: Tensor) -> None:
+            x, seen = inputs
+            entropies.append(attention_entropy(module.probabilities(x, seen.values, seen.mask), seen.mask))
+
+        watched = [block.cross_attention for block in self.blocks if block.cross_attention is not None]
+        hooks = [module.register_forward_hook(note) for module in watched]
+        try:
+            outputs = self(tokens, instruction)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return outputs, torch.stack(entropies).mean()
+
     def _embed(self, ids: Tensor) -> Tensor:
         """(B, T) -> words plus positions (B, T, D), before the norm that text and queries share."""
         if self.word_embeddings is None or self.position_embeddings is None:
@@ -179,5 +197,31 @@ class QFormerConnector(nn.Module):
 
     def forward(self, tokens: Tokens, instruction: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Tokens (B, P, V), instruction ids and mask (B, T) or None -> soft tokens (B, Q, L)."""
-        tokens = tokens._replace(values=self.norm(tokens.values))
-        return self.projection(self.qformer(tokens, instruction))
+        return self.projection(self.qformer(self._normed(tokens), instruction))
+
+    def look(self, tokens: Tokens, instruction: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """For monitors: query outputs (B, Q, D) before the projection, and the mean entropy of their attention."""
+        with torch.no_grad():
+            return self.qformer.look(self._normed(tokens), instruction)
+
+    def _normed(self, tokens: Tokens) -> Tokens:
+        return tokens._replace(values=self.norm(tokens.values))
+
+
+def query_cosine(outputs: Tensor) -> Tensor:
+    """Mean cosine between the outputs (B, Q, D) of different queries of a row; 1: they say the same.  One query: 0."""
+    queries = outputs.shape[1]
+    if queries == 1:
+        return outputs.new_zeros(())
+    unit = F.normalize(outputs.to(torch.promote_types(outputs.dtype, torch.float32)), dim=-1)
+    return ((unit.sum(1).square().sum(-1) - queries) / (queries * (queries - 1))).mean()
+
+
+def attention_entropy(probabilities: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean entropy of attention (B, heads, Q, P) over its greatest value, log of the row's real tokens (mask (B, P)).
+
+    1: all tokens are looked at alike; 0: one alone.  A row of a single token counts as 1.
+    """
+    entropy = torch.special.entr(probabilities).sum(-1).mean((1, 2))
+    size = torch.full_like(entropy, probabilities.shape[-1]) if mask is None else mask.sum(-1).to(entropy)
+    return torch.where(size > 1, entropy / size.clamp(min=2).log(), 1.0).mean()
