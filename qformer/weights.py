@@ -1,0 +1,339 @@
+"""Reading and writing weights: a Q-Former's start from BERT, and tensors in files that are whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from qformer.errors import ConfigError, TrainingError
+from qformer.nn.qformer import QFormer, QFormerSize
+
+BERT_TO_QFORMER = (
+    (r"^embeddings\.(word|position)_embeddings\.", r"\1_embeddings."),
+    (r"^embeddings\.LayerNorm\.", "norm."),
+    (r"^encoder\.layer\.(\d+)\.", r"blocks.\1."),
+    (r"\.attention\.self\.", ".self_attention."),
+    (r"\.attention\.output\.dense\.", ".self_attention.output."),
+    (r"\.attention\.output\.LayerNorm\.", ".self_attention.norm."),
+    (r"\.intermediate\.dense\.", ".text_feed_forward.inner."),
+    (r"\.output\.dense\.", ".text_feed_forward.outer."),
+    (r"\.output\.LayerNorm\.", ".text_feed_forward.norm."),
+)
+"""Patterns of BERT's names, applied in order, and what stands there in `QFormer.state_dict()`."""
+
+OLD_NAMES = ((r"^bert\.", ""), (r"\.gamma$", ".weight"), (r"\.beta$", ".bias"))
+"""The prefix of models with heads, and the LayerNorm names of early releases."""
+
+SHAPE_FIELDS = {
+    "hidden": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "intermediate": "intermediate_size",
+    "vocabulary": "vocab_size",
+    "positions": "max_position_embeddings",
+}
+"""`QFormerSize` fields and what BERT's config.json calls them."""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """Where each tensor of a started Q-Former comes from, and what of the source was not needed."""
+
+    source: str
+    loaded: tuple[str, ...]
+    """Taken as they are, by the Q-Former's names."""
+    copied: tuple[str, ...]
+    """Query feed-forwards, taken from the text ones."""
+    made: tuple[str, ...]
+    """Drawn anew: queries and cross-attention."""
+    unused: tuple[str, ...]
+    """Left in the source, by the source's names."""
+
+    def table(self) -> str:
+        """The report in lines; tensors that differ only in a number or in weight and bias share one."""
+        lines = [f"Q-Former from {self.source}"]
+        for kind in ("loaded", "copied", "made", "unused"):
+            names = getattr(self, kind)
+            lines.append(f"  {kind}: {len(names) or 'nothing'}")
+            for group, count in Counter(map(_group, names)).items():
+                lines.append(f"    {group}" + (f" ×{count}" if count > 1 else ""))
+        return "\n".join(lines)
+
+
+def start_from_bert(
+    source: str | Path,
+    *,
+    vision_width: int,
+    queries: int = 32,
+    cross_attention_every: int = 2,
+    instruction: bool = True,
+    dropout: float = 0.1,
+    hidden: int | None = None,
+    layers: int | None = None,
+    heads: int | None = None,
+    intermediate: int | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[QFormer, LoadReport]:
+    """A Q-Former that starts from a BERT checkpoint, as in BLIP-2's first stage.
+
+    Self-attention, feed-forwards and embeddings are BERT's; the query feed-forward is a copy of the text one;
+    cross-attention and queries are new, drawn from `generator`.  Token types, pooler and heads are left unused: the
+    Q-Former has none.
+
+    `source` is a directory or hub id with config.json and model.safetensors (or pytorch_model.bin, or shards).  Sizes
+    left out are the checkpoint's; fewer layers than it has keep the first ones.
+
+    Raises:
+        ConfigError: nothing to read there, not a BERT, sizes asked for that the checkpoint does not have, or tensors
+            that are missing or of another shape than its config.json says.
+    """
+    directory = _located(source)
+    described = _bert_config(directory, str(source))
+    shape: dict[str, int] = {field: described[theirs] for field, theirs in SHAPE_FIELDS.items()}
+    asked = {"hidden": hidden, "layers": layers, "heads": heads, "intermediate": intermediate}
+    for field, value in asked.items():
+        given = shape[field]
+        if value is None or value == given:
+            continue
+        if field != "layers" or value > given:
+            raise ConfigError(
+                f"qformer.{field} is {value} and the BERT checkpoint {source} has {given}; set it to {given}"
+                f"{' or fewer' if field == 'layers' else ''}, or leave it out."
+            )
+        shape[field] = value
+    size = QFormerSize(
+        vision_width=vision_width,
+        queries=queries,
+        cross_attention_every=cross_attention_every,
+        instruction=instruction,
+        dropout=dropout,
+        **shape,
+    )
+    qformer = QFormer(size, generator)
+    return qformer, _take_bert(qformer, _read_weights(directory, str(source)), str(source))
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file that appears whole or not at all.
+
+    Raises:
+        TrainingError: it cannot be written; says why.
+    """
+    held: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        held[name] = plain.clone() if plain.untyped_storage().data_ptr() in storages else plain
+        storages.add(plain.untyped_storage().data_ptr())  # the format refuses tensors that share memory
+    with whole_file(path) as work:
+        try:
+            save_file(held, work, dict(metadata or {}))
+        except SafetensorError as error:  # how the library reports a full disk, among others
+            raise OSError(str(error)) from None
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name to write to in place of `path`; it becomes `path` when the block ends well, and vanishes otherwise.
+
+    Raises:
+        TrainingError: the file system refuses; says why.
+    """
+    work = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield work
+        with work.open("rb+") as written:
+            os.fsync(written.fileno())
+        os.replace(work, path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise TrainingError(
+            f"{path}: it cannot be written ({reason}); free some space or choose another place."
+        ) from None
+    finally:
+        with suppress(OSError):
+            work.unlink(missing_ok=True)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        ConfigError: the file is not there, or is not whole.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: there is no such file.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path}: not a whole safetensors file ({error}); fetch or write it again.") from None
+
+
+def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Fill a module with tensors of exactly its names and shapes.
+
+    Raises:
+        ConfigError: names what is missing, unexpected or of another shape; the module is then left as it was.
+    """
+    own = module.state_dict()
+    faults = {
+        "missing": [name for name in own if name not in tensors],
+        "unexpected": [name for name in tensors if name not in own],
+        "of another shape": [
+            f"{name} (found {tuple(tensors[name].shape)}, wanted {tuple(own[name].shape)})"
+            for name in own
+            if name in tensors and tensors[name].shape != own[name].shape
+        ],
+    }
+    if any(faults.values()):
+        told = "; ".join(f"{kind}: {_shortened(names)}" for kind, names in faults.items() if names)
+        raise ConfigError(f"{where}: the weights do not fit. {told}.")
+    module.load_state_dict(tensors)
+
+
+def _take_bert(qformer: QFormer, weights: Mapping[str, Tensor], source: str) -> LoadReport:
+    own = qformer.state_dict()
+    theirs: dict[str, str] = {}  # the Q-Former's name of a tensor -> the checkpoint's
+    for name in weights:
+        theirs.setdefault(_qformer_name(name), name)
+    taken: dict[str, str] = {}  # the Q-Former's name -> the checkpoint's, for what is filled
+    loaded, copied, made = [], [], []
+    for name in own:
+        origin = name.replace(".query_feed_forward.", ".text_feed_forward.")
+        if name == "queries" or ".cross_attention." in name:
+            made.append(name)
+            continue
+        if origin not in theirs:
+            raise ConfigError(
+                f"{source}: the BERT checkpoint has no tensor for {origin}; give one whose weights fit its config.json."
+            )
+        taken[name] = theirs[origin]
+        (loaded if origin == name else copied).append(name)
+    for name, origin in taken.items():
+        if weights[origin].shape != own[name].shape:
+            raise ConfigError(
+                f"{source}: {origin} has shape {tuple(weights[origin].shape)} where its config.json implies "
+                f"{tuple(own[name].shape)}; correct config.json (vocabulary and positions are taken from it)."
+            )
+    qformer.load_state_dict({**own, **{name: weights[origin] for name, origin in taken.items()}})
+    used = set(taken.values())
+    unused = tuple(name for name in weights if name not in used)
+    return LoadReport(source, tuple(loaded), tuple(copied), tuple(made), unused)
+
+
+def _qformer_name(name: str) -> str:
+    for pattern, replacement in (*OLD_NAMES, *BERT_TO_QFORMER):
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _group(name: str) -> str:
+    """A name without what tells its neighbours apart: block numbers and weight or bias."""
+    name = re.sub(r"\.\d+\.", ".*.", name)
+    return re.sub(r"\.(weight|bias|gamma|beta)$", "", name)
+
+
+def _shortened(names: Iterable[str], most: int = 8) -> str:
+    names = list(names)
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def _located(source: str | Path) -> Path:
+    """The directory of a checkpoint; a hub id is fetched, or found in the hub's cache."""
+    directory = Path(source)
+    if directory.is_dir():
+        return directory
+    name = str(source)
+    if directory.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ConfigError(f"{source}: there is no such directory; give a BERT checkpoint's directory or hub id.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = Path(snapshot_download(name, allow_patterns=["config.json", "model*.safetensors*"]))
+        if not list(found.glob("model*.safetensors")):
+            found = Path(snapshot_download(name, allow_patterns=["config.json", "pytorch_model*.bin*"]))
+    except Exception as error:  # the hub's client raises many kinds
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"{source}: neither a directory nor a BERT checkpoint that can be fetched from the hub ({reason})."
+        ) from None
+    return found
+
+
+def _bert_config(directory: Path, source: str) -> dict[str, Any]:
+    path = directory / "config.json"
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{source}: it has no config.json; give a BERT checkpoint's directory or hub id.") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: it cannot be read ({error}).") from None
+    kind = described.get("model_type", "bert") if isinstance(described, dict) else None
+    if kind != "bert":
+        raise ConfigError(f"{path}: model_type is '{kind}'; the Q-Former starts from a checkpoint of type 'bert'.")
+    lacking = [field for field in SHAPE_FIELDS.values() if not isinstance(described.get(field), int)]
+    if lacking:
+        raise ConfigError(f"{path}: it lacks {', '.join(lacking)}; a BERT checkpoint's config.json gives them.")
+    if described["hidden_size"] % described["num_attention_heads"]:
+        raise ConfigError(
+            f"{path}: hidden_size ({described['hidden_size']}) does not divide evenly by num_attention_heads "
+            f"({described['num_attention_heads']}); correct config.json."
+        )
+    activation, positions = described.get("hidden_act", "gelu"), described.get("position_embedding_type", "absolute")
+    if not str(activation).startswith("gelu") or positions != "absolute":
+        raise ConfigError(
+            f"{path}: hidden_act is '{activation}' and position_embedding_type '{positions}'; the Q-Former computes "
+            f"with gelu and absolute positions."
+        )
+    return described
+
+
+def _read_weights(directory: Path, source: str) -> dict[str, Tensor]:
+    """All tensors of a checkpoint: one file or shards behind an index, safetensors before pickles."""
+    for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index = directory / f"{stem}.{ending}.index.json"
+        if index.is_file():
+            shards = _shards(index)
+        elif (directory / f"{stem}.{ending}").is_file():
+            shards = [f"{stem}.{ending}"]
+        else:
+            continue
+        read = load_tensors if ending == "safetensors" else _load_pickle
+        return {name: tensor for shard in shards for name, tensor in read(directory / shard).items()}
+    raise ConfigError(f"{source}: it holds neither model.safetensors nor pytorch_model.bin.")
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ConfigError(f"{index}: not an index of shards (an object with weight_map); fetch it again.") from None
+
+
+def _load_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .bin file; a pickle that would run code is refused."""
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, OSError, RuntimeError, EOFError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"{path}: no tensors can be read from it safely ({reason}); convert it to safetensors."
+        ) from None
+    if not isinstance(held, Mapping):
+        raise ConfigError(f"{path}: it holds a {type(held).__name__}, not tensors by name; convert it to safetensors.")
+    return {name: tensor for name, tensor in held.items() if isinstance(tensor, Tensor)}
