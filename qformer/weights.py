@@ -211,7 +211,9 @@ def _take_bert(qformer: QFormer, weights: Mapping[str, Tensor], source: str) -> 
     for name in weights:
         theirs.setdefault(_qformer_name(name), name)
     taken: dict[str, str] = {}  # the Q-Former's name -> the checkpoint's, for what is filled
-    loaded, copied, made = [], [], []
+    loaded: list[str] = []
+    copied: list[str] = []
+    made: list[str] = []
     for name in own:
         origin = name.replace(".query_feed_forward.", ".text_feed_forward.")
         if name == "queries" or ".cross_attention." in name:

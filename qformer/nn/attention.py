@@ -33,7 +33,7 @@ class Attention(nn.Module):
             self._split(self.query(x)),
             self._split(self.key(source)),
             self._split(self.value(source)),
-            attn_mask=_over_keys(mask),
+            attn_mask=None if mask is None else mask[:, None, None, :],
             dropout_p=self.dropout.p if self.training else 0.0,
         )
         context = context.transpose(1, 2).flatten(2)
@@ -45,7 +45,7 @@ class Attention(nn.Module):
         scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         if mask is not None:
-            scores = scores.masked_fill(~_over_keys(mask), float("-inf"))
+            scores = scores.masked_fill(~mask[:, None, None, :], float("-inf"))
         return scores.softmax(-1)
 
     def _split(self, x: Tensor) -> Tensor:
@@ -70,8 +70,3 @@ class CrossAttention(Attention):
     def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
         """Rows x (B, Q, D), tokens (B, P, V) -> (B, Q, D)."""
         return self.attend(x, tokens.values, tokens.mask)
-
-
-def _over_keys(mask: Tensor | None) -> Tensor | None:
-    """(B, M) -> (B, 1, 1, M), the same for every head and row."""
-    return None if mask is None else mask[:, None, None, :]

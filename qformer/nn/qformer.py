@@ -77,7 +77,7 @@ class Block(nn.Module):
         if self.cross_attention is not None:
             seen = self.cross_attention(seen, tokens)
         seen = self.query_feed_forward(seen)
-        if text.shape[1] == 0:
+        if self.text_feed_forward is None or text.shape[1] == 0:
             return seen
         return torch.cat([seen, self.text_feed_forward(text)], dim=1)
 
@@ -136,7 +136,7 @@ class QFormer(nn.Module):
             x, seen = inputs
             entropies.append(attention_entropy(module.probabilities(x, seen.values, seen.mask), seen.mask))
 
-        watched = [block.cross_attention for block in self.blocks if block.cross_attention is not None]
+        watched = [module for module in self.modules() if isinstance(module, CrossAttention)]
         hooks = [module.register_forward_hook(note) for module in watched]
         try:
             outputs = self(tokens, instruction)
