@@ -12,7 +12,7 @@ from transformers import InstructBlipQFormerConfig
 from transformers.models.instructblip.modeling_instructblip import InstructBlipQFormerModel
 
 from qformer.errors import ConfigError
-from qformer.nn.attention import CrossAttention, SelfAttention
+from qformer.nn.attention import CrossAttention
 from qformer.nn.losses import token_log_likelihood
 from qformer.nn.qformer import QFormer, QFormerConnector, QFormerSize, attention_entropy, query_cosine
 from qformer.nn.tokens import Tokens
@@ -330,6 +330,8 @@ def test_an_instruction_for_a_qformer_without_text_is_refused():
         build(replace(SIZE, instruction=False))(*inputs())
 
 
-def test_heads_must_divide_the_width():
-    with pytest.raises(ValueError, match="12 does not divide evenly by 5"):
-        SelfAttention(12, 5, 0.0)
+def test_sizes_that_cannot_be_built_are_refused():
+    with pytest.raises(ConfigError, match=r"qformer\.hidden \(12\) must divide evenly by qformer\.heads \(5\)"):
+        replace(SIZE, heads=5)
+    with pytest.raises(ConfigError, match=r"qformer\.layers is 0; it must be at least 1"):
+        replace(SIZE, layers=0)

@@ -17,8 +17,6 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, source_width: int, heads: int, dropout: float):
         super().__init__()
-        if width % heads:
-            raise ValueError(f"a width of {width} does not divide evenly by {heads} heads")
         self.heads = heads
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(source_width, width)

@@ -36,6 +36,13 @@ class QFormerSize:
     instruction: bool = True
     dropout: float = 0.1
 
+    def __post_init__(self) -> None:
+        for name in ("hidden", "layers", "heads", "intermediate", "queries", "cross_attention_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"qformer.{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.hidden % self.heads:
+            raise ConfigError(f"qformer.hidden ({self.hidden}) must divide evenly by qformer.heads ({self.heads}).")
+
 
 class FeedForward(nn.Module):
     """LN(x + dropout(W_2 · GELU(W_1 · x))), with the exact GELU."""
