@@ -1,0 +1,396 @@
+"""One self-contained page about a run: what was run, its curves, its mixture, its scores, and what it said to pictures.
+
+The page holds its style sheet, charts and pictures, runs no script, and forbids the browser any request.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from qformer import __version__, charts, config, gallery
+from qformer.charts import Mark
+from qformer.errors import DataError
+
+FILE = "report.html"
+LIBRARIES = ("torch", "transformers", "timm", "accelerate")
+
+CURVES = {
+    "loss": ("Loss", "Nats a trained token, each step and its running mean.", None),
+    "gap": (
+        "Image-shuffle gap",
+        "Loss with another sample's picture minus loss with its own, nats a token. At 0 the pictures do not matter.",
+        0.0,
+    ),
+    "cosine": ("Query cosine", "Mean cosine between the queries' outputs. At 1 the queries have collapsed.", 1.0),
+}
+MORE_CURVES = {
+    "gradient_norm": ("Gradient norm", "Before clipping.", None),
+    "learning_rate": ("Learning rate", "Warm-up, then cosine.", None),
+    "entropy": ("Attention entropy", "Of the cross-attention; 1 looks everywhere alike.", None),
+    "samples_per_second": ("Samples per second", "Over all processes.", None),
+    "tokens_per_second": ("Tokens per second", "Positions read by the LLM.", None),
+}
+
+
+def write_report(directory: Path) -> Path:
+    """Write `report.html` into a run directory, or into any directory that holds an `eval/` folder.
+
+    Sections whose files are missing are left out: a run that was not scored yet has a report too.
+
+    Raises:
+        DataError: there is nothing to report on, or a file of the run is not what it should be.
+    """
+    directory = Path(directory)
+    settings = config.read_yaml(directory / "config.yaml") if (directory / "config.yaml").exists() else {}
+    lines = read_lines(directory / "metrics.jsonl")
+    scored = [read_json(path) for path in sorted(directory.glob("eval/*.json"))]
+    if not (settings or lines or scored):
+        raise DataError(f"{directory}: holds no config.yaml, metrics.jsonl or eval/*.json; a report needs one of them.")
+    mixture = read_json(directory / "mixture.json") if (directory / "mixture.json").exists() else {}
+    scores = [Score.of(raw) for raw in scored]
+    sections = [
+        _head(directory, settings, lines, scores),
+        _what_was_run(settings),
+        _scores(scores),
+        _curves(lines),
+        _mixture(mixture),
+        _answers(directory, scores, Path(settings.get("data", {}).get("root", "."))),
+    ]
+    page = PAGE.format(
+        title=escape(str(settings.get("name") or directory.name)),
+        style=Path(__file__).with_suffix(".css").read_text(encoding="utf-8"),
+        body="\n".join(section for section in sections if section),
+        version=escape(__version__),
+    )
+    target = directory / FILE
+    part = target.with_suffix(".html.part")
+    part.write_text(page, encoding="utf-8")
+    os.replace(part, target)
+    return target
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<title>{title} · qformer</title>
+<style>
+{style}</style>
+</head>
+<body>
+<main>
+{body}
+<footer>Written by qformer {version}.</footer>
+</main>
+</body>
+</html>
+"""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What `eval/TASK.json` says, as the page needs it."""
+
+    task: str
+    title: str
+    metric: str
+    split: str
+    score: Mark
+    shuffled: Mark | None
+    frequent: Mark | None
+    samples: int
+    total: int
+    percent: bool
+    """Whether values are shares of one, shown as percentages."""
+    recipe: str
+
+    @property
+    def partial(self) -> bool:
+        """Whether only a part of the set was scored."""
+        return self.samples < self.total
+
+    @classmethod
+    def of(cls, raw: Mapping[str, Any]) -> Score:
+        """From the file's content."""
+
+        def mark(kind: str, entry: Mapping[str, Any] | None) -> Mark | None:
+            return Mark(kind, entry["score"], *(entry.get("interval") or (None, None))) if entry else None
+
+        return cls(
+            task=raw["task"],
+            title=raw.get("title") or raw["task"],
+            metric=raw["metric"],
+            split=raw["split"],
+            score=Mark("score", raw["score"], *raw["interval"]),
+            shuffled=mark("shuffled", raw.get("shuffled")),
+            frequent=mark("frequent", raw.get("most_frequent")),
+            samples=raw["samples"],
+            total=raw["of"],
+            percent=raw["metric"] != "cider",
+            recipe=raw["recipe"],
+        )
+
+    def shown(self, value: float) -> str:
+        """A value in the unit of the metric."""
+        return f"{100 * value:.1f} %" if self.percent else f"{value:.3f}"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The named values of a JSON file.
+
+    Raises:
+        DataError: it is not JSON, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as JSON ({error}); score the run again to write it anew.") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: holds a {type(content).__name__}; it must hold named values.")
+    return content
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """JSON lines of a file; none if it is not there.  A last line cut off by a kill is left out.
+
+    Raises:
+        DataError: another line is not a JSON object.
+    """
+    if not path.exists():
+        return []
+    texts = path.read_text(encoding="utf-8").splitlines()
+    records = []
+    for place, text in enumerate(texts, start=1):
+        try:
+            record = json.loads(text)
+        except ValueError:
+            record = None
+        if isinstance(record, dict):
+            records.append(record)
+        elif place < len(texts):
+            raise DataError(f"{path}:{place}: not a JSON object; delete the line, or the file.")
+    return records
+
+
+def _series(lines: Iterable[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    """(step, value) of the lines that have the value as a finite number."""
+    return [
+        (line["step"], line[key])
+        for line in lines
+        if isinstance(line.get(key), int | float) and math.isfinite(line[key]) and "step" in line
+    ]
+
+
+def _head(
+    directory: Path, settings: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], scores: Sequence[Score]
+) -> str:
+    name = escape(str(settings.get("name") or directory.name))
+    tiles = []
+    steps = settings.get("train", {}).get("steps")
+    if lines and "step" in lines[-1]:
+        done = lines[-1]["step"]
+        tiles.append((f"{done:,}", "steps" if done == steps or not steps else f"steps of {steps:,}"))
+        if batch := settings.get("train", {}).get("batch_size"):
+            tiles.append((f"{done * batch:,}", "samples seen"))
+    if loss := _series(lines, "loss"):
+        tiles.append((charts.number(charts.smooth(loss)[-1][1]), "loss at the end, nats a token"))
+    if gap := _series(lines, "gap"):
+        tiles.append((charts.number(gap[-1][1]), "image-shuffle gap at the end"))
+    if scores:
+        tiles.append((str(len(scores)), "sets scored" if len(scores) > 1 else "set scored"))
+    cards = "".join(
+        f'<div class="card"><b>{escape(value)}</b><span>{escape(what)}</span></div>' for value, what in tiles
+    )
+    notice = ""
+    if partial := [score for score in scores if score.partial]:
+        notice = (
+            f'<p class="notice">Scores marked <span class="badge">partial</span> are over a part of the set '
+            f"({len(partial)} of {len(scores)} here); they are not to be compared with scores over all of it.</p>"
+        )
+    title = f'<h1>{name}</h1>\n<p class="soft">A Q-Former between two frozen towers</p>'
+    return f'{title}\n<div class="tiles">{cards}</div>{notice}'
+
+
+def _what_was_run(settings: Mapping[str, Any]) -> str:
+    if not settings:
+        return ""
+    vision, language, former, data, train = (
+        settings.get(section, {}) for section in ("vision", "language", "qformer", "data", "train")
+    )
+    start = f"started from {former.get('init')}" if former.get("init") else "started from random weights"
+    reads = "reads the instruction" if former.get("instruction", True) else "does not read the instruction"
+    sets = ", ".join(f"{name} ×{weight:g}" if weight != 1 else name for name, weight in data.get("tasks", {}).items())
+    sampling = {"sqrt": "square root of size", "proportional": "size", "uniform": "the same for all"}
+    rate = f"rate {train.get('rate'):g}, warm-up {train.get('warmup_steps')} steps" if "rate" in train else ""
+    rows = {
+        "Image encoder": _tower(vision),
+        "Language model": _tower(language),
+        "Q-Former": f"{former.get('queries')} queries, {start}, {reads}" if former else "",
+        "Training sets": f"{sets}; shares by {sampling.get(data.get('sampling'), data.get('sampling'))}"
+        if sets
+        else "",
+        "Steps": f"{train.get('steps'):,} of {train.get('batch_size')} samples; {rate}" if "steps" in train else "",
+        "Precision": str(train.get("precision", "")),
+        "Seed": str(settings.get("seed", "")),
+        "Versions": f"Python {platform.python_version()}, "
+        + ", ".join(f"{name} {metadata.version(name)}" for name in LIBRARIES),
+    }
+    entries = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in rows.items() if value)
+    whole = escape(json.dumps(settings, indent=2, ensure_ascii=False))
+    return (
+        f'<h2>What was run</h2>\n<div class="card"><dl>{entries}</dl>'
+        f"<details><summary>All settings</summary><pre>{whole}</pre></details></div>"
+    )
+
+
+def _tower(section: Mapping[str, Any]) -> str:
+    name = str(section.get("name") or "")
+    return f"{name}, revision {section['revision']}" if section.get("revision") else name
+
+
+def _curves(lines: Sequence[Mapping[str, Any]]) -> str:
+    main = "".join(_curve(lines, key, *words) for key, words in CURVES.items())
+    more = "".join(_curve(lines, key, *words) for key, words in MORE_CURVES.items())
+    if not main and not more:
+        return ""
+    rest = f'<details><summary>More curves</summary><div class="charts">{more}</div></details>' if more else ""
+    return f'<h2>Curves</h2>\n<p class="soft">By training step.</p><div class="charts">{main}</div>{rest}'
+
+
+def _curve(lines: Sequence[Mapping[str, Any]], key: str, title: str, words: str, limit: float | None) -> str:
+    points = _series(lines, key)
+    if not points:
+        return ""
+    drawn = [("raw", points), ("main", charts.smooth(points))] if key == "loss" else [("main", points)]
+    chart = charts.line_chart(f"{title} by step, {charts.number(points[-1][1])} at the end", drawn, limit)
+    return f'<div class="card"><h3>{title}</h3><p class="soft">{words}</p>{chart}</div>'
+
+
+def _mixture(mixture: Mapping[str, Mapping[str, Any]]) -> str:
+    if not mixture:
+        return ""
+    total = sum(entry["drawn"] for entry in mixture.values()) or 1
+    most = max(max(entry["asked"], entry["drawn"] / total) for entry in mixture.values())
+    rows = []
+    for name, entry in mixture.items():
+        share = entry["drawn"] / total
+        bars = charts.share_bars(
+            f"{name}: asked {entry['asked']:.1%}, drawn {share:.1%}",
+            [("asked", entry["asked"]), ("drawn", share)],
+            most,
+        )
+        rows.append(
+            f'<tr><td class="name"><b>{escape(name)}</b></td><td class="plot">{bars}</td>'
+            + _cell("Asked for", f"{100 * entry['asked']:.2f} %")
+            + _cell("Drawn", f"{100 * share:.2f} %", f"{entry['drawn']:,} samples")
+            + _cell("Records", f"{entry['records']:,}")
+            + _cell("Passes", f"{entry['passes']:.2f}")
+            + "</tr>"
+        )
+    return (
+        '<h2>Mixture</h2>\n<p class="soft">Shares of the training samples.</p>'
+        + _legend("asked", "drawn")
+        + _table(("Set", "", "Asked for", "Drawn", "Records", "Passes"), rows)
+    )
+
+
+def _scores(scores: Sequence[Score]) -> str:
+    if not scores:
+        return ""
+    rows = [_score_row(score, 1.0 if score.percent else _round_up(scores)) for score in scores]
+    return (
+        '<h2>Scores</h2>\n<p class="soft">Each beside the same score with shuffled pictures (nobody keeps their own) '
+        "and beside always giving the most frequent answer. Intervals are 95 %, by bootstrap over pictures.</p>"
+        + _legend("score", "shuffled", "frequent")
+        + _table(("Set", "", "Score", "Shuffled pictures", "Most frequent answer", "Samples"), rows)
+    )
+
+
+LEGEND = {
+    "score": "their own pictures",
+    "shuffled": "shuffled pictures",
+    "frequent": "most frequent answer",
+    "asked": "asked for",
+    "drawn": "drawn",
+}
+SHAPES = {
+    "frequent": '<line class="frequent" x1="7" x2="7" y1="1" y2="13"/>',
+    "asked": '<rect class="asked" x="0" y="4" width="14" height="6" rx="2"/>',
+    "drawn": '<rect class="drawn" x="0" y="4" width="14" height="6" rx="2"/>',
+}
+
+
+def _legend(*kinds: str) -> str:
+    entries = []
+    for kind in kinds:
+        shape = SHAPES.get(kind, f'<circle class="{kind}" cx="7" cy="7" r="5"/>')
+        entries.append(f'<span><svg width="14" height="14" aria-hidden="true">{shape}</svg>{LEGEND[kind]}</span>')
+    return f'<div class="legend">{"".join(entries)}</div>'
+
+
+def _round_up(scores: Sequence[Score]) -> float:
+    """The right end of the plots of metrics that are not shares: the same for all of them."""
+    marks = [
+        mark for score in scores if not score.percent for mark in (score.score, score.shuffled, score.frequent) if mark
+    ]
+    return max(1.0, *(mark.value if mark.high is None else mark.high for mark in marks))
+
+
+def _score_row(score: Score, high: float) -> str:
+    marks = [mark for mark in (score.frequent, score.shuffled, score.score) if mark]
+    label = f"{score.task}: " + ", ".join(f"{LEGEND[mark.kind]} {score.shown(mark.value)}" for mark in marks)
+    badge = ' <span class="badge">partial</span>' if score.partial else ""
+    about = " · ".join(escape(part) for part in (score.metric, score.split, score.recipe) if part)
+    plot = charts.interval_plot(label, marks, high, unit=100 if score.percent else 1)
+    return (
+        f'<tr><td class="name"><b>{escape(score.title)}</b>{badge}<div class="soft small">{about}</div></td>'
+        f'<td class="plot">{plot}</td>'
+        + _cell("Score", f"<b>{score.shown(score.score.value)}</b>", _interval(score, score.score), markup=True)
+        + _baseline(score, "Shuffled pictures", score.shuffled)
+        + _baseline(score, "Most frequent answer", score.frequent)
+        + _cell("Samples", f"{score.samples:,}", f"of {score.total:,}" if score.partial else "")
+        + "</tr>"
+    )
+
+
+def _baseline(score: Score, label: str, mark: Mark | None) -> str:
+    return _cell(label, score.shown(mark.value), _interval(score, mark)) if mark else _cell(label, "–")
+
+
+def _interval(score: Score, mark: Mark) -> str:
+    if mark.low is None or mark.high is None:
+        return ""
+    return f"{score.shown(mark.low).removesuffix(' %')} to {score.shown(mark.high)}"
+
+
+def _cell(label: str, value: str, below: str = "", *, markup: bool = False) -> str:
+    second = f' <span class="interval">{escape(below)}</span>' if below else ""
+    return f'<td class="number" data-label="{label}"><span>{value if markup else escape(value)}{second}</span></td>'
+
+
+def _table(heads: Sequence[str], rows: Sequence[str]) -> str:
+    head = "".join(f"<th{' class=number' if place > 1 else ''}>{name}</th>" for place, name in enumerate(heads))
+    return f'<div class="card"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _answers(directory: Path, scores: Sequence[Score], root: Path) -> str:
+    galleries = [
+        gallery.gallery(score.title, read_lines(directory / "eval" / f"{score.task}.predictions.jsonl"), root)
+        for score in scores
+    ]
+    if not any(galleries):
+        return ""
+    return '<h2>Answers</h2>\n<p class="soft">Right and wrong ones, drawn at random from each set.</p>' + "".join(
+        galleries
+    )
