@@ -108,6 +108,7 @@ def test_a_wheel_puts_one_name_into_site_packages(installed: Path) -> None:
     names = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")} - {"bin"}
     assert names == {"qformer"}
     assert (installed / "qformer" / "py.typed").exists()
+    assert (installed / "qformer" / "report.css").exists()
     assert (installed / "bin" / "qformer").exists()
 
 
