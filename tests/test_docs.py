@@ -1,0 +1,50 @@
+"""What the documents say is tried."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from qformer import cards, cli, config
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    """The fenced blocks of a language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def test_the_card_in_contributing_loads(tmp_path: Path) -> None:
+    card_file = tmp_path / "birds.yaml"
+    card_file.write_text(blocks(ROOT / "CONTRIBUTING.md", "yaml")[0], encoding="utf-8")
+    card = cards.load(str(card_file))
+    assert card.name == "birds"
+    assert card.train is not None
+    assert card.eval is not None
+
+
+def test_the_profile_in_contributing_loads(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("vision: {name: some_vit}\n" + blocks(ROOT / "CONTRIBUTING.md", "yaml")[1], encoding="utf-8")
+    profile = config.load(file).language.profile
+    assert (profile.layout, profile.end) == ("plain", [2])
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_documents_name_only_files_that_are_there(document: Path) -> None:
+    words = document.read_text(encoding="utf-8")
+    linked = [target for target in re.findall(r"\]\(([^)#\s]+)\)", words) if "://" not in target]
+    named = re.findall(r"`((?:qformer|tests|tasks|templates|configs|benchmarks|constraints)/[\w./]+)`", words)
+    assert [name for name in linked + named if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_documents_name_only_make_targets_and_commands_that_are_there(document: Path) -> None:
+    words = document.read_text(encoding="utf-8")
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(re.findall(r"(?:^|`)make ([\w-]+)", words, re.MULTILINE)) <= set(targets)
+    assert set(re.findall(r"(?:^|`)qformer ([a-z]+)", words, re.MULTILINE)) <= set(cli.COMMANDS)
