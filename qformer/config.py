@@ -75,7 +75,8 @@ class ProfileConfig:
 
     layout: Literal["plain", "chat"] | None = None
     system: str | None = None
-    """The system turn of a chat layout; empty: none beyond what the template itself puts in."""
+    """The system turn of a chat layout; null: none is given, though some templates then put in one of their own;
+    empty: an empty one, which keeps theirs out."""
     separator: str | None = None
     """Text between prompt and target."""
     opening: list[int] | None = None

@@ -202,7 +202,7 @@ def profile_from_tokenizer(
     opening: tuple[int, ...] = ()
     closing: tuple[int, ...] = ()
     if layout == "chat":
-        frame = _chat_frame(tokenizer, overrides.system or "")
+        frame = _chat_frame(tokenizer, overrides.system)
         ends = _ids(tokenizer, frame["between"])
         if overrides.end is None and ends:
             end = (ends[0],)                               # the mark that closes an assistant's turn
@@ -395,15 +395,18 @@ def _brings_its_own_blank(tokenizer: Any) -> bool:
     return bool(tokens) and tokens[0].startswith("\u2581")
 
 
-def _chat_frame(tokenizer: Any, system: str) -> dict[str, str]:
-    """The literal texts of a chat template around the words, found by rendering marks and splitting at them."""
+def _chat_frame(tokenizer: Any, system: str | None) -> dict[str, str]:
+    """The literal texts of a chat template around the words, found by rendering marks and splitting at them.
+
+    `system` None gives no system turn, and the template may put in one of its own; an empty one keeps it out.
+    """
     first, answer, second = "\u0001first\u0001", "\u0001answer\u0001", "\u0001second\u0001"
     turns = [
         {"role": "user", "content": first},
         {"role": "assistant", "content": answer},
         {"role": "user", "content": second},
     ]
-    if system:
+    if system is not None:
         turns.insert(0, {"role": "system", "content": system})
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     found = re.fullmatch(f"(.*?){first}(.*?){answer}(.*?){second}(.*)", text, flags=re.DOTALL)

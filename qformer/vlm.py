@@ -7,8 +7,8 @@ import json
 import math
 import os
 import shutil
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from qformer.backbones import language as language_backbone
 from qformer.backbones import vision as vision_backbone
 from qformer.cards import Decoding
 from qformer.config import LanguageConfig, QFormerConfig, RunConfig
-from qformer.errors import ConfigError
+from qformer.errors import ConfigError, TrainingError
 from qformer.images import ImageTransform
 from qformer.nn.qformer import QFormer, QFormerConnector, QFormerSize
 from qformer.nn.tokens import Tokens
@@ -203,15 +203,8 @@ class VLM(nn.Module):
         """
         directory = Path(directory)
         directory.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-        try:
+        with whole_directory(directory) as work:
             self.write(work)
-            if directory.exists():
-                shutil.rmtree(directory)
-            os.replace(work, directory)
-        except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
-            raise
 
     def write(self, directory: Path) -> None:
         """The adapter's files into a directory that is there."""
@@ -231,6 +224,36 @@ class VLM(nn.Module):
         (directory / CONFIG_FILE).write_text(json.dumps(description, indent=2), encoding="utf-8")
         if self.instruction_tokenizer is not None:
             self.instruction_tokenizer.save_pretrained(directory / TOKENIZER_FOLDER)
+
+
+@contextmanager
+def whole_directory(directory: Path) -> Iterator[Path]:
+    """An empty directory to write to, which takes the place of `directory` when all is written, or goes away.
+
+    Raises:
+        TrainingError: it cannot be written (disk full); what was there before is left as it was.
+    """
+    work = directory.parent / f".{directory.name}.{os.getpid()}"
+    try:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        try:
+            yield work
+            for file in work.rglob("*"):
+                if file.is_file():
+                    with file.open("rb") as handle:
+                        os.fsync(handle.fileno())
+            if directory.exists():
+                shutil.rmtree(directory)
+            os.replace(work, directory)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+    except (OSError, RuntimeError, TrainingError) as error:
+        raise TrainingError(
+            f"{directory}: it cannot be written ({error}); what was there before is whole. Make room, then start the "
+            f"same command again."
+        ) from None
 
 
 def assembler(settings: RunConfig, vision: Any, joiner: Joiner, *, training: bool) -> Assembler:
@@ -287,6 +310,7 @@ def build(settings: RunConfig, *, report: Any = print) -> VLM:
             dropout=given.dropout,
         )
         qformer = QFormer(size, generator=generator)
+    _check_reading(qformer.size, tokenizer, given)
     connector = QFormerConnector(qformer, language.width, generator=generator)
     if given.soft_scale == "embeddings":
         _scale_soft_tokens(connector, language.embedding_norm(), generator)
@@ -409,6 +433,21 @@ def _tokenizer(source: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(str(source))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{source}: no tokenizer can be read from there: {str(error).splitlines()[0]}") from None
+
+
+def _check_reading(size: QFormerSize, tokenizer: Any | None, given: QFormerConfig) -> None:
+    if tokenizer is None:
+        return
+    if len(tokenizer) > size.vocabulary:
+        raise ConfigError(
+            f"qformer.tokenizer: '{given.tokenizer or given.init}' has {len(tokenizer)} words and the Q-Former "
+            f"{size.vocabulary} word embeddings; use the tokenizer that belongs to qformer.init."
+        )
+    if given.instruction_limit > size.positions:
+        raise ConfigError(
+            f"qformer.instruction_limit is {given.instruction_limit} and the Q-Former has {size.positions} positions; "
+            f"set it to at most {size.positions}."
+        )
 
 
 def _scale_soft_tokens(connector: QFormerConnector, norm: float, generator: torch.Generator) -> None:

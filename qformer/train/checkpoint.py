@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -14,8 +13,8 @@ import torch
 
 from qformer import config, weights
 from qformer.config import RunConfig
-from qformer.errors import ConfigError, TrainingError
-from qformer.vlm import ADAPTER_FILE, VLM, checkpoints
+from qformer.errors import ConfigError
+from qformer.vlm import ADAPTER_FILE, VLM, checkpoints, whole_directory
 
 OPTIMIZER_FILE = "optimizer.pt"
 STATE_FILE = "state.json"
@@ -39,30 +38,13 @@ def save(run: Path, step: int, model: VLM, optimizer: torch.optim.Optimizer, kee
         TrainingError: it cannot be written (disk full); what was there before is left whole.
     """
     folder = run / "checkpoints"
+    for stale in folder.glob(".step-*"):
+        shutil.rmtree(stale, ignore_errors=True)
     target = folder / f"step-{step}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob(".step-*"):
-            shutil.rmtree(stale, ignore_errors=True)
-        work = Path(tempfile.mkdtemp(prefix=f".step-{step}.", dir=folder))
-        try:
-            model.write(work)
-            torch.save(optimizer.state_dict(), work / OPTIMIZER_FILE)
-            (work / STATE_FILE).write_text(json.dumps({"step": step}), encoding="utf-8")
-            for file in work.rglob("*"):
-                if file.is_file():
-                    _to_disk(file)
-            if target.exists():
-                shutil.rmtree(target)
-            os.replace(work, target)
-        except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
-            raise
-    except (OSError, RuntimeError) as error:
-        raise TrainingError(
-            f"{target}: the checkpoint cannot be written ({error}); earlier checkpoints are whole. Make room, then "
-            f"start the same command again."
-        ) from None
+    with whole_directory(target) as work:
+        model.write(work)
+        torch.save(optimizer.state_dict(), work / OPTIMIZER_FILE)
+        (work / STATE_FILE).write_text(json.dumps({"step": step}), encoding="utf-8")
     for old in checkpoints(run)[:-keep]:
         shutil.rmtree(old)
     return target
@@ -137,8 +119,3 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def _to_disk(file: Path) -> None:
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())

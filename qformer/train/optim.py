@@ -36,6 +36,7 @@ def optimizer_for(parameters: Mapping[str, nn.Parameter], settings: TrainConfig)
         parameter_groups(parameters, settings.weight_decay, settings.decay_queries),
         lr=learning_rate(0, settings),
         betas=(settings.betas[0], settings.betas[1]),
+        fused=True,
     )
 
 

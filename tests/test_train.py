@@ -1,0 +1,413 @@
+"""Training: any split of a step gives one gradient, a run can be killed anywhere, and monitors disturb nothing."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from qformer import cards, vlm
+from qformer.config import TrainConfig
+from qformer.data.batch import StepMaker, mixture_of, open_sources
+from qformer.errors import ConfigError, TrainingError
+from qformer.train import checkpoint, loop, monitors, optim
+from qformer.train.step import NotFiniteError, train_step
+from tests import world
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory):
+    return tmp_path_factory.mktemp("towers")
+
+
+@pytest.fixture
+def data(tmp_path):
+    world.write_pictures(tmp_path / "data")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def make(towers, data, tmp_path):
+    """Settings of a run in a folder of its own."""
+
+    def make(*changes, name="run", **more):
+        return world.settings(towers, data, tmp_path / name, *changes, **more)
+
+    return make
+
+
+def maker_of(settings, model, **changes):
+    loaded = cards.load_all(settings.data.tasks, "train")
+    sources = open_sources(loaded, __import__("pathlib").Path(settings.data.root))
+    mixture = mixture_of(sources, settings.data, {}, settings.seed)
+    values = {"batch_size": 6, "steps": 4, "soft_tokens": 4, **changes}
+    return StepMaker(mixture, sources, model.assembler(training=True), **values)
+
+
+def gradients(model, maker, step=0):
+    """Gradients of one step, by name, without taking it."""
+    optimizer = torch.optim.SGD(model.trainable().values(), lr=0.0)
+    kept = {}
+    optimizer.register_step_pre_hook(
+        lambda *_: kept.update({name: p.grad.clone() for name, p in model.trainable().items() if p.grad is not None})
+    )
+    model.train()
+    report = train_step(
+        model, model.objective, maker[step].batches, maker.assembler.dummy(model.vision.image_size), optimizer,
+        Accelerator(cpu=True), None,
+    )  # fmt: skip
+    return report, kept
+
+
+# -- schedule and groups ----------------------------------------------------------------------------------------------
+
+
+def test_rate_warms_up_then_follows_a_cosine():
+    settings = TrainConfig(steps=60_000, rate=1e-5, warmup_rate=1e-8, warmup_steps=1000)
+    assert optim.learning_rate(0, settings) == 1e-8
+    assert optim.learning_rate(500, settings) == pytest.approx((1e-8 + 1e-5) / 2)
+    assert optim.learning_rate(1000, settings) == 1e-5
+    assert optim.learning_rate(30_500, settings) == pytest.approx(5e-6)
+    assert optim.learning_rate(60_000, settings) == pytest.approx(0.0, abs=1e-20)
+
+
+@pytest.mark.parametrize("decay_queries", [False, True])
+def test_weight_decay_is_for_matrices_alone(make, decay_queries):
+    model = vlm.build(make(), report=lambda _: None)
+    named = model.trainable()
+    decayed, spared = optim.parameter_groups(named, 0.05, decay_queries)
+    names = {id(parameter): name for name, parameter in named.items()}
+    assert all(parameter.ndim == 2 for parameter in decayed["params"])
+    with_queries = "connector.qformer.queries" in {names[id(parameter)] for parameter in decayed["params"]}
+    assert with_queries == decay_queries
+    for parameter in spared["params"]:
+        assert parameter.ndim == 1 or names[id(parameter)].endswith("queries")
+    assert len(decayed["params"]) + len(spared["params"]) == len(named)
+
+
+# -- one step ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_any_split_of_a_step_gives_the_same_gradient(make, family):
+    settings = make(family=family)
+    model = vlm.build(settings, report=lambda _: None)
+    whole, expected = gradients(model, maker_of(settings, model))
+    split = maker_of(settings, model, micro_batch_tokens=40)
+    assert len(split[0].batches) > 2
+    report, found = gradients(model, split)
+    assert report.counts == whole.counts and report.loss == pytest.approx(whole.loss, rel=1e-5)
+    for name in expected:
+        if not name.endswith("key.bias"):
+            assert (found[name] - expected[name]).norm() <= 1e-4 * expected[name].norm(), name
+
+
+def test_every_trained_parameter_gets_a_gradient_except_those_that_cannot(make):
+    settings = make()
+    model = vlm.build(settings, report=lambda _: None)
+    _, found = gradients(model, maker_of(settings, model))
+    without = {name for name in model.trainable() if name not in found or not found[name].any()}
+    last = settings_layers(model) - 1
+    assert not {name for name in without if not name.endswith("key.bias")}
+    frozen = {name for name, p in model.connector.named_parameters() if not p.requires_grad}
+    assert frozen and all(name.startswith(f"qformer.blocks.{last}.text_feed_forward") for name in frozen)
+
+
+def settings_layers(model):
+    return model.connector.size.layers
+
+
+def test_a_dummy_changes_nothing(make):
+    settings = make()
+    model = vlm.build(settings, report=lambda _: None)
+    dummy = maker_of(settings, model).assembler.dummy(model.vision.image_size)
+    assert model.objective.counts(dummy) == {"answer": 0}
+    assert float(model(dummy)["answer"].detach()) == 0.0
+
+
+# -- data order -------------------------------------------------------------------------------------------------------
+
+
+def rows_of(data):
+    return [
+        (name, row, batch.pixels[batch.reads[0].picture].sum().item())
+        for batch in data.batches
+        for name, row in zip(batch.samples, batch.rows, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("ranks", [2, 5])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ranks_and_workers_see_the_same_data_crops_and_flips_included(make, ranks, workers):
+    settings = make()
+    model = vlm.build(settings, report=lambda _: None)
+    alone = maker_of(settings, model)
+
+    def pictures(data):
+        return {
+            (name, tuple(batch.pixels[batch.reads[place].picture].flatten().tolist()))
+            for batch in data.batches
+            for place, name in enumerate(batch.samples)
+        }
+
+    shared = [maker_of(settings, model, rank=rank, ranks=ranks) for rank in range(ranks)]
+    loaders = [iter(torch.utils.data.DataLoader(each, batch_size=None, num_workers=workers)) for each in shared]
+    for step in range(3 if workers else 4):
+        parts = [next(loader) for loader in loaders]
+        assert set.union(*map(pictures, parts)) == pictures(alone[step])
+        assert sum(len(pictures(part)) for part in parts) == len(pictures(alone[step]))
+
+
+def test_rows_on_one_picture_share_its_encoding(make, data):
+    lines = (data / "records.jsonl").read_text().splitlines()
+    second = {**json.loads(lines[0]), "id": "again", "instruction": "say the colour"}
+    (data / "records.jsonl").write_text("\n".join([lines[0], json.dumps(second)]) + "\n")
+    settings = make()
+    model = vlm.build(settings, report=lambda _: None)
+    [batch] = maker_of(settings, model, batch_size=2)[0].batches
+    assert len(batch.pixels) == 1 and len(batch.reads) == 2
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+
+def run(settings):
+    return loop.train(settings, say=lambda _: None, quiet=True)
+
+
+def weights_of(directory):
+    from qformer.weights import load_tensors
+
+    return load_tensors(vlm.adapter_directory(directory) / vlm.ADAPTER_FILE)
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_learns_and_leaves_what_it_promises(make):
+    settings = make("train.steps=30", "train.monitor_every=10", "train.rate=3e-3")
+    directory = run(settings)
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 31))
+    assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
+    assert {"gap", "cosine", "entropy"} <= lines[9].keys() and "gap" not in lines[8]
+    mixture = json.loads((directory / "mixture.json").read_text())
+    assert mixture["colours"]["drawn"] == 180 and mixture["colours"]["passes"] == 7.5
+    assert (directory / "checkpoints" / "step-30" / "adapter.safetensors").exists()
+
+
+def test_monitors_leave_the_run_bit_equal(make):
+    plain = run(make("qformer.dropout=0.1", name="plain"))
+    watched = run(make("qformer.dropout=0.1", "train.monitor_every=1", name="watched"))
+    assert same(weights_of(plain), weights_of(watched))
+
+
+def test_going_on_equals_never_stopping(make):
+    whole = run(make("train.steps=6", "qformer.dropout=0.1", name="whole"))
+    halves = make("train.steps=6", "qformer.dropout=0.1", "train.checkpoint_every=2", name="halves")
+    interrupted = halves.directory
+
+    class Stop(Exception):
+        pass
+
+    save = checkpoint.save
+
+    def stop_after_four(folder, step, *rest):
+        save(folder, step, *rest)
+        if step == 4:
+            raise Stop
+
+    checkpoint.save = stop_after_four
+    try:
+        with pytest.raises(Stop):
+            run(halves)
+    finally:
+        checkpoint.save = save
+    with (interrupted / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
+    run(halves)
+    assert same(weights_of(whole), weights_of(interrupted))
+    first, second = ((d / "metrics.jsonl").read_text().splitlines() for d in (whole, interrupted))
+    assert [json.loads(line)["loss"] for line in first] == [json.loads(line)["loss"] for line in second]
+
+
+def test_killed_at_random_steps_the_run_ends_bit_equal(make, tmp_path):
+    """Five SIGKILLs at random moments, restarted each time."""
+    changes = ("train.steps=40", "train.checkpoint_every=3", "qformer.dropout=0.1")
+    whole = run(make(*changes, name="whole"))
+    killed = make(*changes, name="killed")
+    command = [sys.executable, "-m", "qformer", "train", str(tmp_path / "killed.yaml"), *changes]
+    chance = random.Random(3)
+    kills = 0
+    while kills < 5:
+        before = progress(killed.directory)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        target = min(38, before + chance.randint(1, 8))
+        while process.poll() is None and progress(killed.directory) < target:
+            time.sleep(0.005)
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(chance.random() * 0.05)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += 1
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert same(weights_of(whole), weights_of(killed.directory))
+
+
+def progress(directory):
+    try:
+        return json.loads((directory / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def test_old_checkpoints_go_and_the_last_stay(make):
+    directory = run(make("train.steps=5", "train.checkpoint_every=1", "train.keep_checkpoints=2"))
+    assert [path.name for path in vlm.checkpoints(directory)] == ["step-4", "step-5"]
+
+
+def test_more_steps_may_be_asked_for_and_other_data_or_model_may_not(make):
+    run(make("train.steps=2"))
+    run(make("train.steps=3", "train.log_every=2"))
+    with pytest.raises(ConfigError, match=r"train\.rate was 0\.001 and is 0\.5"):
+        run(make("train.steps=4", "train.rate=0.5"))
+    with pytest.raises(ConfigError, match=r"qformer\.queries was 4 and is 5"):
+        run(make("qformer.queries=5"))
+
+
+def test_a_checkpoint_of_another_llm_is_refused(make, towers, tmp_path):
+    from tests.tiny import tiny_llm
+
+    settings = make("train.steps=1")
+    run(settings)
+    other = tmp_path / "elsewhere" / "llama"
+    tiny_llm(other, "llama", seed=9)
+    with pytest.raises(ConfigError, match="trained with another LLM"):
+        run(make("train.steps=2", f"language.name={other}"))
+    with pytest.raises(ConfigError, match="qformer.plug"):
+        vlm.load(settings.directory, language=str(other))
+
+
+def test_the_first_value_that_is_not_finite_stops_the_run_and_is_saved(make, monkeypatch):
+    settings = make()
+    build = vlm.build
+
+    def spoiled(*arguments, **more):
+        model = build(*arguments, **more)
+        with torch.no_grad():
+            model.connector.qformer.blocks[0].query_feed_forward.outer.weight[0, 0] = float("nan")
+        return model
+
+    monkeypatch.setattr(vlm, "build", spoiled)
+    with pytest.raises(NotFiniteError, match=r"qformer\.blocks\.0\.query_feed_forward.* at step 1, with the samples"):
+        run(settings)
+    saved = json.loads((settings.directory / "not_finite.json").read_text())
+    assert saved["step"] == 1 and len(saved["samples"]) == 6
+
+
+def test_a_full_disk_leaves_earlier_checkpoints_whole(make, monkeypatch):
+    directory = run(make("train.steps=2"))
+    before = weights_of(directory)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(TrainingError, match="cannot be written .*No space left.*what was there before is whole"):
+        run(make("train.steps=3"))
+    assert same(before, weights_of(directory))
+    assert [path.name for path in (directory / "checkpoints").iterdir()] == ["step-2"]
+
+
+def test_broken_records_end_the_run_or_are_listed(make, data):
+    (data / "pictures" / "3.png").write_bytes(b"no picture")
+    with pytest.raises(Exception, match=r"3\.png"):
+        run(make("train.steps=8", name="strict"))
+    said = []
+    directory = loop.train(make("train.steps=8", "data.on_error=skip", name="lenient"), say=said.append, quiet=True)
+    listed = [json.loads(line) for line in (directory / "broken.jsonl").read_text().splitlines()]
+    assert {line["record"] for line in listed} == {"colours record 3"} and "3.png" in listed[0]["reason"]
+    assert any("2 broken record(s) of colours were skipped" in line for line in said)
+
+
+def test_trained_tokens_that_do_not_decode_to_the_target_stop_the_run(make, monkeypatch):
+    from qformer.text import Joiner
+
+    monkeypatch.setattr(Joiner, "target_ids", lambda self, target: (*self.answer_ids(target)[1:], *self.profile.end))
+    with pytest.raises(TrainingError, match="the trained tokens decode to"):
+        run(make())
+
+
+# -- monitors ---------------------------------------------------------------------------------------------------------
+
+
+def test_alarm_speaks_after_three_bad_readings_in_a_row():
+    alarm = monitors.BlindnessAlarm()
+    collapsed = {"cosine": 0.999, "entropy": 1.0, "gap": 1.0}
+    assert alarm(collapsed) == alarm(collapsed) == []
+    assert "collapsed" in alarm(collapsed)[0]
+    blind = {"cosine": 0.1, "entropy": 1.0, "gap": 0.001}
+    assert alarm(blind) == alarm(blind) == []
+    assert "pictures hardly matter" in alarm(blind)[0]
+    assert alarm({"cosine": 0.1, "entropy": 1.0, "gap": 0.5}) == []
+
+
+# -- processes --------------------------------------------------------------------------------------------------------
+
+TWO_PROCESSES = """
+import sys, torch
+from accelerate import Accelerator
+from qformer import config, vlm
+from qformer.train.step import train_step
+from tests.test_train import maker_of
+
+settings = config.load(sys.argv[1])
+accelerator = Accelerator(cpu=True)
+assert accelerator.num_processes == int(sys.argv[3]), accelerator.num_processes
+model = vlm.build(settings, report=lambda _: None)
+model.train()
+wrapped = accelerator.prepare_model(model)
+maker = maker_of(settings, model, batch_size=7, rank=accelerator.process_index, ranks=accelerator.num_processes,
+                 micro_batch_tokens=60)
+optimizer = torch.optim.SGD(model.trainable().values(), lr=0.0)
+kept = {}
+optimizer.register_step_pre_hook(
+    lambda *_: kept.update({n: p.grad.clone() for n, p in model.trainable().items() if p.grad is not None}))
+data = maker[0]
+report = train_step(wrapped, model.objective, data.batches, maker.assembler.dummy(model.vision.image_size), optimizer,
+                    accelerator, None)
+names = [name for batch in data.batches for name in batch.samples]
+torch.save({"gradients": kept, "loss": report.loss, "counts": report.counts, "names": names,
+            "passes": len(data.batches)}, f"{sys.argv[2]}.{accelerator.process_index}")
+"""
+
+
+def test_two_processes_equal_one(make, tmp_path):
+    """gloo under torchrun, with unequal token counts and unequal numbers of micro-batches."""
+    make(name="pair")
+    script = tmp_path / "step.py"
+    script.write_text(TWO_PROCESSES)
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    for ranks in (1, 2):
+        subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={29400 + os.getpid() % 500}",
+             str(script), str(tmp_path / "pair.yaml"), str(tmp_path / f"out{ranks}"), str(ranks)],
+            check=True, env=environment, capture_output=True,
+        )  # fmt: skip
+    one = torch.load(tmp_path / "out1.0", weights_only=True)
+    pair = [torch.load(tmp_path / f"out2.{rank}", weights_only=True) for rank in (0, 1)]
+    assert sorted(pair[0]["names"] + pair[1]["names"]) == sorted(one["names"])
+    assert len(pair[0]["names"]) != len(pair[1]["names"]) and pair[0]["passes"] != pair[1]["passes"]
+    assert pair[0]["counts"] == pair[1]["counts"] == one["counts"]
+    assert pair[0]["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    for name, expected in one["gradients"].items():
+        if not name.endswith("key.bias"):
+            for rank in pair:
+                assert (rank["gradients"][name] - expected).norm() <= 1e-4 * expected.norm(), name
