@@ -1,0 +1,106 @@
+"""A user's own records: one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from qformer.data.records import Records, read_lines
+from qformer.errors import ConfigError, DataError
+from qformer.sample import Sample, Turn
+
+
+class JsonLines(Records):
+    """A user's own records, one JSON object a line.
+
+    `{"id", "image" | "images", "instruction", "target": text or list, "candidates"?, "turns"?}`; `turns` is a list of
+    `{"instruction", "answer"}` and stands for instruction and target.  Other keys become fields.  Option `kind`: a
+    regular expression over the id whose first group becomes the field `kind`.
+    """
+
+    name = "jsonl"
+    roles = ("records", "images")
+    settings = ("kind",)
+    numbering = "line"
+
+    def _read(self) -> Iterator[tuple[int, Any]]:
+        try:
+            self.kind = re.compile(self.options.get("kind", ""))
+        except re.error as error:
+            raise ConfigError(f"{self.task}: options.kind is not a regular expression: {error}.") from None
+        first_line: dict[str, int] = {}
+        place = 0
+        for number, line in enumerate(read_lines(self.file), 1):
+            if not line.strip():
+                continue
+            row = None
+            try:
+                row = json.loads(line)
+                name = str(row["id"]) if isinstance(row, dict) and "id" in row else None
+                if name in first_line:
+                    self._break(place, number, f"the id '{name}' was given in line {first_line[name]} already")
+                elif name is not None:
+                    first_line[name] = number
+            except json.JSONDecodeError as error:
+                self._break(place, number, f"not valid JSON ({error.msg} at column {error.colno})")
+            yield number, row
+            place += 1
+
+    def _break(self, place: int, number: int, problem: str) -> None:
+        self.broken[place] = DataError(f"{self.file}, line {number}: {problem}.")
+
+    def _sample(self, key: Any, row: Any) -> Sample:
+        if not isinstance(row, dict):
+            raise DataError(
+                "holds no JSON object; it must be of the form {'id': …, 'image': …, 'instruction': …, 'target': …}"
+            )
+        names = row["images"] if "images" in row else [row["image"]]
+        if not isinstance(names, list) or not names:
+            raise DataError("'images' must be a list of at least one file name; give one name as 'image'")
+        turns = tuple(Turn(_words(turn, "instruction"), _words(turn, "answer")) for turn in row.get("turns", ()))
+        if turns:
+            targets = [turns[-1].answer]
+        else:
+            _words(row, "instruction")
+            targets = row["target"] if isinstance(row["target"], list) else [row["target"]]
+        candidates = row.get("candidates", [])
+        for name, values in (("images", names), ("target", targets), ("candidates", candidates)):
+            _all_words(values, name)
+        if candidates and not set(targets) & set(candidates):
+            raise DataError(f"the target '{targets[0]}' is not among the candidates {', '.join(candidates)}")
+        if len(set(candidates)) < len(candidates):
+            raise DataError("a candidate is given twice")
+        taken = {"image", "images", "target", "candidates", "turns"}
+        fields = {name: value for name, value in row.items() if name not in taken}
+        if "kind" in self.options:
+            found = self.kind.search(str(row["id"]))
+            if found is None or not self.kind.groups:
+                raise DataError(f"options.kind '{self.kind.pattern}' finds no group in the id '{row['id']}'")
+            fields["kind"] = found[1]
+        return Sample(
+            id=str(row["id"]),
+            task=self.task,
+            images=tuple(self.files["images"] / name for name in names),
+            fields=fields,
+            turns=turns,
+            references=tuple(targets),
+            candidates=tuple(candidates),
+        )
+
+
+def _words(row: Mapping[str, Any], name: str) -> str:
+    _all_words([row[name]], name)
+    return str(row[name])
+
+
+def _all_words(values: Any, name: str) -> None:
+    if not isinstance(values, list) or (name == "target" and not values):
+        raise DataError(f"'{name}' is {json.dumps(values, ensure_ascii=False)}; it must be text or a list of texts")
+    for value in values:
+        if not isinstance(value, str):
+            shown = json.dumps(value, ensure_ascii=False)
+            raise DataError(f"'{name}' holds {shown} where text belongs; put it in quotes")
+        if not value.strip():
+            raise DataError(f"'{name}' is empty")

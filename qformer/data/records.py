@@ -1,0 +1,129 @@
+"""The records of one set: what every reader has in common, whatever the files look like."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from qformer.errors import ConfigError, DataError, did_you_mean
+from qformer.sample import Sample
+
+
+class Records(ABC):
+    """The records of one set, in the file's order.
+
+    `rows` holds them as parsed, each with its key; `broken` the errors of those that were found broken at opening,
+    by their place: they keep it, and asking for one raises its error.
+    """
+
+    name: ClassVar[str]
+    """What cards call the reader."""
+    roles: ClassVar[tuple[str, ...]]
+    """Names under `files` in a card; the first is the file that messages name."""
+    settings: ClassVar[tuple[str, ...]] = ()
+    """Names that `options` in a card may have."""
+    numbering: ClassVar[str] = "record"
+    """What a record's key counts, in messages."""
+
+    def __init__(self, files: Mapping[str, Path], options: Mapping[str, Any], task: str, split: str = "train"):
+        """Read the files.
+
+        Args:
+            files: paths by role.
+            options: the reader's own settings.
+            task: the card's key; filed in each sample, and first part of its id.
+            split: second part of the ids.
+
+        Raises:
+            ConfigError: a role or an option is missing or unknown.
+            DataError: a file is not of the form expected, or holds no record.
+        """
+        reader = f"{task}: reader '{self.name}'"
+        for role in self.roles:
+            if role not in files:
+                raise ConfigError(f"{reader} needs files.{role}; it takes {', '.join(self.roles)}.")
+        for given, known, where in ((files, self.roles, "files"), (options, self.settings, "options")):
+            for name in given:
+                if name not in known:
+                    raise ConfigError(f"{reader} has no {where}.{name}.{did_you_mean(name, known)}")
+        self.files, self.options, self.task, self.split = dict(files), dict(options), task, split
+        self.file = self.files[self.roles[0]]
+        self.broken: dict[int, DataError] = {}
+        try:
+            self.rows = list(self._read())
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise DataError(f"{self.file}: {_what_is_wrong(error)}; is it the file that the card means?") from None
+        if not self.rows:
+            raise DataError(f"{self.file}: holds no record.")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> Sample:
+        """One record.
+
+        Raises:
+            DataError: it is broken; names file and record.
+        """
+        key, row = self.rows[place]
+        if place % len(self.rows) in self.broken:
+            raise self.broken[place % len(self.rows)]
+        try:
+            return self._sample(key, row)
+        except DataError as error:
+            raise DataError(f"{self.file}, {self.numbering} {key}: {error}.") from None
+        except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+            raise DataError(f"{self.file}, {self.numbering} {key}: {_what_is_wrong(error)}.") from None
+
+    @abstractmethod
+    def _read(self) -> Iterator[tuple[Any, Any]]:
+        """Key and content of every record."""
+
+    @abstractmethod
+    def _sample(self, key: Any, row: Any) -> Sample:
+        """One record as a sample; may raise what Python raises at a missing or misformed field."""
+
+    def id(self, key: Any) -> str:
+        """A name that is unique over all sets and splits."""
+        return f"{self.task}/{self.split}/{key}"
+
+    def image(self, name: str) -> tuple[Path, ...]:
+        """The one picture of a record, in the folder of the role `images`."""
+        return (self.files["images"] / name,)
+
+    def option(self, name: str, known: Sequence[str]) -> str:
+        """An option that takes one of a few words, the first of them by default."""
+        value = self.options.get(name, known[0])
+        if value not in known:
+            raise ConfigError(f"{self.task}: options.{name} is '{value}'; it takes {' or '.join(known)}.")
+        return str(value)
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file; DataError if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: it cannot be read as text: {error}.") from None
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; DataError if it cannot be read."""
+    try:
+        with path.open(encoding="utf-8") as stream:
+            return json.load(stream)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}: not valid JSON ({error.msg} at line {error.lineno}); was the download cut short?"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: it cannot be read: {error}.") from None
+
+
+def _what_is_wrong(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"there is no field '{error.args[0]}'"
+    return f"it is not of the form expected ({error})"
