@@ -93,9 +93,9 @@ def test_a_card_with_a_mistake_says_file_and_key(tmp_path: Path, text_of_card: s
 
 
 def test_unknown_names_are_met_with_a_guess() -> None:
-    with pytest.raises(ConfigError, match="unknown task card 'gqua'. Did you mean 'gqa'?"):
+    with pytest.raises(ConfigError, match=r"unknown task card 'gqua'\. Did you mean 'gqa'\?"):
         cards.load("gqua")
-    with pytest.raises(ConfigError, match="no variant 'multi'.*multiple_choice"):
+    with pytest.raises(ConfigError, match=r"no variant 'multi'.*multiple_choice"):
         cards.load("aokvqa:multi")
 
 

@@ -240,7 +240,7 @@ def test_iconqa_offers_its_choices(tmp_path: Path) -> None:
     assert records[0].images == (tmp_path / "pictures" / "12" / "image.png",)
     with pytest.raises(DataError, match=r"record 13: it is in .*splits\.json and not among the problems"):
         records[1]
-    with pytest.raises(ConfigError, match="no split 'choose_txt_tests'.*Did you mean 'choose_txt_test'"):
+    with pytest.raises(ConfigError, match=r"no split 'choose_txt_tests'.*Did you mean 'choose_txt_test'"):
         opened(tmp_path, "iconqa", {"split": "choose_txt_tests"}, **contents)
 
 
@@ -292,7 +292,7 @@ class TestOpenRecords:
 
     def test_an_unknown_reader_or_role_is_a_wrong_setting(self, tmp_path: Path) -> None:
         put(tmp_path / "mine.jsonl", lines(RECORD))
-        with pytest.raises(ConfigError, match="unknown reader 'json'.*Did you mean 'jsonl'"):
+        with pytest.raises(ConfigError, match=r"unknown reader 'json'.*Did you mean 'jsonl'"):
             open_records(*(self.card(reader="json")[0], tmp_path, self.card()[1]))
         with pytest.raises(ConfigError, match=r"mine: reader 'jsonl' needs files\.images; it takes records, images"):
             open_records(self.card(files={"records": "mine.jsonl"})[0], tmp_path, self.card()[1])

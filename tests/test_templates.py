@@ -56,5 +56,5 @@ def test_a_field_that_is_not_there_is_named() -> None:
 
 
 def test_an_unknown_template_is_named_with_a_guess() -> None:
-    with pytest.raises(ConfigError, match="unknown template 'captions'. Did you mean 'caption'?"):
+    with pytest.raises(ConfigError, match=r"unknown template 'captions'\. Did you mean 'caption'\?"):
         text.load_templates("captions")
