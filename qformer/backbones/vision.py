@@ -1,0 +1,315 @@
+"""The frozen image encoder: any timm or transformers vision model as (B, P, V) tokens.
+
+B pictures, P tokens, V width, h × w patch grid.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from qformer.config import VisionConfig
+from qformer.errors import ConfigError, did_you_mean
+from qformer.nn.tokens import Tokens
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+class VisionTower(Protocol):
+    """What the rest needs of an encoder; bring any callable with a width."""
+
+    width: int
+
+    def __call__(self, pixels: Tensor) -> Tokens:
+        """(B, 3, H, W) -> tokens (B, P, V)."""
+        ...
+
+
+@dataclass(frozen=True)
+class VisionSettings:
+    """How an encoder wants its pictures; known without its weights."""
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+
+
+class FrozenTower(nn.Module):
+    """A frozen model and the way to its tokens; stays in evaluation mode."""
+
+    def __init__(self, model: nn.Module, read: Callable[[Tensor], Tokens], width: int, settings: VisionSettings, config: VisionConfig):
+        super().__init__()
+        self.model, self.read, self.width = model, read, width
+        self.image_size, self.mean, self.std = settings.size, settings.mean, settings.std
+        self.interpolation, self.name, self.revision = settings.interpolation, config.name, config.revision
+        model.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> FrozenTower:
+        """Frozen in mode too."""
+        return super().train(False)
+
+    def forward(self, pixels: Tensor) -> Tokens:
+        """(B, 3, H, W) -> tokens (B, P, V) in the tower's dtype."""
+        return self.read(pixels.to(next(self.model.parameters()).dtype))
+
+
+def kind_of(config: VisionConfig) -> Literal["timm", "transformers"]:
+    """Which library a name belongs to.
+
+    Raises:
+        ConfigError: it is no directory of a model, no timm name, and no hub id.
+    """
+    import timm
+
+    name = config.name
+    folder = Path(name)
+    if folder.is_dir():
+        file = folder / "config.json"
+        raw = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if "model_type" in raw:
+            return "transformers"
+        if "architecture" in raw:
+            return "timm"
+        raise ConfigError(
+            f"vision.name is the directory '{name}', and its config.json names no model (neither 'model_type' nor "
+            f"'architecture'); for weights of a timm model, set vision.name to the model and vision.checkpoint to them."
+        )
+    if name.startswith(("hf-hub:", "local-dir:", "timm/")) or timm.is_model(name.split(".")[0]):
+        return "timm"
+    if name.count("/") == 1 and not name.startswith((".", "/")):
+        return "transformers"
+    near = did_you_mean(name, timm.list_models()).split(" Known:")[0]
+    raise ConfigError(
+        f"vision.name is '{name}', which is no directory, no timm model and no hub id.{near} "
+        f"Give a timm name (timm.list_models()), a directory with config.json, or a hub id like owner/name."
+    )
+
+
+def check_vision(config: VisionConfig) -> None:
+    """Refuse, before any weight is read, what cannot work.
+
+    Raises:
+        ConfigError: an unknown name or dtype, or a checkpoint that is not there.
+    """
+    if config.dtype not in DTYPES:
+        raise ConfigError(f"vision.dtype is '{config.dtype}'; it takes {', '.join(DTYPES)}.")
+    kind_of(config)
+    if config.checkpoint is not None:
+        _checkpoint_file(config.checkpoint)
+
+
+def vision_settings(config: VisionConfig) -> VisionSettings:
+    """Size, mean, std and interpolation: the model's own, or what the settings say instead."""
+    own = _timm_settings(config) if kind_of(config) == "timm" else _transformers_settings(config)
+    return VisionSettings(
+        size=config.image_size or own.size,
+        mean=tuple(config.mean or own.mean),
+        std=tuple(config.std or own.std),
+        interpolation=config.interpolation or own.interpolation,
+    )
+
+
+def load_vision(config: VisionConfig) -> FrozenTower:
+    """The encoder that the settings name, frozen.
+
+    Raises:
+        ConfigError: unknown names, weights that do not fit, a block that is not there.
+    """
+    check_vision(config)
+    return _load_timm(config) if kind_of(config) == "timm" else _load_transformers(config)
+
+
+# -- timm -------------------------------------------------------------------------------------------------------------
+
+
+def _timm_name(config: VisionConfig) -> str:
+    if Path(config.name).is_dir():
+        return f"local-dir:{config.name}"
+    return f"hf-hub:{config.name}" if config.name.startswith("timm/") else config.name
+
+
+def _timm_settings(config: VisionConfig) -> VisionSettings:
+    import timm
+    from timm.data import resolve_data_config
+
+    with torch.device("meta"):
+        model = timm.create_model(_timm_name(config), pretrained=False, num_classes=0)
+    data = resolve_data_config({}, model=model)
+    return VisionSettings(data["input_size"][-1], data["mean"], data["std"], data["interpolation"])
+
+
+def _load_timm(config: VisionConfig) -> FrozenTower:
+    import timm
+
+    settings = vision_settings(config)
+    resized = {"img_size": settings.size} if config.image_size else {}
+    download = config.pretrained and config.checkpoint is None
+    try:
+        model = timm.create_model(_timm_name(config), pretrained=download, num_classes=0, **resized)
+    except TypeError:                                      # networks of feature maps take any size and no such argument
+        model = timm.create_model(_timm_name(config), pretrained=download, num_classes=0)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"vision.name '{config.name}': its weights cannot be had ({str(error).splitlines()[0]}); give a local file "
+            f"as vision.checkpoint."
+        ) from None
+    if config.checkpoint is not None:
+        _fill(model, config.checkpoint)
+    model = model.to(DTYPES[config.dtype])
+    if config.block is None and config.norm:
+        return FrozenTower(model, lambda pixels: _timm_tokens(model, model.forward_features(pixels), config), model.num_features, settings, config)
+    return _timm_block(model, config, settings)
+
+
+def _timm_tokens(model: Any, features: Tensor, config: VisionConfig) -> Tokens:
+    """Whatever `forward_features` gives: (B, N, C) tokens, or a feature map in either layout."""
+    if features.ndim == 3:
+        prefix = getattr(model, "num_prefix_tokens", 0)
+        return Tokens(features if config.class_token else features[:, prefix:], None, _grid(features.shape[1] - prefix))
+    if getattr(model, "output_fmt", "NCHW") == "NHWC":
+        features = features.permute(0, 3, 1, 2)
+    return Tokens(features.flatten(2).transpose(1, 2), None, (features.shape[2], features.shape[3]))
+
+
+def _timm_block(model: Any, config: VisionConfig, settings: VisionSettings) -> FrozenTower:
+    """A block other than the last, or the last without its norm; what lies behind it is dropped."""
+    blocks = len(getattr(model, "feature_info", []) or getattr(model, "blocks", []))
+    chosen = (config.block if config.block is not None else -1) % max(1, blocks)
+    if not blocks or not -blocks <= (config.block or -1) < blocks:
+        raise ConfigError(f"vision.block is {config.block}; '{config.name}' has {blocks} blocks, so it takes {-blocks} to {blocks - 1}.")
+    prefix = getattr(model, "num_prefix_tokens", 0)
+    is_tokens = hasattr(model, "blocks") and hasattr(model, "patch_embed")
+
+    def read(pixels: Tensor) -> Tokens:
+        if not is_tokens:
+            [map_] = model.forward_intermediates(pixels, indices=[chosen], intermediates_only=True)
+            return Tokens(map_.flatten(2).transpose(1, 2), None, (map_.shape[2], map_.shape[3]))
+        [found] = model.forward_intermediates(
+            pixels, indices=[chosen], norm=config.norm, output_fmt="NLC", intermediates_only=True,
+            return_prefix_tokens=bool(prefix), stop_early=True,
+        )  # fmt: skip
+        patches, marks = found if prefix else (found, None)
+        values = torch.cat([marks, patches], 1) if prefix and config.class_token else patches
+        return Tokens(values, None, _grid(patches.shape[1]))
+
+    with torch.no_grad():
+        width = read(torch.zeros(1, 3, settings.size, settings.size, dtype=DTYPES[config.dtype])).values.shape[-1]
+    return FrozenTower(model, read, width, settings, config)
+
+
+def _fill(model: nn.Module, checkpoint: str) -> None:
+    file = _checkpoint_file(checkpoint)
+    if file.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        tensors = load_file(file)
+    else:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+        tensors = tensors.get("model", tensors.get("state_dict", tensors))
+    own = model.state_dict()
+    head = {name for name in tensors if name.split(".")[0] in ("head", "classifier", "fc", "head_dist") and name not in own}
+    optional = {name for name in own if name.endswith("num_batches_tracked")}
+    missing = sorted(own.keys() - tensors.keys() - optional)
+    unexpected = sorted(tensors.keys() - own.keys() - head - {n for n in tensors if n.endswith("num_batches_tracked")})
+    differing = sorted(name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape)
+    for what, listed in (("lacks", missing), ("has unknown", unexpected), ("has other shapes for", differing)):
+        if listed:
+            more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
+            raise ConfigError(f"vision.checkpoint {file} {what} {', '.join(listed[:5])}{more}; it belongs to another model.")
+    model.load_state_dict({name: tensors[name] for name in own.keys() & tensors.keys()}, strict=False)
+
+
+def _checkpoint_file(checkpoint: str) -> Path:
+    path = Path(checkpoint)
+    if path.is_dir():
+        found = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.pth")) or sorted(path.glob("*.bin"))
+        if not found:
+            raise ConfigError(f"vision.checkpoint: no .safetensors or .pth file in {path}.")
+        return found[0]
+    if not path.is_file():
+        raise ConfigError(f"vision.checkpoint: there is no file {path}.")
+    return path
+
+
+# -- transformers -----------------------------------------------------------------------------------------------------
+
+
+def _transformers_config(config: VisionConfig) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        found = AutoConfig.from_pretrained(config.name, revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"vision.name is '{config.name}', and no model can be read from there ({str(error).splitlines()[0]}); give "
+            f"a directory with config.json, a hub id, or a timm name."
+        ) from None
+    return found
+
+
+def _transformers_settings(config: VisionConfig) -> VisionSettings:
+    from transformers import AutoImageProcessor
+
+    found = _transformers_config(config)
+    size = getattr(getattr(found, "vision_config", found), "image_size", 224)
+    size = size if isinstance(size, int) else size[0]
+    try:
+        processor = AutoImageProcessor.from_pretrained(config.name, revision=config.revision)
+    except (OSError, ValueError):
+        return VisionSettings(size, CLIP_MEAN, CLIP_STD, "bicubic")
+    filters = {0: "nearest", 2: "bilinear", 3: "bicubic"}
+    return VisionSettings(
+        size, tuple(processor.image_mean), tuple(processor.image_std), filters.get(int(processor.resample), "bicubic")
+    )
+
+
+def _load_transformers(config: VisionConfig) -> FrozenTower:
+    from transformers import AutoModel
+
+    settings, found = vision_settings(config), _transformers_config(config)
+    dtype = DTYPES[config.dtype]
+    if config.pretrained:
+        try:
+            model = AutoModel.from_pretrained(config.name, revision=config.revision, dtype=dtype)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"vision.name '{config.name}': its weights cannot be read ({str(error).splitlines()[0]}).") from None
+    else:
+        model = AutoModel.from_config(found, dtype=dtype)
+    model = getattr(model, "vision_model", model)
+    blocks = model.config.num_hidden_layers if hasattr(model.config, "num_hidden_layers") else 0
+    if config.block is not None and not -blocks <= config.block < blocks:
+        raise ConfigError(f"vision.block is {config.block}; '{config.name}' has {blocks} blocks, so it takes {-blocks} to {blocks - 1}.")
+    interpolate = {"interpolate_pos_encoding": True} if config.image_size else {}
+
+    def read(pixels: Tensor) -> Tokens:
+        if config.block is None and config.norm:
+            values = model(pixel_values=pixels, **interpolate).last_hidden_state
+        else:
+            states = model(pixel_values=pixels, output_hidden_states=True, **interpolate).hidden_states
+            values = states[(config.block if config.block is not None else -1) % blocks + 1]
+            norm = getattr(model, "post_layernorm", getattr(model, "layernorm", None))
+            values = norm(values) if config.norm and norm is not None else values
+        if values.ndim == 4:
+            return Tokens(values.flatten(2).transpose(1, 2), None, (values.shape[2], values.shape[3]))
+        patch = getattr(model.config, "patch_size", None)
+        patches = (settings.size // patch) ** 2 if isinstance(patch, int) else values.shape[1]
+        marks = values.shape[1] - patches
+        return Tokens(values if config.class_token else values[:, marks:], None, _grid(patches))
+
+    with torch.no_grad():
+        width = read(torch.zeros(1, 3, settings.size, settings.size, dtype=dtype)).values.shape[-1]
+    return FrozenTower(model, read, width, settings, config)
+
+
+def _grid(patches: int) -> tuple[int, int] | None:
+    side = round(patches**0.5)
+    return (side, side) if side * side == patches else None

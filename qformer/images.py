@@ -1,0 +1,145 @@
+"""Opening pictures safely, and turning them into tensors with random choices that are functions of their key."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from qformer import keyed
+from qformer.config import TransformConfig
+from qformer.errors import DataError
+
+FILTERS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "nearest": Image.Resampling.NEAREST,
+}
+
+
+def load_image(source: Path | str | bytes | Image.Image, max_pixels: int, where: str) -> Image.Image:
+    """A picture in RGB, upright as its EXIF says, transparency laid on white.
+
+    Args:
+        source: a path, the bytes of a file, or an opened picture.
+        max_pixels: refused beyond this, before anything is decoded.
+        where: what the picture belongs to, for messages.
+
+    Raises:
+        DataError: missing, not a picture, cut short, or too large; names the file.
+    """
+    name = f"{where}: the picture {source}" if isinstance(source, Path | str) else f"{where}: a picture"
+    if isinstance(source, Image.Image):
+        return _plain(source)
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None             # ours is checked below, with a sentence
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+            if opened.width * opened.height > max_pixels:
+                raise DataError(
+                    f"{name} has {opened.width}×{opened.height} pixels, more than data.max_pixels ({max_pixels:,}); "
+                    f"make it smaller, or raise the limit."
+                )
+            return _plain(opened)
+    except FileNotFoundError:
+        raise DataError(f"{name} is missing; check the set's picture folder.") from None
+    except IsADirectoryError:
+        raise DataError(f"{name} is a folder, not a picture.") from None
+    except UnidentifiedImageError:
+        raise DataError(f"{name} is not a picture that can be read.") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise DataError(f"{name} is cut short or broken ({error}).") from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def picture_key(source: Any) -> str:
+    """What tells pictures apart within a step: the path, or a hash of the content."""
+    if isinstance(source, Path | str):
+        return str(source)
+    content = source if isinstance(source, bytes) else source.tobytes()
+    return hashlib.sha256(content).hexdigest()
+
+
+class ImageTransform:
+    """A picture to a normalised tensor (3, S, S); every random choice is drawn from the key it is given."""
+
+    def __init__(
+        self,
+        settings: TransformConfig,
+        size: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        interpolation: str,
+    ):
+        self.settings, self.size = settings, size
+        self.mean, self.std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+        self.filter = FILTERS[interpolation]
+
+    def __call__(self, picture: Image.Image, key: tuple[object, ...] = ()) -> Tensor:
+        """RGB picture -> (3, S, S) float32."""
+        mode = self.settings.mode
+        if mode == "squash":
+            picture = picture.resize((self.size, self.size), self.filter)
+        elif mode == "crop":
+            picture = self._centre(picture)
+        elif mode == "pad":
+            picture = self._padded(picture)
+        else:
+            picture = self._random_crop(picture, key)
+        if self.settings.flip and keyed.uniform(*key, "flip") < self.settings.flip:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        values = torch.from_numpy(numpy.asarray(picture).copy()).permute(2, 0, 1)
+        return (values.to(torch.float32) / 255 - self.mean) / self.std
+
+    def _centre(self, picture: Image.Image) -> Image.Image:
+        """Short side to S, then the middle, as torchvision's Resize and CenterCrop round it."""
+        width, height = picture.size
+        if width <= height:
+            scaled = (self.size, int(self.size * height / width))
+        else:
+            scaled = (int(self.size * width / height), self.size)
+        picture = picture.resize(scaled, self.filter)
+        left, top = round((scaled[0] - self.size) / 2), round((scaled[1] - self.size) / 2)
+        return picture.crop((left, top, left + self.size, top + self.size))
+
+    def _padded(self, picture: Image.Image) -> Image.Image:
+        """Long side to S, the mean colour around it."""
+        share = self.size / max(picture.size)
+        scaled = tuple(max(1, round(side * share)) for side in picture.size)
+        canvas = Image.new("RGB", (self.size, self.size), tuple(round(255 * float(m)) for m in self.mean.flatten()))
+        canvas.paste(
+            picture.resize(scaled, self.filter), ((self.size - scaled[0]) // 2, (self.size - scaled[1]) // 2)
+        )
+        return canvas
+
+    def _random_crop(self, picture: Image.Image, key: tuple[object, ...]) -> Image.Image:
+        """A part of random area and shape, resized at once (torchvision's RandomResizedCrop, ten tries)."""
+        width, height = picture.size
+        chances = keyed.stream(*key, "crop")
+        (least, most), (narrow, wide) = self.settings.scale, self.settings.ratio
+        for _ in range(10):
+            area = width * height * (least + (most - least) * next(chances))
+            ratio = math.exp(math.log(narrow) + (math.log(wide) - math.log(narrow)) * next(chances))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                left, top = int(next(chances) * (width - w + 1)), int(next(chances) * (height - h + 1))
+                return picture.resize((self.size, self.size), self.filter, box=(left, top, left + w, top + h))
+        w, h = min(width, round(height * wide)), min(height, round(width / narrow))
+        left, top = (width - w) // 2, (height - h) // 2
+        return picture.resize((self.size, self.size), self.filter, box=(left, top, left + w, top + h))
+
+
+def _plain(picture: Image.Image) -> Image.Image:
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        layer = picture.convert("RGBA")
+        picture = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        picture.alpha_composite(layer)
+    return picture.convert("RGB")
