@@ -1,0 +1,50 @@
+"""What a score is worth: the same with other samples' pictures, and what the most frequent answer would reach."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from itertools import islice
+from pathlib import Path
+
+from qformer import keyed
+from qformer.errors import DataError
+from qformer.sample import Sample, Video
+
+Pictures = tuple[Path | bytes | Video, ...]
+
+
+def shuffled_pictures(samples: Sequence[Sample], *key: object) -> list[Pictures]:
+    """Other samples' pictures for every sample: a keyed derangement, so that nobody keeps a picture of its own.
+
+    The distinct records of pictures are put on a ring in an order keyed by the ids of their first samples; each sample
+    gets the next ones on the ring, as many as it has, its own left out.  Samples that share a picture get the same
+    other one, so a set of one picture a sample keeps how often each picture is seen.
+
+    Raises:
+        DataError: there is no other picture to give.
+    """
+    first: dict[Pictures, str] = {}
+    for sample in samples:
+        first.setdefault(sample.images, sample.id)
+    ring = sorted(first, key=lambda images: keyed.keyed_hash("shuffled", *key, first[images]))
+    swapped: dict[Pictures, Pictures] = {}
+    for place, own in enumerate(ring):
+        following = (ring[(place + step) % len(ring)] for step in range(1, len(ring)))
+        others = tuple(islice((picture for images in following for picture in images if picture not in own), len(own)))
+        if own and not others:
+            raise DataError(
+                f"{samples[0].task}: all samples to score are about one picture, so there is none to shuffle it with; "
+                f"score more samples, or leave the shuffled baseline out."
+            )
+        swapped[own] = (others * len(own))[: len(own)]
+    return [swapped[sample.images] for sample in samples]
+
+
+def most_frequent(samples: Sequence[Sample], types: Sequence[Hashable]) -> list[str]:
+    """For every sample the reference that is most frequent among samples of its type (the first met of equals)."""
+    counts: dict[Hashable, Counter[str]] = {}
+    for sample, kind in zip(samples, types, strict=True):
+        counts.setdefault(kind, Counter()).update(sample.references)
+    best = {kind: counter.most_common(1)[0][0] for kind, counter in counts.items()}
+    return [best[kind] for kind in types]

@@ -1,0 +1,127 @@
+"""From samples to a model's answers, in batches; nothing is scored here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from qformer.cards import Decoding, EvalCard
+from qformer.errors import DataError, did_you_mean
+from qformer.evaluate.metrics import Answer
+from qformer.sample import Sample
+from qformer.text import Rendered, Templates, render_eval
+
+Advance = Callable[[int], None]
+"""Is told how many more samples are done."""
+
+
+class Model(Protocol):
+    """What is scored: opens pictures itself, and raises DataError where one is broken."""
+
+    language: Any
+    """Its `profile` is a `qformer.text.Profile`."""
+
+    def answer(self, samples: Sequence[Sample], instructions: Sequence[Rendered], decoding: Decoding) -> list[str]:
+        """One generated answer per sample."""
+        ...
+
+    def rank_samples(
+        self,
+        samples: Sequence[Sample],
+        instructions: Sequence[Rendered],
+        candidates: Sequence[Sequence[str]],
+        normalize: Literal["sum", "mean", "pmi"],
+        end: bool,
+    ) -> list[list[float]]:
+        """Log-likelihoods of each sample's candidates, in their order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Question:
+    """A sample, what the model is asked about it, and what it may choose from (empty where it generates)."""
+
+    sample: Sample
+    rendered: Rendered
+    candidates: tuple[str, ...] = ()
+    kind: str = ""
+    """Its type, where the card tells questions apart."""
+
+
+def question(card: EvalCard, templates: Templates, sample: Sample) -> Question:
+    """A sample as it is asked.
+
+    Raises:
+        DataError: no answer to score against, no candidates to rank, or a field that template or card names is missing.
+    """
+    where = f"{sample.task}, sample '{sample.id}'"
+    if not sample.references:
+        raise DataError(f"{where}: it has no answer to score against.")
+    candidates = tuple(card.candidates) or sample.candidates if card.answer == "rank" else ()
+    if card.answer == "rank" and not candidates:
+        raise DataError(f"{where}: eval.answer is 'rank', and neither the record nor the card gives candidates.")
+    kind = card.question_type
+    if kind is not None and kind not in sample.fields:
+        raise DataError(
+            f"{where}: no field '{kind}', which the card names as eval.question_type.{did_you_mean(kind, sample.fields)}"
+        )
+    rendered = render_eval(card, templates, sample)
+    return Question(sample, rendered, candidates, "" if kind is None else str(sample.fields[kind]))
+
+
+def predict(
+    model: Model,
+    card: EvalCard,
+    questions: Sequence[Question],
+    *,
+    batch_size: int,
+    on_error: Literal["fail", "skip"] = "fail",
+    advance: Advance = lambda count: None,
+) -> list[Answer | DataError]:
+    """A model's answer to each question, in order.
+
+    Raises:
+        DataError: a picture is broken and `on_error` is "fail"; with "skip" the error stands in the answer's place.
+    """
+    answers: list[Answer | DataError] = []
+    for start in range(0, len(questions), batch_size):
+        batch = questions[start : start + batch_size]
+        answers += _whole(model, card, batch) if on_error == "fail" else _what_can_be(model, card, batch)
+        advance(len(batch))
+    return answers
+
+
+def _what_can_be(model: Model, card: EvalCard, batch: Sequence[Question]) -> Iterator[Answer | DataError]:
+    """A batch, or its questions one by one where one of them is broken."""
+    try:
+        yield from _whole(model, card, batch)
+    except DataError as error:
+        if len(batch) == 1:
+            yield error
+        else:
+            for each in batch:
+                yield from _what_can_be(model, card, [each])
+
+
+def _whole(model: Model, card: EvalCard, batch: Sequence[Question]) -> list[Answer]:
+    samples = [each.sample for each in batch]
+    rendered = [each.rendered for each in batch]
+    if card.answer == "generate":
+        return [Answer(text) for text in model.answer(samples, rendered, card.decoding)]
+    candidates = [each.candidates for each in batch]
+    ranked = model.rank_samples(samples, rendered, candidates, card.normalize, card.end)
+    return [_best(each, likelihoods) for each, likelihoods in zip(batch, ranked, strict=True)]
+
+
+def _best(question: Question, likelihoods: Sequence[float]) -> Answer:
+    """The most likely candidate, the first of equals."""
+    for candidate, value in zip(question.candidates, likelihoods, strict=True):
+        if not math.isfinite(value):
+            raise DataError(
+                f"{question.sample.task}, sample '{question.sample.id}': the likelihood of '{candidate}' is {value}; "
+                f"the model's weights or precision are not fit to be scored."
+            )
+    best = max(range(len(likelihoods)), key=lambda place: likelihoods[place])
+    return Answer(question.candidates[best], question.candidates, tuple(map(float, likelihoods)))

