@@ -5,6 +5,7 @@ B pictures, P tokens, V width, h × w patch grid.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -279,11 +280,11 @@ def _load_transformers(config: VisionConfig) -> FrozenTower:
     dtype = DTYPES[config.dtype]
     if config.pretrained:
         try:
-            model = AutoModel.from_pretrained(config.name, revision=config.revision, dtype=dtype)
+            model = AutoModel.from_pretrained(config.name, revision=config.revision, dtype=dtype, **_without_pooler(found))
         except (OSError, ValueError) as error:
             raise ConfigError(f"vision.name '{config.name}': its weights cannot be read ({str(error).splitlines()[0]}).") from None
     else:
-        model = AutoModel.from_config(found, dtype=dtype)
+        model = AutoModel.from_config(found, dtype=dtype, **_without_pooler(found))
     model = getattr(model, "vision_model", model)
     blocks = model.config.num_hidden_layers if hasattr(model.config, "num_hidden_layers") else 0
     if config.block is not None and not -blocks <= config.block < blocks:
@@ -308,6 +309,15 @@ def _load_transformers(config: VisionConfig) -> FrozenTower:
     with torch.no_grad():
         width = read(torch.zeros(1, 3, settings.size, settings.size, dtype=dtype)).values.shape[-1]
     return FrozenTower(model, read, width, settings, config)
+
+
+def _without_pooler(found: Any) -> dict[str, bool]:
+    """The pooler is of no use here, and many checkpoints lack its weights; not every class knows the argument."""
+    from transformers import MODEL_MAPPING
+
+    kind = MODEL_MAPPING.get(type(found), None)
+    known = kind is not None and "add_pooling_layer" in inspect.signature(kind.__init__).parameters
+    return {"add_pooling_layer": False} if known else {}
 
 
 def _grid(patches: int) -> tuple[int, int] | None:
