@@ -11,6 +11,7 @@ Points = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT = 360, 200
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 10, 26
+STROKES = ("most_frequent", "chance")
 MOST_POINTS = 600
 """Beyond this many a line is thinned: a screen has no more columns."""
 
@@ -100,7 +101,7 @@ def interval_plot(label: str, marks: Sequence[Mark], high: float, unit: float = 
 
     Args:
         label: what the plot shows, for who cannot see it.
-        marks: from the hindmost to the foremost; the kind "frequent" is a stroke, others are dots.
+        marks: from the hindmost to the foremost; "most_frequent" and "chance" are strokes, others dots.
         high: the right end.
         unit: what the numbers below the line are multiplied by (100 for percentages).
     """
@@ -117,7 +118,7 @@ def interval_plot(label: str, marks: Sequence[Mark], high: float, unit: float = 
             ends = f'x1="{x(mark.low)}" x2="{x(mark.high)}" y1="14" y2="14"'
             parts.append(f'<line class="span {mark.kind}" {ends}/>')
     for mark in marks:
-        if mark.kind == "frequent":
+        if mark.kind in STROKES:
             parts.append(f'<line class="{mark.kind}" x1="{x(mark.value)}" x2="{x(mark.value)}" y1="5" y2="23"/>')
         else:
             parts.append(f'<circle class="{mark.kind}" cx="{x(mark.value)}" cy="14" r="5"/>')

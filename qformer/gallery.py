@@ -27,18 +27,17 @@ MOST_PIXELS = 100_000_000
 NO_PICTURE = '<div class="none">no picture at hand</div>'
 
 
-def gallery(title: str, records: Sequence[Record], root: Path) -> str:
-    """Some right answers, then some wrong ones; of graded answers (captions), some of the best and of the worst.
+def gallery(title: str, records: Sequence[Record], root: Path, *, graded: bool = False) -> str:
+    """Some right answers, then some wrong ones; of graded ones, some of the best and of the worst.
 
     Args:
         title: of the data set.
         records: its predictions.
         root: the folder that relative names of pictures start from.
+        graded: whether scores have no line between right and wrong, as those of captions.
     """
-    if not records:
-        return ""
     shuffled = sorted(records, key=lambda record: keyed.keyed_hash("gallery", record["id"]))
-    if any(record["score"] > 1 for record in records):
+    if graded:
         ordered = sorted(shuffled, key=lambda record: record["score"])
         tenth = max(1, len(ordered) // 10)
         good, bad, words = ordered[-tenth:], ordered[:tenth], ("best tenth", "worst tenth")

@@ -19,6 +19,7 @@ from typing import Any
 from qformer import __version__, charts, config, gallery
 from qformer.charts import Mark
 from qformer.errors import DataError
+from qformer.evaluate.metrics import METRICS
 
 FILE = "report.html"
 LIBRARIES = ("torch", "transformers", "timm", "accelerate")
@@ -52,18 +53,17 @@ def write_report(directory: Path) -> Path:
     directory = Path(directory)
     settings = config.read_yaml(directory / "config.yaml") if (directory / "config.yaml").exists() else {}
     lines = read_lines(directory / "metrics.jsonl")
-    scored = [read_json(path) for path in sorted(directory.glob("eval/*.json"))]
-    if not (settings or lines or scored):
+    scores = [Score.read(path) for path in sorted(directory.glob("eval/*.json"))]
+    if not (settings or lines or scores):
         raise DataError(f"{directory}: holds no config.yaml, metrics.jsonl or eval/*.json; a report needs one of them.")
     mixture = read_json(directory / "mixture.json") if (directory / "mixture.json").exists() else {}
-    scores = [Score.of(raw) for raw in scored]
     sections = [
         _head(directory, settings, lines, scores),
         _what_was_run(settings),
         _scores(scores),
         _curves(lines),
         _mixture(mixture),
-        _answers(directory, scores, Path(settings.get("data", {}).get("root", "."))),
+        _answers(scores, Path(settings.get("data", {}).get("root", "."))),
     ]
     page = PAGE.format(
         title=escape(str(settings.get("name") or directory.name)),
@@ -102,48 +102,63 @@ PAGE = """<!doctype html>
 class Score:
     """What `eval/TASK.json` says, as the page needs it."""
 
-    task: str
     title: str
     metric: str
     split: str
-    score: Mark
-    shuffled: Mark | None
-    frequent: Mark | None
+    score: Mark | None
+    baselines: Sequence[Mark]
+    """From the hindmost in a plot to the foremost."""
     samples: int
     total: int
+    broken: int
     percent: bool
     """Whether values are shares of one, shown as percentages."""
     recipe: str
+    predictions: Sequence[gallery.Record]
 
     @property
     def partial(self) -> bool:
         """Whether only a part of the set was scored."""
         return self.samples < self.total
 
+    @property
+    def marks(self) -> list[Mark]:
+        """The score in front of its baselines."""
+        return [*self.baselines, *([self.score] if self.score else [])]
+
     @classmethod
-    def of(cls, raw: Mapping[str, Any]) -> Score:
-        """From the file's content."""
+    def read(cls, path: Path) -> Score:
+        """From a score file and the predictions beside it.
 
-        def mark(kind: str, entry: Mapping[str, Any] | None) -> Mark | None:
-            return Mark(kind, entry["score"], *(entry.get("interval") or (None, None))) if entry else None
-
-        return cls(
-            task=raw["task"],
-            title=raw.get("title") or raw["task"],
-            metric=raw["metric"],
-            split=raw["split"],
-            score=Mark("score", raw["score"], *raw["interval"]),
-            shuffled=mark("shuffled", raw.get("shuffled")),
-            frequent=mark("frequent", raw.get("most_frequent")),
-            samples=raw["samples"],
-            total=raw["of"],
-            percent=raw["metric"] != "cider",
-            recipe=raw["recipe"],
-        )
+        Raises:
+            DataError: one of them is not what evaluation writes.
+        """
+        raw = read_json(path)
+        try:
+            marks = [_mark(kind, raw[kind]) for kind in ("chance", "most_frequent", "shuffled")]
+            return cls(
+                title=raw["title"],
+                metric=raw["metric"],
+                split=raw["split"],
+                score=_mark("score", raw),
+                baselines=[mark for mark in marks if mark],
+                samples=raw["samples"],
+                total=raw["of"],
+                broken=raw["broken"],
+                percent=METRICS[raw["metric"]].percent if raw["metric"] in METRICS else True,
+                recipe=raw["recipe"],
+                predictions=read_lines(path.with_name(f"{path.stem}.predictions.jsonl")),
+            )
+        except KeyError as error:
+            raise DataError(f"{path}: has no {error}; score the set again to write it anew.") from None
 
     def shown(self, value: float) -> str:
         """A value in the unit of the metric."""
         return f"{100 * value:.1f} %" if self.percent else f"{value:.3f}"
+
+
+def _mark(kind: str, entry: Mapping[str, Any] | None) -> Mark | None:
+    return Mark(kind, entry["score"], *entry["interval"]) if entry and entry["score"] is not None else None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -308,24 +323,34 @@ def _mixture(mixture: Mapping[str, Mapping[str, Any]]) -> str:
 def _scores(scores: Sequence[Score]) -> str:
     if not scores:
         return ""
-    rows = [_score_row(score, 1.0 if score.percent else _round_up(scores)) for score in scores]
+    kinds = [kind for kind in BASELINES if any(mark.kind == kind for score in scores for mark in score.baselines)]
+    rows = [_score_row(score, kinds, 1.0 if score.percent else _round_up(scores)) for score in scores]
+    *others, last = [BASELINES[kind] for kind in kinds] or [""]
+    beside = f"{', '.join(others)} and {last}" if others else last
     return (
-        '<h2>Scores</h2>\n<p class="soft">Each beside the same score with shuffled pictures (nobody keeps their own) '
-        "and beside always giving the most frequent answer. Intervals are 95 %, by bootstrap over pictures.</p>"
-        + _legend("score", "shuffled", "frequent")
-        + _table(("Set", "", "Score", "Shuffled pictures", "Most frequent answer", "Samples"), rows)
+        f'<h2>Scores</h2>\n<p class="soft">{f"Each beside {beside}. " if beside else ""}'
+        "Intervals are 95 %, by bootstrap over pictures.</p>"
+        + _legend("score", *kinds)
+        + _table(("Set", "", "Score", *(LEGEND[kind].capitalize() for kind in kinds), "Samples"), rows)
     )
 
 
+BASELINES = {
+    "shuffled": "the same with shuffled pictures (nobody keeps their own)",
+    "most_frequent": "always giving the most frequent answer to questions of its type",
+    "chance": "choosing blindly among the candidates",
+}
 LEGEND = {
     "score": "their own pictures",
     "shuffled": "shuffled pictures",
-    "frequent": "most frequent answer",
+    "most_frequent": "most frequent answer",
+    "chance": "chance",
     "asked": "asked for",
     "drawn": "drawn",
 }
 SHAPES = {
-    "frequent": '<line class="frequent" x1="7" x2="7" y1="1" y2="13"/>',
+    "most_frequent": '<line class="most_frequent" x1="7" x2="7" y1="1" y2="13"/>',
+    "chance": '<line class="chance" x1="7" x2="7" y1="1" y2="13"/>',
     "asked": '<rect class="asked" x="0" y="4" width="14" height="6" rx="2"/>',
     "drawn": '<rect class="drawn" x="0" y="4" width="14" height="6" rx="2"/>',
 }
@@ -341,31 +366,33 @@ def _legend(*kinds: str) -> str:
 
 def _round_up(scores: Sequence[Score]) -> float:
     """The right end of the plots of metrics that are not shares: the same for all of them."""
-    marks = [
-        mark for score in scores if not score.percent for mark in (score.score, score.shuffled, score.frequent) if mark
-    ]
-    return max(1.0, *(mark.value if mark.high is None else mark.high for mark in marks))
+    marks = [mark for score in scores if not score.percent for mark in score.marks]
+    return max([1.0, *(mark.value if mark.high is None else mark.high for mark in marks)])
 
 
-def _score_row(score: Score, high: float) -> str:
-    marks = [mark for mark in (score.frequent, score.shuffled, score.score) if mark]
-    label = f"{score.task}: " + ", ".join(f"{LEGEND[mark.kind]} {score.shown(mark.value)}" for mark in marks)
+def _score_row(score: Score, kinds: Sequence[str], high: float) -> str:
+    label = f"{score.title}: " + ", ".join(f"{LEGEND[mark.kind]} {score.shown(mark.value)}" for mark in score.marks)
     badge = ' <span class="badge">partial</span>' if score.partial else ""
     about = " · ".join(escape(part) for part in (score.metric, score.split, score.recipe) if part)
-    plot = charts.interval_plot(label, marks, high, unit=100 if score.percent else 1)
+    plot = charts.interval_plot(label, score.marks, high, unit=100 if score.percent else 1)
+    found = {mark.kind: mark for mark in score.marks}
+    cells = [
+        _cell(LEGEND[kind].capitalize(), *_value(score, found.get(kind)), strong=kind == "score")
+        for kind in ("score", *kinds)
+    ]
+    parts = [f"of {score.total:,}"] if score.partial else []
+    parts += [f"{score.broken:,} broken"] if score.broken else []
     return (
         f'<tr><td class="name"><b>{escape(score.title)}</b>{badge}<div class="soft small">{about}</div></td>'
-        f'<td class="plot">{plot}</td>'
-        + _cell("Score", f"<b>{score.shown(score.score.value)}</b>", _interval(score, score.score), markup=True)
-        + _baseline(score, "Shuffled pictures", score.shuffled)
-        + _baseline(score, "Most frequent answer", score.frequent)
-        + _cell("Samples", f"{score.samples:,}", f"of {score.total:,}" if score.partial else "")
-        + "</tr>"
+        f'<td class="plot">{plot}</td>{"".join(cells)}{_cell("Samples", f"{score.samples:,}", ", ".join(parts))}</tr>'
     )
 
 
-def _baseline(score: Score, label: str, mark: Mark | None) -> str:
-    return _cell(label, score.shown(mark.value), _interval(score, mark)) if mark else _cell(label, "–")
+NONE = "–"
+
+
+def _value(score: Score, mark: Mark | None) -> tuple[str, str]:
+    return (score.shown(mark.value), _interval(score, mark)) if mark else (NONE, "")
 
 
 def _interval(score: Score, mark: Mark) -> str:
@@ -374,9 +401,11 @@ def _interval(score: Score, mark: Mark) -> str:
     return f"{score.shown(mark.low).removesuffix(' %')} to {score.shown(mark.high)}"
 
 
-def _cell(label: str, value: str, below: str = "", *, markup: bool = False) -> str:
+def _cell(label: str, value: str, below: str = "", *, strong: bool = False) -> str:
+    shown = f"<b>{escape(value)}</b>" if strong else escape(value)
     second = f' <span class="interval">{escape(below)}</span>' if below else ""
-    return f'<td class="number" data-label="{label}"><span>{value if markup else escape(value)}{second}</span></td>'
+    kind = "number empty" if value == NONE else "number"
+    return f'<td class="{kind}" data-label="{label}"><span>{shown}{second}</span></td>'
 
 
 def _table(heads: Sequence[str], rows: Sequence[str]) -> str:
@@ -384,13 +413,11 @@ def _table(heads: Sequence[str], rows: Sequence[str]) -> str:
     return f'<div class="card"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
-def _answers(directory: Path, scores: Sequence[Score], root: Path) -> str:
+def _answers(scores: Sequence[Score], root: Path) -> str:
     galleries = [
-        gallery.gallery(score.title, read_lines(directory / "eval" / f"{score.task}.predictions.jsonl"), root)
+        gallery.gallery(score.title, score.predictions, root, graded=not score.percent)
         for score in scores
+        if score.predictions
     ]
-    if not any(galleries):
-        return ""
-    return '<h2>Answers</h2>\n<p class="soft">Right and wrong ones, drawn at random from each set.</p>' + "".join(
-        galleries
-    )
+    heading = '<h2>Answers</h2>\n<p class="soft">Right and wrong ones, drawn at random from each set.</p>'
+    return "".join([heading, *galleries]) if galleries else ""

@@ -67,6 +67,8 @@ def score_file(task: str = "gqa", **changes: object) -> dict[str, object]:
         "most_frequent": {"score": 0.333, "interval": [0.3, 0.36]},
         "samples": 80,
         "of": 80,
+        "chance": None,
+        "broken": 0,
         "recipe": "r3c1pe",
     } | changes
 
