@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from qformer import cards, cli, config
+from qformer.evaluate import metrics
+from qformer.sample import Sample
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
@@ -32,6 +34,15 @@ def test_the_profile_in_contributing_loads(tmp_path: Path) -> None:
     file.write_text("vision: {name: some_vit}\n" + blocks(ROOT / "CONTRIBUTING.md", "yaml")[1], encoding="utf-8")
     profile = config.load(file).language.profile
     assert (profile.layout, profile.end) == ("plain", [2])
+
+
+def test_the_metric_in_contributing_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "METRICS", dict(metrics.METRICS))
+    [source] = blocks(ROOT / "CONTRIBUTING.md", "python")
+    exec(compile("from __future__ import annotations\n" + source, "CONTRIBUTING.md", "exec"), vars(metrics))
+    samples = [Sample(id=str(number), task="birds", images=(), references=("wren",)) for number in range(2)]
+    answers = [metrics.Answer("a wren, I think"), metrics.Answer("a robin")]
+    assert metrics.METRICS["contains"].score(answers, samples, {}).scores == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
