@@ -65,7 +65,7 @@ def question(card: EvalCard, templates: Templates, sample: Sample) -> Question:
     kind = card.question_type
     if kind is not None and kind not in sample.fields:
         raise DataError(
-            f"{where}: no field '{kind}', which the card names as eval.question_type.{did_you_mean(kind, sample.fields)}"
+            f"{where}: no field '{kind}' (eval.question_type of the card).{did_you_mean(kind, sample.fields)}"
         )
     rendered = render_eval(card, templates, sample)
     return Question(sample, rendered, candidates, "" if kind is None else str(sample.fields[kind]))

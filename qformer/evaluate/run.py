@@ -203,6 +203,7 @@ def _answered(
             found.places.append(place)
             found.questions.append(each)
             found.answers.append(answer)
+    found.broken.sort(key=lambda each: each["record"])
     if not found.questions:
         raise DataError(f"{key}: all of the {len(places)} records asked for are broken. {found.broken[0]['error']}")
     if shuffled:
@@ -307,7 +308,7 @@ def _by_type(outcome: Outcome, kinds: Sequence[str]) -> dict[str, dict[str, Any]
     """Score and number of samples of each question type; the score is null where a type has none of its own."""
     import numpy as np
 
-    places: dict[list[int]] = {}
+    places: dict[str, list[int]] = {}
     for place, kind in enumerate(kinds):
         places.setdefault(kind, []).append(place)
     return {
