@@ -385,3 +385,42 @@ def test_a_broken_question_costs_its_batch_no_other_answer(tmp_path: Path) -> No
 def test_a_library_that_is_not_there_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "LIBRARIES", ("no-such-library", "numpy"))
     assert set(run._libraries()) == {"qformer", "python", "numpy"}
+
+
+# -- with what stands around it ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("section", [RANK, "answer: generate, metric: exact_match"])
+def test_the_report_reads_what_scoring_writes(tmp_path: Path, section: str) -> None:
+    from qformer.report import write_report
+
+    result = scores(tmp_path, section=section, limit=10, shuffled=section == RANK)
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "Colours" in page
+    assert result["recipe"] in page
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_whole_model_is_scored_alike_in_any_batch(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, family: str
+) -> None:
+    from qformer import loading
+    from tests import world as whole
+
+    card = whole.write_pictures(tmp_path / "data", count=12)
+    chosen = cards.load_all([str(card)], "eval")
+    towers = tmp_path_factory.getbasetemp() / "towers"
+    model = loading.build(whole.settings(towers, tmp_path / "data", tmp_path / "run", family=family), report=str)
+    found = []
+    for size in (1, 5):
+        directory = tmp_path / str(size)
+        result = score(
+            model, chosen, tmp_path / "data", directory=directory, batch_size=size, quiet=True, say=lambda line: None
+        )
+        lines = (directory / "colours.predictions.jsonl").read_text().splitlines()
+        found.append((result["colours"]["recipe"], [json.loads(line) for line in lines]))
+    (recipe, one), (again, other) = found
+    assert recipe == again
+    for mine, theirs in zip(one, other, strict=True):
+        assert mine["prediction"] == theirs["prediction"]
+        assert mine["candidates"] == pytest.approx(theirs["candidates"], rel=1e-4)

@@ -335,6 +335,13 @@ def test_the_interval_of_auroc_is_computed_anew_for_each_draw() -> None:
     assert low < (outcome.score or 0) < high
 
 
+def test_draws_of_one_class_are_left_out_of_the_interval_of_auroc() -> None:
+    """A third of the draws hold only the positive sample, or only the others."""
+    answers = [Answer("", ("yes", "no"), (margin, 0.0)) for margin in (1.0, 2.0, 0.0)]
+    outcome = metrics.auroc(answers, [sample("yes"), sample("no"), sample("no")], GROUPS)
+    assert bootstrap(outcome.scores, range(3), 0, value=outcome.value) == (0.0, 1.0)
+
+
 # -- options ----------------------------------------------------------------------------------------------------------
 
 
