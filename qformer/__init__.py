@@ -9,12 +9,12 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "VLM": "qformer.vlm",
-    "build": "qformer.vlm",
-    "load": "qformer.vlm",
+    "build": "qformer.loading",
+    "load": "qformer.loading",
     "fit": "qformer.run",
     "score": "qformer.run",
 }
-__all__ = ["VLM", "build", "fit", "load", "score"]  # noqa: PLE0604
+__all__ = ["VLM", "build", "fit", "load", "score"]
 
 
 def __getattr__(name: str) -> Any:

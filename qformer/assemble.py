@@ -96,5 +96,6 @@ class Assembler:
 
 def _read_instruction(rendered: Rendered) -> str:
     """What the Q-Former reads: the row's own instruction; with every answer trained in one row the first one, since
-    later questions would be read by earlier answers."""
+    later questions would be read by earlier answers.
+    """
     return rendered.turns[0].instruction if rendered.turns else rendered.instruction

@@ -71,10 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(COMMANDS[options.command](options) or 0)
     except QFormerError as error:
-        print(f"qformer: {error}", file=sys.stderr)  # noqa: T201
+        print(f"qformer: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("qformer: interrupted; the last checkpoint is whole, the same command goes on from it.", file=sys.stderr)  # noqa: T201
+        print("qformer: interrupted; the last checkpoint is whole, the same command goes on from it.", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         return 0
@@ -111,7 +111,7 @@ def _eval(options: argparse.Namespace) -> None:
 
 
 def _ask(options: argparse.Namespace) -> None:
-    from qformer.vlm import load
+    from qformer.loading import load
 
     model = load(options.source, vision=options.vision, language=options.language)
     answers = model.generate(

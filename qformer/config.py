@@ -240,7 +240,7 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     path = resources.find("configs", str(source), "config")
     layers = _with_parents(path, seen=())
     try:
-        changes = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+        changes = typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides))))
     except OmegaConfBaseException as error:
         raise ConfigError(f"command line: {_first_line(error)}") from None
     for text in overrides:
@@ -334,7 +334,9 @@ def _refuse_booleans_for_words(kind: Any, raw: Any, where: str, key: str) -> Non
             if name in hints:
                 _refuse_booleans_for_words(hints[name], value, where, f"{key}.{name}" if key else str(name))
             else:
-                raise ConfigError(f"{where}: unknown key '{f'{key}.{name}' if key else name}'.{did_you_mean(str(name), hints)}")
+                raise ConfigError(
+                    f"{where}: unknown key '{f'{key}.{name}' if key else name}'.{did_you_mean(str(name), hints)}"
+                )
     elif origin in (list, tuple) and isinstance(raw, (list, tuple)):
         for number, value in enumerate(raw):
             _refuse_booleans_for_words(arguments[0], value, where, f"{key}[{number}]")

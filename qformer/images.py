@@ -38,7 +38,7 @@ def load_image(source: Path | str | bytes | Image.Image, max_pixels: int, where:
     name = f"{where}: the picture {source}" if isinstance(source, Path | str) else f"{where}: a picture"
     if isinstance(source, Image.Image):
         return _plain(source)
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None             # ours is checked below, with a sentence
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is checked below, with a sentence
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
             if opened.width * opened.height > max_pixels:
@@ -112,11 +112,9 @@ class ImageTransform:
     def _padded(self, picture: Image.Image) -> Image.Image:
         """Long side to S, the mean colour around it."""
         share = self.size / max(picture.size)
-        scaled = tuple(max(1, round(side * share)) for side in picture.size)
+        scaled = (max(1, round(picture.width * share)), max(1, round(picture.height * share)))
         canvas = Image.new("RGB", (self.size, self.size), tuple(round(255 * float(m)) for m in self.mean.flatten()))
-        canvas.paste(
-            picture.resize(scaled, self.filter), ((self.size - scaled[0]) // 2, (self.size - scaled[1]) // 2)
-        )
+        canvas.paste(picture.resize(scaled, self.filter), ((self.size - scaled[0]) // 2, (self.size - scaled[1]) // 2))
         return canvas
 
     def _random_crop(self, picture: Image.Image, key: tuple[object, ...]) -> Image.Image:

@@ -27,7 +27,7 @@ def keyed_hash(*key: object) -> int:
     for part in key:
         for byte in str(part).encode():
             state = ((state ^ byte) * 0x100000001B3) & MASK
-        state = mix(state ^ 0xFF)                          # a mark between parts: ("ab", "c") differs from ("a", "bc")
+        state = mix(state ^ 0xFF)  # a mark between parts: ("ab", "c") differs from ("a", "bc")
     return state
 
 

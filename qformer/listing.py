@@ -55,7 +55,9 @@ def card_page(name: str) -> Text:
     for section in (card.train, card.eval):
         if section is not None:
             phrasings = text.load_templates(section.template)
-            page.append(f"\ntemplates/{phrasings.name} (version {phrasings.version}; {phrasings.source})\n", style="bold")
+            page.append(
+                f"\ntemplates/{phrasings.name} (version {phrasings.version}; {phrasings.source})\n", style="bold"
+            )
             for each in phrasings.templates:
                 page.append(f"  {each}\n")
     return page

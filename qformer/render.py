@@ -1,4 +1,4 @@
-"""Showing what a model would be shown: pictures, instruction, the LLM's row, and exactly which tokens are trained on."""
+"""Showing what a model would be shown: pictures, instruction, the LLM's row, and which tokens are trained on."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from qformer import cards
 from qformer.assemble import Item
 from qformer.backbones.language import load_profile
 from qformer.config import RunConfig
-from qformer.data.batch import StepMaker, mixture_of, open_sources
+from qformer.data.batch import items_of, mixture_of, open_sources
+from qformer.loading import instruction_tokenizer, located
 from qformer.sample import Row, Slot
 from qformer.text import Joiner
-from qformer.vlm import instruction_tokenizer, located
 
 
 def joiner_of(settings: RunConfig) -> Joiner:
@@ -27,14 +27,15 @@ def render(settings: RunConfig, count: int, *, ids: bool = False) -> list[Styled
     """The first `count` samples of a run as they would be shown to the model, one block of text each."""
     named = cards.load_all(settings.data.tasks, "train")
     sources = open_sources(named, Path(settings.data.root))
-    weights = {card.key: settings.data.tasks[name] for name, card in zip(settings.data.tasks, named.values(), strict=True)}
+    weights = {
+        card.key: settings.data.tasks[name] for name, card in zip(settings.data.tasks, named.values(), strict=True)
+    }
     mixture = mixture_of(sources, settings.data, weights, settings.seed)
     joiner = joiner_of(settings)
-    maker = StepMaker(mixture, sources, None, batch_size=count, steps=1, soft_tokens=settings.qformer.queries)
     return [
         block(joiner, draw.task, item, settings.qformer.queries, ids=ids)
-        for draw in maker.draws(0)
-        for item in maker.items(draw)
+        for draw in map(mixture.draw, range(count))
+        for item in items_of(sources[draw.task], draw, settings.seed)
     ]
 
 
@@ -52,7 +53,9 @@ def block(joiner: Joiner, task: str, item: Item, queries: int, *, ids: bool) -> 
     else:
         text.append("(reads no instruction)")
     text.append("\n  LLM          ")
-    text.append_text(row_text(joiner, joiner.row(item.rendered, range(len(item.pictures)), answered=True), queries, ids=ids))
+    text.append_text(
+        row_text(joiner, joiner.row(item.rendered, range(len(item.pictures)), answered=True), queries, ids=ids)
+    )
     text.append("\n")
     return text
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from qformer import cards, config, vlm
+from qformer import cards, config, loading, vlm
 from qformer.config import RunConfig
 from qformer.errors import ConfigError
 
@@ -33,7 +33,7 @@ def fit(
 
     if not isinstance(settings, RunConfig):
         settings = config.load(settings, overrides)
-    cards.load_all(settings.evaluate.tasks, "eval")                  # a wrong name fails before an hour of training
+    cards.load_all(settings.evaluate.tasks, "eval")  # a wrong name fails before an hour of training
     run = train(settings, say=say, quiet=quiet)
     if settings.evaluate.tasks and _is_first_process():
         score(
@@ -62,7 +62,7 @@ def score(
     batch_size: int = 32,
     shuffled: bool = True,
     seed: int = 0,
-    on_error: str = "fail",
+    on_error: Literal["fail", "skip"] = "fail",
     output: str | Path | None = None,
     vision: str | None = None,
     language: str | None = None,
@@ -90,7 +90,7 @@ def score(
         if isinstance(source, vlm.VLM):
             raise ConfigError("score: a loaded model has no directory of its own; give output.")
         output = run_directory(Path(source)) / "eval"
-    model = source if isinstance(source, vlm.VLM) else vlm.load(source, vision=vision, language=language)
+    model = source if isinstance(source, vlm.VLM) else loading.load(source, vision=vision, language=language)
     return score_cards(
         model,
         chosen,
@@ -100,7 +100,6 @@ def score(
         shuffled=shuffled,
         seed=seed,
         directory=Path(output),
-        max_pixels=model.settings.data.max_pixels,
         on_error=on_error,
         say=say,
         quiet=quiet,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qformer import config, keyed, resources
-from qformer.cards import EvalCard, TaskCard, TrainCard
+from qformer.cards import EvalCard, TrainCard
 from qformer.config import ProfileConfig
 from qformer.errors import ConfigError, DataError, did_you_mean
 from qformer.sample import Row, Sample, Slot, Text, Turn
@@ -84,9 +84,7 @@ class Rendered:
     turns: tuple[Turn, ...] = ()
 
 
-def render_train(
-    card: TrainCard, templates: Templates, sample: Sample, seed: int, number: int
-) -> list[Rendered]:
+def render_train(card: TrainCard, templates: Templates, sample: Sample, seed: int, number: int) -> list[Rendered]:
     """The rows of a training sample in pass `number`: template and answer are functions of (seed, task, id, pass).
 
     Raises:
@@ -130,7 +128,8 @@ def choose_answer(
     references: Sequence[str], rule: Literal["most_frequent", "sampled", "uniform_distinct"], key: tuple[object, ...]
 ) -> str | None:
     """One of several reference answers: the most frequent (the first of equals), one drawn by count, or one drawn from
-    the distinct ones.  None where there are no references."""
+    the distinct ones.  None where there are no references.
+    """
     if not references:
         return None
     if rule == "most_frequent":
@@ -205,7 +204,7 @@ def profile_from_tokenizer(
         frame = _chat_frame(tokenizer, overrides.system)
         ends = _ids(tokenizer, frame["between"])
         if overrides.end is None and ends:
-            end = (ends[0],)                               # the mark that closes an assistant's turn
+            end = (ends[0],)  # the mark that closes an assistant's turn
     else:
         if encoder_decoder:
             closing = end
@@ -251,7 +250,9 @@ class Truncations:
 class Joiner:
     """Makes the LLM's rows and the Q-Former's instruction ids out of rendered words; holds tokenizers, no weights."""
 
-    def __init__(self, tokenizer: Any, profile: Profile, instruction_tokenizer: Any | None, instruction_limit: int = 128):
+    def __init__(
+        self, tokenizer: Any, profile: Profile, instruction_tokenizer: Any | None, instruction_limit: int = 128
+    ):
         """`instruction_tokenizer` None: a Q-Former that reads no instruction."""
         self.tokenizer, self.profile = tokenizer, profile
         self.instruction_tokenizer, self.instruction_limit = instruction_tokenizer, instruction_limit
@@ -333,7 +334,7 @@ class Joiner:
         if name not in self._frames:
             ids = _ids(self.tokenizer, getattr(self.profile, name))
             if name == "between" and ids[: len(self.profile.end)] == self.profile.end:
-                ids = ids[len(self.profile.end) :]         # the end mark stands behind every target already
+                ids = ids[len(self.profile.end) :]  # the end mark stands behind every target already
             self._frames[name] = ids
         return self._frames[name]
 

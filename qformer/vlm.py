@@ -1,33 +1,32 @@
-"""The whole: frozen image encoder, trainable connector, frozen LLM; building, answering, ranking, saving, loading."""
+"""The whole: frozen image encoder, trainable connector, frozen LLM; answering, ranking, saving."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from qformer import __version__, config, resources, weights
+from qformer import __version__, weights
 from qformer.assemble import Assembler, Item
-from qformer.backbones import language as language_backbone
-from qformer.backbones import vision as vision_backbone
+from qformer.backbones.language import LanguageTower
+from qformer.backbones.vision import FrozenTower, VisionSettings
 from qformer.cards import Decoding
-from qformer.config import LanguageConfig, QFormerConfig, RunConfig
+from qformer.config import RunConfig
 from qformer.errors import ConfigError, TrainingError
 from qformer.images import ImageTransform
-from qformer.nn.qformer import QFormer, QFormerConnector, QFormerSize
+from qformer.nn.qformer import QFormerConnector
 from qformer.nn.tokens import Tokens
 from qformer.objectives import AnswerLikelihood, Objective
 from qformer.sample import Batch, Sample
-from qformer.text import Joiner, Profile, Rendered
+from qformer.text import Joiner, Rendered
 
 ADAPTER_FILE = "adapter.safetensors"
 CONFIG_FILE = "config.json"
@@ -43,15 +42,16 @@ class VLM(nn.Module):
 
     def __init__(
         self,
-        vision: nn.Module,
+        vision: FrozenTower,
         connector: QFormerConnector,
-        language: nn.Module | None,
+        language: LanguageTower | None,
         instruction_tokenizer: Any | None,
         settings: RunConfig,
         objective: Objective | None = None,
     ):
         super().__init__()
-        self.vision, self.connector, self.language = vision, connector, language
+        self.vision, self.connector = vision, connector
+        self.language = cast(LanguageTower, language)  # None where an objective needs no LLM
         self.instruction_tokenizer, self.settings = instruction_tokenizer, settings
         self.objective: Objective = objective or AnswerLikelihood()
 
@@ -124,14 +124,14 @@ class VLM(nn.Module):
 
     def assembler(self, *, training: bool) -> Assembler:
         """Makes this model's batches from pictures and words."""
-        return assembler(self.settings, self.vision, self.joiner(), training=training)
+        return assembler(self.settings, self.vision.settings, self.joiner(), training=training)
 
     @torch.inference_mode()
     def answer(
         self, samples: Sequence[Sample], instructions: Sequence[str | Rendered], decoding: Decoding
     ) -> list[str]:
         """One generated answer per sample."""
-        batch = self._prompts([sample.images for sample in samples], instructions)
+        batch = self._prompts([sample.images for sample in samples], instructions, [sample.id for sample in samples])
         return self.language.generate(self.read(batch), batch.rows, **dataclasses.asdict(decoding))
 
     @torch.inference_mode()
@@ -144,7 +144,7 @@ class VLM(nn.Module):
         end: bool = True,
     ) -> list[list[float]]:
         """Log-likelihoods of each sample's candidates, in their order."""
-        batch = self._prompts([sample.images for sample in samples], instructions)
+        batch = self._prompts([sample.images for sample in samples], instructions, [sample.id for sample in samples])
         return self.language.rank(self.read(batch), batch.rows, candidates, normalize=normalize, end=end)
 
     @torch.inference_mode()
@@ -180,17 +180,26 @@ class VLM(nn.Module):
         Raises:
             ConfigError: another number of images or lists than prompts, an empty list, an unknown `normalize`.
         """
-        lists = [list(candidates)] * len(prompts) if isinstance(candidates[0], str) else [list(c) for c in candidates]
+        if candidates and isinstance(candidates[0], str):
+            lists = [list(map(str, candidates))] * len(prompts)
+        else:
+            lists = [list(each) for each in candidates]
         if len(lists) != len(prompts):
             raise ConfigError(f"rank: {len(lists)} lists of candidates for {len(prompts)} prompts; give one each.")
         batch = self._prompts(_listed(images, prompts), prompts)
         return self.language.rank(self.read(batch), batch.rows, lists, normalize=normalize, end=end)
 
-    def _prompts(self, pictures: Sequence[Sequence[Any]], instructions: Sequence[str | Rendered]) -> Batch:
+    def _prompts(
+        self,
+        pictures: Sequence[Sequence[Any]],
+        instructions: Sequence[str | Rendered],
+        names: Sequence[str] | None = None,
+    ) -> Batch:
         self.eval()
+        names = names or [f"prompt {number}" for number in range(len(instructions))]
         items = [
-            Item(f"prompt {number}", tuple(images), Rendered(text) if isinstance(text, str) else text)
-            for number, (images, text) in enumerate(zip(pictures, instructions, strict=True))
+            Item(name, tuple(images), Rendered(text) if isinstance(text, str) else text)
+            for name, images, text in zip(names, pictures, instructions, strict=True)
         ]
         return self.assembler(training=False)(items, answered=False)
 
@@ -256,205 +265,14 @@ def whole_directory(directory: Path) -> Iterator[Path]:
         ) from None
 
 
-def assembler(settings: RunConfig, vision: Any, joiner: Joiner, *, training: bool) -> Assembler:
-    """The assembler of a run; `vision` is a tower or its settings (size, mean, std, interpolation)."""
+def assembler(settings: RunConfig, vision: VisionSettings, joiner: Joiner, *, training: bool) -> Assembler:
+    """The assembler of a run, for an encoder that wants its pictures so."""
     transform = settings.vision.train_transform if training else settings.vision.eval_transform
-    size = getattr(vision, "image_size", None) or vision.size
     return Assembler(
         joiner,
-        ImageTransform(transform, size, vision.mean, vision.std, vision.interpolation),
+        ImageTransform(transform, vision.size, vision.mean, vision.std, vision.interpolation),
         settings.data.max_pixels,
     )
-
-
-def build(settings: RunConfig, *, report: Any = print) -> VLM:
-    """Towers and a fresh connector as the settings say; reports what the Q-Former's start was made of.
-
-    Raises:
-        ConfigError: an unknown tower, sizes that do not fit; before any weight is read where that can be told.
-    """
-    vision_backbone.check_vision(located(settings.vision))
-    vision = vision_backbone.load_vision(located(settings.vision))
-    language = language_backbone.load_language(located(settings.language))
-    given = settings.qformer
-    generator = torch.Generator().manual_seed(settings.seed)
-    if given.init is not None:
-        qformer, table = weights.start_from_bert(
-            resources.located(given.init),
-            vision_width=vision.width,
-            queries=given.queries,
-            cross_attention_every=given.cross_attention_every,
-            instruction=given.instruction,
-            dropout=given.dropout,
-            hidden=given.hidden,
-            layers=given.layers,
-            heads=given.heads,
-            intermediate=given.intermediate,
-            generator=generator,
-        )
-        report(table.table())
-    else:
-        qformer = None
-    tokenizer = instruction_tokenizer(given)
-    if qformer is None:
-        size = QFormerSize(
-            vision_width=vision.width,
-            hidden=given.hidden or 768,
-            layers=given.layers or 12,
-            heads=given.heads or 12,
-            intermediate=given.intermediate or 4 * (given.hidden or 768),
-            vocabulary=len(tokenizer) if tokenizer is not None else 0,
-            queries=given.queries,
-            cross_attention_every=given.cross_attention_every,
-            instruction=given.instruction,
-            dropout=given.dropout,
-        )
-        qformer = QFormer(size, generator=generator)
-    _check_reading(qformer.size, tokenizer, given)
-    connector = QFormerConnector(qformer, language.width, generator=generator)
-    if given.soft_scale == "embeddings":
-        _scale_soft_tokens(connector, language.embedding_norm(), generator)
-    return VLM(vision, connector, language, tokenizer, settings)
-
-
-def load(
-    source: str | Path,
-    vision: str | None = None,
-    language: str | None = None,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype | None = None,
-    quantization: Any | None = None,
-) -> VLM:
-    """A saved adapter, or a run's last checkpoint, between its towers.
-
-    `vision` and `language` name the towers where they are now, if elsewhere than in training; `dtype` is that of the
-    frozen LLM.
-
-    Raises:
-        ConfigError: nothing to load there, weights that do not fit, or another LLM than the adapter was trained with
-            (use `qformer.plug` to carry an adapter to another LLM).
-    """
-    if quantization is not None:
-        raise ConfigError("load: quantization of the LLM is not supported yet; leave it out.")
-    directory = adapter_directory(Path(source))
-    description = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-    settings = config.structured(
-        RunConfig,
-        [(str(directory / CONFIG_FILE), {name: description[name] for name in ("vision", "language", "qformer")})],
-    )
-    settings = dataclasses.replace(
-        settings,
-        vision=dataclasses.replace(settings.vision, **({"name": vision, "checkpoint": None} if vision else {})),
-        language=dataclasses.replace(
-            settings.language,
-            **({"name": language} if language else {}),
-            **({"dtype": str(dtype).removeprefix("torch.")} if dtype else {}),
-        ),
-        data=dataclasses.replace(settings.data, max_pixels=description["max_pixels"]),
-    )
-    tensors = weights.load_tensors(directory / ADAPTER_FILE)
-    towers = (
-        vision_backbone.load_vision(located(settings.vision)),
-        language_backbone.load_language(located(settings.language)),
-    )
-    _same_language(towers[1], tensors.pop("language.fingerprint"), description["language"]["name"], settings.language)
-    towers[1].profile = Profile.from_dict(description["profile"])
-    size = QFormerSize(**description["size"])
-    if size.vision_width != towers[0].width:
-        raise ConfigError(
-            f"{directory}: the adapter was trained on '{description['vision']['name']}' of width {size.vision_width}, "
-            f"and '{settings.vision.name}' is {towers[0].width} wide; name the encoder it was trained on."
-        )
-    connector = QFormerConnector(QFormer(size), towers[1].width)
-    weights.load_strict(connector, tensors, str(directory / ADAPTER_FILE))
-    tokenizer = None
-    if size.instruction:
-        tokenizer = _tokenizer(directory / TOKENIZER_FOLDER)
-    model = VLM(towers[0], connector, towers[1], tokenizer, settings)
-    return model.to(device).eval() if device else model.eval()
-
-
-def adapter_directory(source: Path) -> Path:
-    """Where the adapter's files are: the directory itself, or a run's last checkpoint.
-
-    Raises:
-        ConfigError: neither is there.
-    """
-    if (source / ADAPTER_FILE).is_file():
-        return source
-    steps = checkpoints(source)
-    if steps:
-        return steps[-1]
-    raise ConfigError(
-        f"{source}: no adapter there; give a directory written by save(), or a run directory with a checkpoint."
-    )
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """The whole checkpoints of a run directory, oldest first."""
-    found = [path for path in (run / "checkpoints").glob("step-*") if (path / ADAPTER_FILE).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def _same_language(tower: Any, fingerprint: Tensor, trained: str, given: LanguageConfig) -> None:
-    if not language_backbone.same_language(tower.fingerprint(), fingerprint):
-        raise ConfigError(
-            f"the adapter was trained with the LLM '{trained}', and '{given.name}' is another one (their embeddings "
-            f"differ); name the right one, or carry the adapter over with qformer.plug."
-        )
-
-
-def located(tower: Any) -> Any:
-    """A tower's settings with shipped names (`demo:…`) turned into directories."""
-    return dataclasses.replace(tower, name=resources.located(tower.name))
-
-
-def instruction_tokenizer(given: QFormerConfig) -> Any | None:
-    """What the Q-Former reads with; None where it reads no instruction.
-
-    Raises:
-        ConfigError: it is to read, and no tokenizer is named or there.
-    """
-    if not given.instruction:
-        return None
-    source = given.tokenizer or given.init
-    if source is None:
-        raise ConfigError(
-            "qformer.instruction is on and there is no tokenizer to read it with; set qformer.init to a BERT "
-            "checkpoint, qformer.tokenizer to a BERT tokenizer, or qformer.instruction: false."
-        )
-    return _tokenizer(resources.located(source))
-
-
-def _tokenizer(source: str | Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(source))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{source}: no tokenizer can be read from there: {str(error).splitlines()[0]}") from None
-
-
-def _check_reading(size: QFormerSize, tokenizer: Any | None, given: QFormerConfig) -> None:
-    if tokenizer is None:
-        return
-    if len(tokenizer) > size.vocabulary:
-        raise ConfigError(
-            f"qformer.tokenizer: '{given.tokenizer or given.init}' has {len(tokenizer)} words and the Q-Former "
-            f"{size.vocabulary} word embeddings; use the tokenizer that belongs to qformer.init."
-        )
-    if given.instruction_limit > size.positions:
-        raise ConfigError(
-            f"qformer.instruction_limit is {given.instruction_limit} and the Q-Former has {size.positions} positions; "
-            f"set it to at most {size.positions}."
-        )
-
-
-def _scale_soft_tokens(connector: QFormerConnector, norm: float, generator: torch.Generator) -> None:
-    """Query outputs leave a LayerNorm with length √D, so this spread gives soft tokens of the wanted length."""
-    weight = connector.projection.weight
-    with torch.no_grad():
-        weight.normal_(0.0, norm / math.sqrt(weight.shape[0] * weight.shape[1]), generator=generator)
 
 
 def _listed(images: Sequence[Any], prompts: Sequence[str]) -> list[Sequence[Any]]:

@@ -61,7 +61,11 @@ def test_cards_beside_the_config_are_found_from_anywhere(write, tmp_path, monkey
         ("", ["train.max_norm=-1"], r"train\.max_norm is -1\.0"),
         ("", ["train.micro_batch_tokens=0"], r"train\.micro_batch_tokens is 0"),
         ("", ["train.rate=0"], r"train\.rate must be above 0"),
-        ("", ["qformer.hidden=10", "qformer.heads=3"], r"qformer\.hidden \(10\) must divide evenly by qformer\.heads \(3\)"),
+        (
+            "",
+            ["qformer.hidden=10", "qformer.heads=3"],
+            r"qformer\.hidden \(10\) must divide evenly by qformer\.heads \(3\)",
+        ),
         ("", ["qformer.queries=0"], r"qformer\.queries"),
         ("", ["qformer.dropout=1"], r"qformer\.dropout is 1\.0"),
         ("", ["vision.train_transform.flip=2"], r"flip is 2\.0"),

@@ -121,7 +121,9 @@ def joined(profile, tokenizer, rendered, reads=(0,), answered=True):
     row = Joiner(tokenizer, profile, None).row(rendered, reads, answered=answered)
     names = {number: word for word, number in tokenizer.known.items()} | {1: "BOS", 2: "EOS"}
     return [
-        f"slot{piece.read}" if isinstance(piece, Slot) else ("+" if piece.trained else "") + " ".join(names[i] for i in piece.ids)
+        f"slot{piece.read}"
+        if isinstance(piece, Slot)
+        else ("+" if piece.trained else "") + " ".join(names[i] for i in piece.ids)
         for piece in row
     ]
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from qformer import cards, vlm
+from qformer import cards, loading, vlm
 from qformer.config import TrainConfig
 from qformer.data.batch import StepMaker, mixture_of, open_sources
 from qformer.errors import ConfigError, TrainingError
@@ -60,7 +60,7 @@ def gradients(model, maker, step=0):
     )
     model.train()
     report = train_step(
-        model, model.objective, maker[step].batches, maker.assembler.dummy(model.vision.image_size), optimizer,
+        model, model.objective, maker[step].batches, maker.assembler.dummy(model.vision.settings.size), optimizer,
         Accelerator(cpu=True), None,
     )  # fmt: skip
     return report, kept
@@ -80,7 +80,7 @@ def test_rate_warms_up_then_follows_a_cosine():
 
 @pytest.mark.parametrize("decay_queries", [False, True])
 def test_weight_decay_is_for_matrices_alone(make, decay_queries):
-    model = vlm.build(make(), report=lambda _: None)
+    model = loading.build(make(), report=lambda _: None)
     named = model.trainable()
     decayed, spared = optim.parameter_groups(named, 0.05, decay_queries)
     names = {id(parameter): name for name, parameter in named.items()}
@@ -98,7 +98,7 @@ def test_weight_decay_is_for_matrices_alone(make, decay_queries):
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_any_split_of_a_step_gives_the_same_gradient(make, family):
     settings = make(family=family)
-    model = vlm.build(settings, report=lambda _: None)
+    model = loading.build(settings, report=lambda _: None)
     whole, expected = gradients(model, maker_of(settings, model))
     split = maker_of(settings, model, micro_batch_tokens=40)
     assert len(split[0].batches) > 2
@@ -111,7 +111,7 @@ def test_any_split_of_a_step_gives_the_same_gradient(make, family):
 
 def test_every_trained_parameter_gets_a_gradient_except_those_that_cannot(make):
     settings = make()
-    model = vlm.build(settings, report=lambda _: None)
+    model = loading.build(settings, report=lambda _: None)
     _, found = gradients(model, maker_of(settings, model))
     without = {name for name in model.trainable() if name not in found or not found[name].any()}
     last = model.connector.size.layers - 1
@@ -122,8 +122,8 @@ def test_every_trained_parameter_gets_a_gradient_except_those_that_cannot(make):
 
 def test_a_dummy_changes_nothing(make):
     settings = make()
-    model = vlm.build(settings, report=lambda _: None)
-    dummy = maker_of(settings, model).assembler.dummy(model.vision.image_size)
+    model = loading.build(settings, report=lambda _: None)
+    dummy = maker_of(settings, model).assembler.dummy(model.vision.settings.size)
     assert model.objective.counts(dummy) == {"answer": 0}
     assert float(model(dummy)["answer"].detach()) == 0.0
 
@@ -143,7 +143,7 @@ def rows_of(data):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ranks_and_workers_see_the_same_data_crops_and_flips_included(make, ranks, workers):
     settings = make()
-    model = vlm.build(settings, report=lambda _: None)
+    model = loading.build(settings, report=lambda _: None)
     alone = maker_of(settings, model)
 
     def pictures(data):
@@ -166,7 +166,7 @@ def test_rows_on_one_picture_share_its_encoding(make, data):
     second = {**json.loads(lines[0]), "id": "again", "instruction": "say the colour"}
     (data / "records.jsonl").write_text("\n".join([lines[0], json.dumps(second)]) + "\n")
     settings = make()
-    model = vlm.build(settings, report=lambda _: None)
+    model = loading.build(settings, report=lambda _: None)
     [batch] = maker_of(settings, model, batch_size=2)[0].batches
     assert len(batch.pixels) == 1 and len(batch.reads) == 2
 
@@ -181,7 +181,7 @@ def run(settings):
 def weights_of(directory):
     from qformer.weights import load_tensors
 
-    return load_tensors(vlm.adapter_directory(directory) / vlm.ADAPTER_FILE)
+    return load_tensors(loading.adapter_directory(directory) / vlm.ADAPTER_FILE)
 
 
 def same(first, second):
@@ -267,7 +267,7 @@ def progress(directory):
 
 def test_old_checkpoints_go_and_the_last_stay(make):
     directory = run(make("train.steps=5", "train.checkpoint_every=1", "train.keep_checkpoints=2"))
-    assert [path.name for path in vlm.checkpoints(directory)] == ["step-4", "step-5"]
+    assert [path.name for path in loading.checkpoints(directory)] == ["step-4", "step-5"]
 
 
 def test_more_steps_may_be_asked_for_and_other_data_or_model_may_not(make):
@@ -289,12 +289,12 @@ def test_a_checkpoint_of_another_llm_is_refused(make, towers, tmp_path):
     with pytest.raises(ConfigError, match="trained with another LLM"):
         run(make("train.steps=2", f"language.name={other}"))
     with pytest.raises(ConfigError, match="qformer.plug"):
-        vlm.load(settings.directory, language=str(other))
+        loading.load(settings.directory, language=str(other))
 
 
 def test_the_first_value_that_is_not_finite_stops_the_run_and_is_saved(make, monkeypatch):
     settings = make()
-    build = vlm.build
+    build = loading.build
 
     def spoiled(*arguments, **more):
         model = build(*arguments, **more)
@@ -302,7 +302,7 @@ def test_the_first_value_that_is_not_finite_stops_the_run_and_is_saved(make, mon
             model.connector.qformer.blocks[0].query_feed_forward.outer.weight[0, 0] = float("nan")
         return model
 
-    monkeypatch.setattr(vlm, "build", spoiled)
+    monkeypatch.setattr(loading, "build", spoiled)
     with pytest.raises(NotFiniteError, match=r"qformer\.blocks\.0\.query_feed_forward.* at step 1, with the samples"):
         run(settings)
     saved = json.loads((settings.directory / "not_finite.json").read_text())
@@ -361,14 +361,14 @@ def test_alarm_speaks_after_three_bad_readings_in_a_row():
 TWO_PROCESSES = """
 import sys, torch
 from accelerate import Accelerator
-from qformer import config, vlm
+from qformer import config, loading
 from qformer.train.step import train_step
 from tests.test_train import maker_of
 
 settings = config.load(sys.argv[1])
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == int(sys.argv[3]), accelerator.num_processes
-model = vlm.build(settings, report=lambda _: None)
+model = loading.build(settings, report=lambda _: None)
 model.train()
 wrapped = accelerator.prepare_model(model)
 maker = maker_of(settings, model, batch_size=7, rank=accelerator.process_index, ranks=accelerator.num_processes,
@@ -378,7 +378,7 @@ kept = {}
 optimizer.register_step_pre_hook(
     lambda *_: kept.update({n: p.grad.clone() for n, p in model.trainable().items() if p.grad is not None}))
 data = maker[0]
-report = train_step(wrapped, model.objective, data.batches, maker.assembler.dummy(model.vision.image_size), optimizer,
+report = train_step(wrapped, model.objective, data.batches, maker.assembler.dummy(model.vision.settings.size), optimizer,
                     accelerator, None)
 names = [name for batch in data.batches for name in batch.samples]
 torch.save({"gradients": kept, "loss": report.loss, "counts": report.counts, "names": names,

@@ -62,7 +62,15 @@ def tiny_bert(directory: Path, seed: int = 0) -> Path:
     """A random BERT of two layers, 32 wide, with a WordPiece vocabulary of the words above; the directory."""
     directory.mkdir(parents=True, exist_ok=True)
     words = sorted({word for line in WORDS for word in pre_words(line)})
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, *(f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz")]
+    vocabulary = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *words,
+        *(f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"),
+    ]
     (directory / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
     BertTokenizer(vocab=str(directory / "vocab.txt")).save_pretrained(directory)
     torch.manual_seed(seed)
@@ -83,7 +91,12 @@ def tiny_vision(directory: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     model = ViTModel(
         ViTConfig(
-            hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=32, patch_size=8
+            hidden_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
+            image_size=32,
+            patch_size=8,
         ),
         add_pooling_layer=False,
     )
@@ -118,14 +131,19 @@ def _byte_level(family: str) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     specials = {"gpt2": ["<|endoftext|>"], "qwen2": ["<|endoftext|>", "<|im_end|>"], "opt": ["<pad>", "</s>"]}[family]
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(WORDS * 4, trainer)
     if family == "opt":
         from tokenizers.processors import TemplateProcessing
 
         tokenizer.post_processor = TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 1)])
-        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>")
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>"
+        )
     if family == "gpt2":
         return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")

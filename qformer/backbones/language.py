@@ -29,22 +29,26 @@ class LanguageTower(nn.Module):
 
     is_encoder_decoder: bool
 
-    def __init__(self, model: nn.Module, tokenizer: Any, profile: Profile, *, gradient_checkpointing: bool = False):
+    def __init__(self, model: Any, tokenizer: Any, profile: Profile, *, gradient_checkpointing: bool = False):
         super().__init__()
-        self.model, self.tokenizer, self.profile = model, tokenizer, profile
+        self.model: Any = model
+        self.tokenizer, self.profile = tokenizer, profile
         self.checkpointing = gradient_checkpointing
         model.requires_grad_(False)
         _forget_generation_defaults(model)
         if gradient_checkpointing:
             if not getattr(model, "supports_gradient_checkpointing", False):
-                raise ConfigError(f"language.gradient_checkpointing: {type(model).__name__} does not support it; set it to false.")
+                raise ConfigError(
+                    f"language.gradient_checkpointing: {type(model).__name__} does not support it; set it to false."
+                )
             _silence_dropout(model)
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.train(False)
 
     def train(self, mode: bool = True) -> LanguageTower:
         """Evaluation mode always; with gradient checkpointing training mode, where its dropouts are 0 (in evaluation
-        mode transformers would silently recompute nothing)."""
+        mode transformers would silently recompute nothing).
+        """
         super().train(False)
         self.training = mode
         self.model.train(mode and self.checkpointing)
@@ -76,7 +80,8 @@ class LanguageTower(nn.Module):
     @torch.no_grad()
     def fingerprint(self) -> Tensor:
         """64 fixed embedding rows (64, L) in float32: rows 3, 6, 12 … spread evenly below id 1,000 of any vocabulary
-        (rows added at its end change nothing)."""
+        (rows added at its end change nothing).
+        """
         span = min(1000, self._vocabulary())
         ids = [number * span // FINGERPRINT_ROWS for number in range(FINGERPRINT_ROWS)]
         return self.model.get_input_embeddings().weight[ids].float().clone()
@@ -124,7 +129,9 @@ class LanguageTower(nn.Module):
             for choice in choices:
                 ids = joiner.target_ids(choice) if end else joiner.answer_ids(choice)
                 if not ids:
-                    raise ConfigError("rank: a candidate is empty and has no token to score; give it words, or end=True.")
+                    raise ConfigError(
+                        "rank: a candidate is empty and has no token to score; give it words, or end=True."
+                    )
                 expanded.append((*row, Text(ids, trained=True)))
         scores, counts = self._in_parts(soft, expanded)
         if normalize == "mean":
@@ -171,7 +178,7 @@ class LanguageTower(nn.Module):
 
 
 class DecoderOnly(LanguageTower):
-    """A causal LLM: rows padded on the right to be scored, on the left to be continued, mask and positions always given."""
+    """A causal LLM: rows padded on the right to be scored, on the left to be continued; mask and positions given."""
 
     is_encoder_decoder = False
 
@@ -184,7 +191,7 @@ class DecoderOnly(LanguageTower):
         """Soft tokens (N, Q, L) -> (R,) sums and (R,) counts; the head runs on predicting positions alone."""
         embeds = [self._row(soft, row) for row in rows]
         wanted = [_labels(row, soft.shape[1]) for row in rows]
-        inputs = nn.utils.rnn.pad_sequence(embeds, batch_first=True)                              # (R S L)
+        inputs = nn.utils.rnn.pad_sequence(embeds, batch_first=True)  # (R S L)
         labels = nn.utils.rnn.pad_sequence(wanted, batch_first=True, padding_value=-1).to(inputs.device)
         lengths = torch.tensor([len(each) for each in embeds], device=inputs.device)
         mask = (torch.arange(inputs.shape[1], device=inputs.device) < lengths[:, None]).long()
@@ -196,7 +203,7 @@ class DecoderOnly(LanguageTower):
         return sums, predicting.sum(1)
 
     def _logits(self, inputs: Tensor, mask: Tensor, predicting: Tensor) -> Tensor:
-        """(R, S, L), mask (R, S), which positions (R, S - 1) predict a trained token -> their logits (…, vocabulary)."""
+        """(R, S, L), mask (R, S), which positions (R, S - 1) predict a trained token -> their logits (…, words)."""
         positions = torch.arange(inputs.shape[1], device=inputs.device).expand(len(inputs), -1)
         given = {"inputs_embeds": inputs, "attention_mask": mask, "position_ids": positions, "use_cache": False}
         if self.split_head:
@@ -207,7 +214,8 @@ class DecoderOnly(LanguageTower):
     @torch.no_grad()
     def _head_is_split_exactly(self) -> bool:
         """Whether base model and output layer give the logits of the whole: asked of the model with four ids, since
-        soft caps and scales live between or behind them in some families."""
+        soft caps and scales live between or behind them in some families.
+        """
         head = self.model.get_output_embeddings()
         if head is None:
             return False
@@ -245,9 +253,11 @@ class EncoderDecoder(LanguageTower):
         for row in rows:
             trained = [isinstance(piece, Text) and piece.trained for piece in row]
             if trained.count(True) != 1 or not trained[-1]:
-                raise DataError("an encoder–decoder takes one trained span a row, the last; set turns: each in the card.")
+                raise DataError(
+                    "an encoder–decoder takes one trained span a row, the last; set turns: each in the card."
+                )
         inputs, mask = self._encoder_inputs(soft, [row[:-1] for row in rows])
-        targets = [torch.tensor(row[-1].ids) for row in rows]                                     # type: ignore[union-attr]
+        targets = [torch.tensor(row[-1].ids) for row in rows]  # type: ignore[union-attr]
         labels = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-100).to(inputs.device)
         logits = self.model(inputs_embeds=inputs, attention_mask=mask, labels=labels, use_cache=False).logits
         log_p = -F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
@@ -258,7 +268,7 @@ class EncoderDecoder(LanguageTower):
         """One answer per row."""
         inputs, mask = self._encoder_inputs(soft, rows)
         generated = self.model.generate(inputs_embeds=inputs, attention_mask=mask, **self._decoding(decoding))
-        return self._answers(generated[:, 1:])             # column 0 is the decoder's start
+        return self._answers(generated[:, 1:])  # column 0 is the decoder's start
 
     def _encoder_inputs(self, soft: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         """Prompts with their closing ids, padded on the right: (R, S, L) and mask (R, S)."""
@@ -298,7 +308,9 @@ def load_language(settings: LanguageConfig) -> LanguageTower:
         raise ConfigError(f"language.dtype is '{settings.dtype}'; it takes {', '.join(DTYPES)}.")
     config = _read(settings, "AutoConfig")
     if config.model_type in ("t5", "mt5", "umt5") and settings.dtype == "float16":
-        raise ConfigError("language.dtype is float16, and T5 overflows in it (it was trained in bfloat16); use bfloat16 or float32.")
+        raise ConfigError(
+            "language.dtype is float16, and T5 overflows in it (it was trained in bfloat16); use bfloat16 or float32."
+        )
     tokenizer, profile = load_profile(settings)
     auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     if settings.pretrained:
@@ -311,7 +323,8 @@ def load_language(settings: LanguageConfig) -> LanguageTower:
 
 def same_language(first: Tensor, second: Tensor) -> bool:
     """Whether two fingerprints are of one LLM: rows equal within 2 % of their length, so that precision and
-    quantisation do not matter."""
+    quantisation do not matter.
+    """
     if first.shape != second.shape:
         return False
     return bool((first.cpu() - second.cpu()).norm() <= 0.02 * second.norm())

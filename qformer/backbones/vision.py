@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,13 +44,19 @@ class VisionSettings:
 
 
 class FrozenTower(nn.Module):
-    """A frozen model and the way to its tokens; stays in evaluation mode."""
+    """A frozen model and the way to its tokens; stays in evaluation mode.  `settings`: the pictures it wants."""
 
-    def __init__(self, model: nn.Module, read: Callable[[Tensor], Tokens], width: int, settings: VisionSettings, config: VisionConfig):
+    def __init__(
+        self,
+        model: nn.Module,
+        read: Callable[[Tensor], Tokens],
+        width: int,
+        settings: VisionSettings,
+        config: VisionConfig,
+    ):
         super().__init__()
         self.model, self.read, self.width = model, read, width
-        self.image_size, self.mean, self.std = settings.size, settings.mean, settings.std
-        self.interpolation, self.name, self.revision = settings.interpolation, config.name, config.revision
+        self.settings, self.name, self.revision = settings, config.name, config.revision
         model.requires_grad_(False)
         self.eval()
 
@@ -152,11 +158,11 @@ def _load_timm(config: VisionConfig) -> FrozenTower:
     import timm
 
     settings = vision_settings(config)
-    resized = {"img_size": settings.size} if config.image_size else {}
+    resized: dict[str, Any] = {"img_size": settings.size} if config.image_size else {}
     download = config.pretrained and config.checkpoint is None
     try:
         model = timm.create_model(_timm_name(config), pretrained=download, num_classes=0, **resized)
-    except TypeError:                                      # networks of feature maps take any size and no such argument
+    except TypeError:  # networks of feature maps take any size and no such argument
         model = timm.create_model(_timm_name(config), pretrained=download, num_classes=0)
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(
@@ -165,9 +171,15 @@ def _load_timm(config: VisionConfig) -> FrozenTower:
         ) from None
     if config.checkpoint is not None:
         _fill(model, config.checkpoint)
-    model = model.to(DTYPES[config.dtype])
+    model = cast(Any, model.to(DTYPES[config.dtype]))
     if config.block is None and config.norm:
-        return FrozenTower(model, lambda pixels: _timm_tokens(model, model.forward_features(pixels), config), model.num_features, settings, config)
+        return FrozenTower(
+            model,
+            lambda pixels: _timm_tokens(model, model.forward_features(pixels), config),
+            model.num_features,
+            settings,
+            config,
+        )
     return _timm_block(model, config, settings)
 
 
@@ -186,7 +198,9 @@ def _timm_block(model: Any, config: VisionConfig, settings: VisionSettings) -> F
     blocks = len(getattr(model, "feature_info", []) or getattr(model, "blocks", []))
     chosen = (config.block if config.block is not None else -1) % max(1, blocks)
     if not blocks or not -blocks <= (config.block or -1) < blocks:
-        raise ConfigError(f"vision.block is {config.block}; '{config.name}' has {blocks} blocks, so it takes {-blocks} to {blocks - 1}.")
+        raise ConfigError(
+            f"vision.block is {config.block}; '{config.name}' has {blocks} blocks: it takes {-blocks} to {blocks - 1}."
+        )
     prefix = getattr(model, "num_prefix_tokens", 0)
     is_tokens = hasattr(model, "blocks") and hasattr(model, "patch_embed")
 
@@ -198,8 +212,10 @@ def _timm_block(model: Any, config: VisionConfig, settings: VisionSettings) -> F
             pixels, indices=[chosen], norm=config.norm, output_fmt="NLC", intermediates_only=True,
             return_prefix_tokens=bool(prefix), stop_early=True,
         )  # fmt: skip
-        patches, marks = found if prefix else (found, None)
-        values = torch.cat([marks, patches], 1) if prefix and config.class_token else patches
+        if not prefix:
+            return Tokens(found, None, _grid(found.shape[1]))
+        patches, marks = found
+        values = torch.cat([marks, patches], 1) if config.class_token else patches
         return Tokens(values, None, _grid(patches.shape[1]))
 
     with torch.no_grad():
@@ -217,7 +233,9 @@ def _fill(model: nn.Module, checkpoint: str) -> None:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
         tensors = tensors.get("model", tensors.get("state_dict", tensors))
     own = model.state_dict()
-    head = {name for name in tensors if name.split(".")[0] in ("head", "classifier", "fc", "head_dist") and name not in own}
+    head = {
+        name for name in tensors if name.split(".")[0] in ("head", "classifier", "fc", "head_dist") and name not in own
+    }
     optional = {name for name in own if name.endswith("num_batches_tracked")}
     missing = sorted(own.keys() - tensors.keys() - optional)
     unexpected = sorted(tensors.keys() - own.keys() - head - {n for n in tensors if n.endswith("num_batches_tracked")})
@@ -225,7 +243,9 @@ def _fill(model: nn.Module, checkpoint: str) -> None:
     for what, listed in (("lacks", missing), ("has unknown", unexpected), ("has other shapes for", differing)):
         if listed:
             more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
-            raise ConfigError(f"vision.checkpoint {file} {what} {', '.join(listed[:5])}{more}; it belongs to another model.")
+            raise ConfigError(
+                f"vision.checkpoint {file} {what} {', '.join(listed[:5])}{more}; it belongs to another model."
+            )
     model.load_state_dict({name: tensors[name] for name in own.keys() & tensors.keys()}, strict=False)
 
 
@@ -280,15 +300,21 @@ def _load_transformers(config: VisionConfig) -> FrozenTower:
     dtype = DTYPES[config.dtype]
     if config.pretrained:
         try:
-            model = AutoModel.from_pretrained(config.name, revision=config.revision, dtype=dtype, **_without_pooler(found))
+            model = AutoModel.from_pretrained(
+                config.name, revision=config.revision, dtype=dtype, **_without_pooler(found)
+            )
         except (OSError, ValueError) as error:
-            raise ConfigError(f"vision.name '{config.name}': its weights cannot be read ({str(error).splitlines()[0]}).") from None
+            raise ConfigError(
+                f"vision.name '{config.name}': its weights cannot be read ({str(error).splitlines()[0]})."
+            ) from None
     else:
         model = AutoModel.from_config(found, dtype=dtype, **_without_pooler(found))
     model = getattr(model, "vision_model", model)
     blocks = model.config.num_hidden_layers if hasattr(model.config, "num_hidden_layers") else 0
     if config.block is not None and not -blocks <= config.block < blocks:
-        raise ConfigError(f"vision.block is {config.block}; '{config.name}' has {blocks} blocks, so it takes {-blocks} to {blocks - 1}.")
+        raise ConfigError(
+            f"vision.block is {config.block}; '{config.name}' has {blocks} blocks: it takes {-blocks} to {blocks - 1}."
+        )
     interpolate = {"interpolate_pos_encoding": True} if config.image_size else {}
 
     def read(pixels: Tensor) -> Tokens:
@@ -316,7 +342,7 @@ def _without_pooler(found: Any) -> dict[str, bool]:
     from transformers import MODEL_MAPPING
 
     kind = MODEL_MAPPING.get(type(found), None)
-    known = kind is not None and "add_pooling_layer" in inspect.signature(kind.__init__).parameters
+    known = kind is not None and "add_pooling_layer" in inspect.signature(kind).parameters
     return {"add_pooling_layer": False} if known else {}
 
 

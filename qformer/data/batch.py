@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch.utils.data import Dataset
+
 from qformer.assemble import Assembler, Item, Pixels, Prepared
-from qformer.cards import TaskCard, probabilities
+from qformer.cards import TaskCard, TrainCard, probabilities
 from qformer.config import DataConfig
 from qformer.data.mixture import Draw, Mixture
 from qformer.data.readers import Records, open_records
@@ -22,6 +24,7 @@ class Source:
     """One set of the mixture: its card, its phrasings, its records."""
 
     card: TaskCard
+    section: TrainCard
     templates: Templates
     records: Records
 
@@ -49,21 +52,34 @@ def open_sources(cards: Mapping[str, TaskCard], root: Path) -> dict[str, Source]
         ConfigError: an unknown reader or template.  DataError: files that are not there, or not of the form expected.
     """
     return {
-        key: Source(card, load_templates(card.train.template), open_records(card.train, root, card))
+        key: Source(card, card.train, load_templates(card.train.template), open_records(card.train, root, card))
         for key, card in cards.items()
         if card.train is not None
     }
 
 
-def mixture_of(sources: Mapping[str, Source], settings: DataConfig, multipliers: Mapping[str, float], seed: int) -> Mixture:
+def mixture_of(
+    sources: Mapping[str, Source], settings: DataConfig, multipliers: Mapping[str, float], seed: int
+) -> Mixture:
     """The mixture of opened sets: p_d by published (or read) size, passes by the records really there."""
-    sizes = {key: source.card.train.size or len(source.records) for key, source in sources.items()}
+    sizes = {key: source.section.size or len(source.records) for key, source in sources.items()}
     shares = probabilities(sizes, multipliers, settings.sampling)
     return Mixture(shares, {key: len(source.records) for key, source in sources.items()}, seed)
 
 
-class StepMaker:
-    """Makes the batches of step k for one rank: a map-style data set over steps, for a `DataLoader` without batching."""
+def items_of(source: Source, draw: Draw, seed: int) -> list[Item]:
+    """The rows of one draw in words: one, or one per turn of a dialogue.
+
+    Raises:
+        DataError: the record is broken.
+    """
+    sample = source.records[draw.place]
+    rendered = render_train(source.section, source.templates, sample, seed, draw.turn)
+    return [Item(sample.id, sample.images, each) for each in rendered]
+
+
+class StepMaker(Dataset[StepData]):
+    """Makes the batches of step k for one rank: a data set over steps, for a `DataLoader` without batching."""
 
     def __init__(
         self,
@@ -111,15 +127,8 @@ class StepMaker:
         return data
 
     def items(self, draw: Draw) -> list[Item]:
-        """The rows of one draw in words: one, or one per turn of a dialogue.
-
-        Raises:
-            DataError: the record is broken.
-        """
-        source = self.sources[draw.task]
-        sample = source.records[draw.place]
-        rendered = render_train(source.card.train, source.templates, sample, self.mixture.seed, draw.turn)
-        return [Item(sample.id, sample.images, each) for each in rendered]
+        """The rows of one draw in words."""
+        return items_of(self.sources[draw.task], draw, self.mixture.seed)
 
     def _groups(self, prepared: Sequence[Prepared]) -> Iterator[list[Prepared]]:
         """Rows by falling length, cut so that a padded micro-batch holds at most the budget of LLM positions."""
@@ -131,7 +140,7 @@ class StepMaker:
             if group and budget and longest * (len(group) + 1) > budget:
                 yield group
                 group = []
-            longest = longest if group else length         # falling lengths: the first of a group is its longest
+            longest = longest if group else length  # falling lengths: the first of a group is its longest
             group.append(each)
         if group:
             yield group

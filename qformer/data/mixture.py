@@ -61,7 +61,7 @@ class Mixture:
         """How many of the first `count` draws each set has had."""
         totals, rest = {}, count
         for name, (part, left) in zip(self.names, self._shares, strict=True):
-            totals[name] = (2 * rest * part + left) // (2 * left)          # round half up, in integers
+            totals[name] = (2 * rest * part + left) // (2 * left)  # round half up, in integers
             rest -= totals[name]
         return totals
 

@@ -53,5 +53,3 @@ def demo_settings(
     if limit is not None:
         settings = dataclasses.replace(settings, evaluate=dataclasses.replace(settings.evaluate, limit=limit))
     return settings
-
-

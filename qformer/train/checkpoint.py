@@ -14,7 +14,8 @@ import torch
 from qformer import config, weights
 from qformer.config import RunConfig
 from qformer.errors import ConfigError
-from qformer.vlm import ADAPTER_FILE, VLM, checkpoints, whole_directory
+from qformer.loading import checkpoints
+from qformer.vlm import ADAPTER_FILE, VLM, whole_directory
 
 OPTIMIZER_FILE = "optimizer.pt"
 STATE_FILE = "state.json"
@@ -77,7 +78,9 @@ def same_run(saved: Path, settings: RunConfig) -> None:
     """
     before = _flat(dataclasses.asdict(config.structured(RunConfig, [(str(saved), config.read_yaml(saved))])))
     now = _flat(dataclasses.asdict(settings))
-    changed = [key for key in sorted(before | now) if before.get(key) != now.get(key) and not _may_change(key, before, now)]
+    changed = [
+        key for key in sorted(before | now) if before.get(key) != now.get(key) and not _may_change(key, before, now)
+    ]
     if changed:
         listed = "; ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in changed)
         raise ConfigError(
@@ -106,7 +109,7 @@ def _may_change(key: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
     if any(key == free or key.startswith(f"{free}.") for free in FREE):
         return True
     old, new = before.get(key), now.get(key)
-    return key in PATHS and bool(old) and bool(new) and PurePath(old).name == PurePath(new).name
+    return key in PATHS and isinstance(old, str) and isinstance(new, str) and PurePath(old).name == PurePath(new).name
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

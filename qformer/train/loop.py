@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from qformer import cards, config, keyed, vlm
+from qformer import cards, config, keyed, loading, vlm
 from qformer.config import RunConfig
 from qformer.data.batch import StepData, StepMaker, mixture_of, open_sources
 from qformer.data.proof import LabelProof
@@ -40,13 +40,15 @@ def train(settings: RunConfig, *, say: Callable[[str], None] = print, quiet: boo
         ConfigError, DataError: the settings or the data are at fault.  TrainingError: a value that is not finite,
             labels that do not decode, a checkpoint that cannot be written.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")         # workers fork after the tokenizers were used
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers fork after the tokenizers were used
     run = settings.directory
     task_cards = cards.load_all(settings.data.tasks, "train")
     sources = open_sources(task_cards, Path(settings.data.root))
-    multipliers = {card.key: settings.data.tasks[name] for name, card in zip(settings.data.tasks, task_cards.values(), strict=True)}
+    multipliers = {
+        card.key: settings.data.tasks[name] for name, card in zip(settings.data.tasks, task_cards.values(), strict=True)
+    }
     mixture = mixture_of(sources, settings.data, multipliers, settings.seed)
-    last = vlm.checkpoints(run)[-1:]
+    last = loading.checkpoints(run)[-1:]
     if (run / CONFIG_FILE).exists() and last:
         checkpoint.same_run(run / CONFIG_FILE, settings)
 
@@ -58,7 +60,7 @@ def train(settings: RunConfig, *, say: Callable[[str], None] = print, quiet: boo
     )
     first_process = accelerator.is_main_process
     say = say if first_process else lambda _: None
-    model = vlm.build(settings, report=say).to(accelerator.device)
+    model = loading.build(settings, report=say).to(accelerator.device)
     model.train()
     optimizer = optimizer_for(model.trainable(), settings.train)
     start = checkpoint.restore(last[0], model, optimizer) if last else 0
@@ -83,12 +85,15 @@ def train(settings: RunConfig, *, say: Callable[[str], None] = print, quiet: boo
         accelerator.init_trackers(settings.name, config={"settings": json.dumps(asdict(settings))})
     proof = LabelProof(maker.assembler.joiner)
     trained = sum(parameter.numel() for parameter in model.trainable().values())
-    say(f"{run}: steps {start} to {settings.train.steps}, {trained:,} trained parameters, {accelerator.num_processes} process(es)")
+    say(
+        f"{run}: steps {start} to {settings.train.steps}, {trained:,} trained parameters, "
+        f"{accelerator.num_processes} process(es)"
+    )
 
     alarm = monitors.BlindnessAlarm()
-    dummy = maker.assembler.dummy(model.vision.image_size)
+    dummy = maker.assembler.dummy(model.vision.settings.size)
     broken: Counter[str] = Counter()
-    loader = DataLoader(
+    loader: DataLoader[StepData] = DataLoader(
         maker,
         batch_size=None,
         sampler=range(start, settings.train.steps),
@@ -221,7 +226,10 @@ def _note_broken(run: Path, data: StepData, broken: Counter[str], rank: int) -> 
 
 
 def _broken_summary(broken: Counter[str], run: Path) -> list[str]:
-    return [f"{count} broken record(s) of {name} were skipped; {run / BROKEN_FILE} lists them" for name, count in sorted(broken.items())]
+    return [
+        f"{count} broken record(s) of {name} were skipped; {run / BROKEN_FILE} lists them"
+        for name, count in sorted(broken.items())
+    ]
 
 
 class _Lines:
@@ -256,11 +264,15 @@ def _bar(settings: RunConfig, start: int, *, shown: bool) -> Iterator[Callable[[
         TimeRemainingColumn(),
     )
     with Progress(*columns, disable=not shown) as progress:
-        task = progress.add_task(settings.name, total=settings.train.steps, completed=start, loss=float("nan"), speed=0.0)
+        task = progress.add_task(
+            settings.name, total=settings.train.steps, completed=start, loss=float("nan"), speed=0.0
+        )
         smooth: list[float] = []
 
         def advance(loss: float, speed: float) -> None:
-            smooth[:] = [loss, speed] if not smooth else [0.95 * smooth[0] + 0.05 * loss, 0.95 * smooth[1] + 0.05 * speed]
+            smooth[:] = (
+                [loss, speed] if not smooth else [0.95 * smooth[0] + 0.05 * loss, 0.95 * smooth[1] + 0.05 * speed]
+            )
             progress.update(task, advance=1, loss=smooth[0], speed=smooth[1])
 
         yield advance

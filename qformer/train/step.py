@@ -48,7 +48,7 @@ def train_step(
             sums = model(batch)
             loss = torch.stack([sums[part] / max(1, counts[part]) for part in sums]).sum()
             check_finite(loss, batch, "the loss")
-            (loss * accelerator.num_processes).backward()          # DDP averages over ranks; ours is a sum
+            (loss * accelerator.num_processes).backward()  # DDP averages over ranks; ours is a sum
         total += loss.detach()
     norm = nn.utils.clip_grad_norm_(parameters, max_norm if max_norm is not None else float("inf"))
     if not torch.isfinite(norm):
