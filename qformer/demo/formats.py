@@ -45,7 +45,7 @@ def write(
     Args:
         root: the future `data.root`.
         seed: of the scenes and of all choices.
-        pictures_train: pictures that the held-in sets share.
+        pictures_train: pictures of the held-in sets; A-OKVQA and LLaVA have half of them each, as theirs have a part.
         pictures_test: GQA and VSR get a tenth more pictures, with two questions each; IconQA and NoCaps, which have
             one item a picture, twice as many and a little; the held-in sets' own test splits half.
         advance: is told how many more pictures are written, of `picture_count`.
@@ -138,9 +138,9 @@ def _held_in(root: Path, seed: int, train: int, val: int, advance: Callable[[int
             karpathy.append(_karpathy(scene, len(karpathy), split, name))
             advance(1)
         _vqa(root, made, split)
-        put(root / f"aokvqa/aokvqa_v1p0_{split}.json", _aokvqa(made, split))
+        put(root / f"aokvqa/aokvqa_v1p0_{split}.json", _aokvqa(made[::2] if split == "train" else made, split))
     put(root / "coco/dataset_coco.json", {"dataset": "coco", "images": karpathy})
-    put(root / "llava/conversation_58k.json", _llava(shown["train"]))
+    put(root / "llava/conversation_58k.json", _llava(shown["train"][1::2]))
 
 
 def _karpathy(scene: Scene, place: int, split: str, name: str) -> dict[str, Any]:
