@@ -10,6 +10,8 @@ from qformer import __version__
 from qformer.errors import QFormerError
 
 INTERRUPTED = 130
+NARROWEST_TABLE = 130
+"""Columns a table is given at least: it reads better cut off on the right than folded into slivers."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -136,7 +138,9 @@ def _tasks(options: argparse.Namespace) -> None:
 
     from qformer.listing import card_page, table
 
-    Console(highlight=False).print(card_page(options.name) if options.name else table())
+    console = Console(highlight=False, soft_wrap=bool(options.name))
+    console.width = max(console.width, NARROWEST_TABLE)
+    console.print(card_page(options.name) if options.name else table(), markup=False)
 
 
 def _say(line: object) -> None:

@@ -12,8 +12,8 @@ from qformer.cards import TaskCard
 def table() -> Table:
     """Every shipped card: role, size, reader, prompt, metric, and p_d at the published sizes (four decimals)."""
     shown = Table(title="task cards", title_justify="left")
-    for column in ("card", "role", "samples", "reader", "prompt", "metric", "p_d"):
-        shown.add_column(column, justify="right" if column in ("samples", "p_d") else "left", overflow="fold")
+    for column in ("card", "role", "samples", "p_d", "reader", "metric", "prompt"):
+        shown.add_column(column, justify="right" if column in ("samples", "p_d") else "left", no_wrap=column != "prompt")
     loaded = [cards.load(name) for name in resources.names("tasks")]
     shares = published_shares(loaded)
     for card in sorted(loaded, key=lambda card: (card.role, card.name)):
@@ -23,10 +23,10 @@ def table() -> Table:
             card.name,
             card.role.replace("_", "-"),
             f"{size:,}" if size else "",
-            section.reader if section else "",
-            prompt(card),
-            card.eval.metric if card.eval else "",
             f"{shares[card.name]:.4f}" if card.name in shares else "",
+            section.reader if section else "",
+            card.eval.metric if card.eval else "",
+            prompt(card),
         )
     return shown
 

@@ -342,7 +342,7 @@ def _without_pooler(found: Any) -> dict[str, bool]:
     from transformers import MODEL_MAPPING
 
     kind = MODEL_MAPPING.get(type(found), None)
-    known = kind is not None and "add_pooling_layer" in inspect.signature(kind).parameters
+    known = kind is not None and "add_pooling_layer" in inspect.signature(cast(Any, kind)).parameters
     return {"add_pooling_layer": False} if known else {}
 
 
