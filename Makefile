@@ -9,7 +9,7 @@ INSTALLED_OLDEST := $(OLDEST)/installed-$(shell cat setup.cfg pyproject.toml con
 STARTED := $(shell date +%s)
 ARGS ?=
 # One thread a process: tests run in two processes, and sums come out the same on every machine.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all coverage check format clean
@@ -40,7 +40,7 @@ test: $(INSTALLED)
 # Subprocesses are counted: coverage patches them (see [coverage:run] in setup.cfg).
 coverage: $(INSTALLED)
 	rm -f .coverage .coverage.*
-	OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest -n 2 --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest -n 2 --dist worksteal $(ARGS)
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report --fail-under=90
 
@@ -52,7 +52,7 @@ $(INSTALLED_OLDEST):
 test-all: $(INSTALLED) $(INSTALLED_OLDEST)
 	$(MAKE) coverage ARGS='-m "slow or not slow"'
 	# Old releases warn of their own old habits: there a warning is no error.
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist loadgroup -W default
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist worksteal -W default
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

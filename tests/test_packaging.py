@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("packaging")  # one process builds the wheel, once
 ROOT = Path(__file__).parent.parent
 KINDS = ("tasks", "templates", "configs")
 NOT_SOURCE = (
