@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from rich.table import Table
 from rich.text import Text
 
@@ -13,7 +15,8 @@ def table() -> Table:
     """Every shipped card: role, size, reader, prompt, metric, and p_d at the published sizes (four decimals)."""
     shown = Table(title="task cards", title_justify="left")
     for column in ("card", "role", "samples", "p_d", "reader", "metric", "prompt"):
-        shown.add_column(column, justify="right" if column in ("samples", "p_d") else "left", no_wrap=column != "prompt")
+        side: Literal["right", "left"] = "right" if column in ("samples", "p_d") else "left"
+        shown.add_column(column, justify=side, no_wrap=column != "prompt")
     loaded = [cards.load(name) for name in resources.names("tasks")]
     shares = published_shares(loaded)
     for card in sorted(loaded, key=lambda card: (card.role, card.name)):

@@ -157,6 +157,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield work
         with work.open("rb+") as written:
             os.fsync(written.fileno())
+        work.chmod(0o666 & ~_umask())                      # safetensors leaves files that their owner alone may read
         os.replace(work, path)
     except OSError as error:
         reason = error.strerror or str(error)
@@ -166,6 +167,12 @@ def whole_file(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             work.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -288,7 +288,7 @@ def test_a_checkpoint_of_another_llm_is_refused(make, towers, tmp_path):
     tiny_llm(other, "llama", seed=9)
     with pytest.raises(ConfigError, match="trained with another LLM"):
         run(make("train.steps=2", f"language.name={other}"))
-    with pytest.raises(ConfigError, match="qformer.plug"):
+    with pytest.raises(ConfigError, match=r"qformer\.plug"):
         loading.load(settings.directory, language=str(other))
 
 
@@ -317,7 +317,7 @@ def test_a_full_disk_leaves_earlier_checkpoints_whole(make, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(TrainingError, match="cannot be written .*No space left.*what was there before is whole"):
+    with pytest.raises(TrainingError, match=r"cannot be written .*No space left.*what was there before is whole"):
         run(make("train.steps=3"))
     assert same(before, weights_of(directory))
     assert [path.name for path in (directory / "checkpoints").iterdir()] == ["step-2"]
@@ -394,8 +394,8 @@ def test_two_processes_equal_one(make, tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
     for ranks in (1, 2):
         subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={29400 + os.getpid() % 500}",
-             str(script), str(tmp_path / "pair.yaml"), str(tmp_path / f"out{ranks}"), str(ranks)],
+            [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}",
+             f"--master_port={29400 + os.getpid() % 500}", str(script), str(tmp_path / "pair.yaml"), str(tmp_path / f"out{ranks}"), str(ranks)],
             check=True, env=environment, capture_output=True,
         )  # fmt: skip
     one = torch.load(tmp_path / "out1.0", weights_only=True)

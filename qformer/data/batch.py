@@ -45,17 +45,23 @@ class StepData:
     error: DataError | None = None
 
 
-def open_sources(cards: Mapping[str, TaskCard], root: Path) -> dict[str, Source]:
+def open_sources(cards: Mapping[str, TaskCard], root: Path, *, on_error: str = "fail") -> dict[str, Source]:
     """The training sets of the cards.
 
     Raises:
-        ConfigError: an unknown reader or template.  DataError: files that are not there, or not of the form expected.
+        ConfigError: an unknown reader or template.
+        DataError: files that are not there, or not of the form expected; with `on_error: fail` also the first record
+            that is already known to be broken.
     """
-    return {
+    sources = {
         key: Source(card, card.train, load_templates(card.train.template), open_records(card.train, root, card))
         for key, card in cards.items()
         if card.train is not None
     }
+    for source in sources.values():
+        if source.records.broken and on_error == "fail":
+            raise source.records.broken[min(source.records.broken)]
+    return sources
 
 
 def mixture_of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from qformer import config
 from qformer.config import RunConfig
 from qformer.demo import formats
+from qformer.errors import ConfigError
 
 PICTURES_TRAIN = 6000
 PICTURES_TEST = 300
@@ -21,6 +23,7 @@ def demo(
     seed: int = 0,
     steps: int | None = None,
     limit: int | None = None,
+    pictures: tuple[int, int] = (PICTURES_TRAIN, PICTURES_TEST),
     overrides: tuple[str, ...] = (),
     say: Callable[[str], None] = print,
 ) -> Path:
@@ -34,12 +37,39 @@ def demo(
     output = Path(output)
     settings = demo_settings(output, seed, steps, limit, overrides)
     data = Path(settings.data.root)
-    if not (data / formats.DONE).exists():
-        say(f"writing scenes in the official file formats of nine sets to {data} …")
-        formats.write(data, seed, pictures_train=PICTURES_TRAIN, pictures_test=PICTURES_TEST)
+    write_scenes(data, seed, *pictures, say=say)
     directory = pipeline.fit(settings, say=say)
     say(f"demo done in {(time.perf_counter() - began) / 60:.1f} minutes; open {directory / 'report.html'}")
     return directory
+
+
+def write_scenes(data: Path, seed: int, train: int, test: int, *, say: Callable[[str], None] = print) -> None:
+    """Nine sets of scenes under `data`, unless just these are there already.
+
+    Raises:
+        ConfigError: scenes of another seed or number are there.
+    """
+    from rich.progress import Progress
+
+    wanted = {"seed": seed, "pictures_train": train, "pictures_test": test}
+    done = data / formats.DONE
+    if done.exists():
+        found = json.loads(done.read_text(encoding="utf-8"))
+        if found != wanted:
+            raise ConfigError(
+                f"{data} holds the scenes of another demo ({found}); give another --output, or remove it."
+            )
+        return
+    say(f"writing scenes in the official file formats of nine sets to {data}")
+    with Progress(transient=True) as progress:
+        bar = progress.add_task("scenes", total=formats.picture_count(train, test))
+        formats.write(
+            data,
+            seed,
+            pictures_train=train,
+            pictures_test=test,
+            advance=lambda count: progress.advance(bar, count),
+        )
 
 
 def demo_settings(

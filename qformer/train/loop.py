@@ -43,7 +43,7 @@ def train(settings: RunConfig, *, say: Callable[[str], None] = print, quiet: boo
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers fork after the tokenizers were used
     run = settings.directory
     task_cards = cards.load_all(settings.data.tasks, "train")
-    sources = open_sources(task_cards, Path(settings.data.root))
+    sources = open_sources(task_cards, Path(settings.data.root), on_error=settings.data.on_error)
     multipliers = {
         card.key: settings.data.tasks[name] for name, card in zip(settings.data.tasks, task_cards.values(), strict=True)
     }

@@ -1,0 +1,224 @@
+"""The command line as a user types it: what works, and one sentence for every mistake."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+
+from qformer import cli
+from tests import world
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory):
+    return tmp_path_factory.mktemp("towers")
+
+
+@pytest.fixture
+def place(towers, tmp_path):
+    """A folder with pictures, records, a card and a run's config in it."""
+    world.write_pictures(tmp_path)
+    world.settings(towers, tmp_path, tmp_path / "run")
+    return tmp_path
+
+
+@pytest.fixture
+def type_in(capsys):
+    """Runs a command line; exit code, output, and what was said on the error stream."""
+
+    def type_in(*words):
+        code = cli.main([str(word) for word in words])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return type_in
+
+
+def mistake(type_in, *words, code):
+    """The one sentence that a mistake is answered with."""
+    found, _, said = type_in(*words)
+    assert found == code, said
+    assert "Traceback" not in said and said.startswith("qformer: ") and said.count("\n") == 1, said
+    return said
+
+
+def records(place, change):
+    """Change the records of a folder: a function of the list of them."""
+    file = place / "records.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    change(lines)
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+# -- what works -------------------------------------------------------------------------------------------------------
+
+
+def test_train_eval_ask_render_and_report(place, type_in):
+    code, out, _ = type_in(
+        "train", place / "run.yaml", f"evaluate.tasks=[{place / 'colours.yaml'}]", "evaluate.limit=8"
+    )
+    assert code == 0 and "loaded" in out and "8 of 24, partial" in out
+    run = place / "run"
+    page = (run / "report.html").read_text()
+    assert "colours" in page and not re.search(r"(src|href)=.https?:", page)
+    code, out, _ = type_in("eval", run, "--tasks", place / "colours.yaml", "--data", place)
+    assert code == 0 and json.loads((run / "eval" / "colours.json").read_text())["samples"] == 24
+    code, out, _ = type_in("ask", run, place / "pictures" / "0.png", "what colour is it", "--max-new-tokens", 4)
+    assert code == 0
+    code, out, _ = type_in("render", place / "run.yaml", "-n", 2, "--ids")
+    assert code == 0 and "⟨4 soft tokens of picture 1⟩" in out and "▸" in out and "[CLS]" in out
+
+
+def test_cards_are_listed(type_in):
+    code, out, _ = type_in("tasks")
+    assert code == 0 and "held-out" in out and "Question: {question} Short answer:" in out
+    code, out, _ = type_in("tasks", "gqa")
+    assert code == 0 and "testdev_balanced" in out and "short_answer (version 1" in out
+
+
+def test_help_answers_within_half_a_second():
+    command = [sys.executable, "-m", "qformer", "--help"]
+    subprocess.run(command, check=True, capture_output=True)
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        times.append(time.perf_counter() - began)
+    assert min(times) < 0.5
+
+
+def test_version_and_wrong_usage(type_in):
+    assert type_in("--version")[0] == 0
+    assert type_in("--help")[0] == 0
+    assert type_in("no_such_command")[0] == 2
+
+
+# -- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "sentence"),
+    [
+        (["train.stepz=3"], 2, r"unknown key 'train\.stepz'\. Did you mean 'steps'\?"),
+        (["train.steps=many"], 2, r"train\.steps: Value 'many'"),
+        (["name=no"], 2, r"name is the YAML boolean false where a word belongs"),
+        (["data.root=/nowhere/at/all"], 1, r"data\.root is '/nowhere/at/all', and there is no such folder"),
+        (["vision.name=resnet5O"], 2, r"vision\.name is 'resnet5O'.* Did you mean 'resnet50'\?"),
+        (["language.name=/nowhere/llm"], 2, r"language\.name is '/nowhere/llm', and no LLM can be read"),
+        (["language.dtype=float17"], 2, r"language\.dtype is 'float17'; it takes"),
+        (["qformer.init=/nowhere/bert"], 2, r"/nowhere/bert"),
+        (["data.tasks={colourz: 1.0}"], 2, r"unknown task card 'colourz'"),
+        (["data.tasks={gqa: 1.0}"], 2, r"'gqa', which is held out.* never trained on"),
+        (["evaluate.tasks=[nocapz]"], 2, r"unknown task card 'nocapz'\. Did you mean 'nocaps'\?"),
+        (["evaluate.tasks=[vqg_vqav2]"], 2, r"'vqg_vqav2' has no 'eval' section"),
+        (["qformer.heads=5", "qformer.hidden=30"], 2, r"qformer"),
+        (["qformer.queries=0"], 2, r"qformer\.queries"),
+        (["vision.block=9"], 2, r"vision\.block is 9; .* has 2 blocks"),
+    ],
+)
+def test_a_wrong_setting_is_one_sentence_and_writes_nothing(place, type_in, changes, code, sentence):
+    changes = [f"data.tasks={{{place / 'colours.yaml'}: 1.0}}" if c == "data" else c for c in changes]
+    said = mistake(type_in, "train", place / "run.yaml", *changes, code=code)
+    assert re.search(sentence, said), said
+    assert not (place / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda lines: lines[3].pop("instruction"), r"records\.jsonl, line 4: there is no field 'instruction'"),
+        (lambda lines: lines[3].pop("image"), r"records\.jsonl, line 4: .*'image'"),
+        (lambda lines: lines[3].update(target=""), r"records\.jsonl, line 4: 'target' is empty"),
+        (lambda lines: lines[3].update(target=True), r"records\.jsonl, line 4: .*'target'"),
+        (lambda lines: lines[3].update(target="teal"), r"line 4: the target 'teal' is not among the candidates"),
+        (lambda lines: lines[3].update(id="r2"), r"line 4: the id 'r2' was given in line 3 already"),
+        (
+            lambda lines: lines[3].update(image="pictures/none.png"),
+            r"'r3'.*none\.png is missing|r3.*none\.png.* missing",
+        ),
+    ],
+)
+def test_a_broken_record_is_named_by_file_and_line(place, type_in, change, sentence):
+    records(place, change)
+    said = mistake(type_in, "train", place / "run.yaml", code=1)
+    assert re.search(sentence, said), said
+    assert not list((place / "run" / "checkpoints").glob("*")) if (place / "run").exists() else True
+
+
+def test_bad_json_names_its_line(place, type_in):
+    with (place / "records.jsonl").open("a") as file:
+        file.write("{'single': quotes}\n")
+    assert "records.jsonl, line 25: not valid JSON" in mistake(type_in, "train", place / "run.yaml", code=1)
+
+
+def test_a_missing_file_says_what_is_expected_where(place, type_in):
+    (place / "records.jsonl").unlink()
+    said = mistake(type_in, "train", place / "run.yaml", code=1)
+    assert str(place / "records.jsonl") in said
+    world.settings_file(place / "run.yaml", tasks={"vqav2": 1.0})
+    said = mistake(type_in, "train", place / "run.yaml", code=1)
+    assert "v2_OpenEnded_mscoco_train2014_questions.json" in said and "visualqa.org" in said
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda file: file.write_bytes(b"no picture at all"), "is not a picture"),
+        (lambda file: file.write_bytes(file.read_bytes()[:60]), "is cut short"),
+        (lambda file: Image.new("RGB", (300, 300)).save(file), "more than data.max_pixels"),
+    ],
+)
+def test_a_broken_picture_is_named(place, type_in, spoil, sentence):
+    spoil(place / "pictures" / "7.png")
+    said = mistake(type_in, "train", place / "run.yaml", "data.max_pixels=10000", "train.steps=8", code=1)
+    assert "7.png" in said and sentence in said, said
+
+
+def test_a_card_with_an_unknown_reader_or_metric_is_refused(place, type_in):
+    card = place / "colours.yaml"
+    whole = card.read_text()
+    card.write_text(whole.replace("reader: jsonl", "reader: jsonlines"))
+    assert "unknown reader 'jsonlines'. Did you mean 'jsonl'?" in mistake(type_in, "train", place / "run.yaml", code=2)
+    card.write_text(whole)
+    assert type_in("train", place / "run.yaml")[0] == 0
+    card.write_text(whole.replace("metric: accuracy", "metric: acuracy"))
+    said = mistake(type_in, "eval", place / "run", "--tasks", card, "--data", place, code=2)
+    assert "unknown metric" in said and "'acuracy'. Did you mean 'accuracy'?" in said
+
+
+def test_a_source_without_an_adapter_is_refused(place, type_in):
+    said = mistake(type_in, "ask", place, place / "pictures" / "0.png", "what is it", code=2)
+    assert "no adapter there" in said
+
+
+def test_ctrl_c_exits_with_130_and_keeps_the_last_checkpoint(place, type_in, monkeypatch):
+    from qformer.train import checkpoint
+
+    save = checkpoint.save
+
+    def interrupted(run, step, *rest):
+        save(run, step, *rest)
+        if step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save", interrupted)
+    code, _, said = type_in("train", place / "run.yaml", "train.checkpoint_every=2")
+    assert code == 130 and "Traceback" not in said and "goes on from it" in said
+    monkeypatch.setattr(checkpoint, "save", save)
+    assert type_in("train", place / "run.yaml", "train.checkpoint_every=2")[0] == 0
+    assert [path.name for path in sorted((place / "run" / "checkpoints").iterdir())] == ["step-2", "step-4"]
+
+
+def test_loading_with_an_encoder_of_another_width_is_refused(place, type_in, tmp_path):
+    from transformers import ViTConfig, ViTModel
+
+    assert type_in("train", place / "run.yaml")[0] == 0
+    wide = tmp_path / "wide"
+    ViTModel(ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32,
+                       patch_size=8), add_pooling_layer=False).save_pretrained(wide)  # fmt: skip
+    said = mistake(type_in, "ask", place / "run", place / "pictures/0.png", "what is it", "--vision", wide, code=2)
+    assert "of width 24" in said and "16 wide" in said
