@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG
 
 def blocks(document: Path, language: str) -> list[str]:
     """The fenced blocks of a language, in order."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [content for named, content in fenced if named == language]
 
 
 def test_the_card_in_contributing_loads(tmp_path: Path) -> None:
@@ -43,6 +45,20 @@ def test_the_metric_in_contributing_scores(monkeypatch: pytest.MonkeyPatch) -> N
     samples = [Sample(id=str(number), task="birds", images=(), references=("wren",)) for number in range(2)]
     answers = [metrics.Answer("a wren, I think"), metrics.Answer("a robin")]
     assert metrics.METRICS["contains"].score(answers, samples, {}).scores == [1.0, 0.0]
+
+
+def test_the_config_in_the_readme_loads(tmp_path: Path) -> None:
+    file = tmp_path / "birds-run.yaml"
+    file.write_text(blocks(ROOT / "README.md", "yaml")[0], encoding="utf-8")
+    assert config.load(file).directory == Path("runs/birds")
+
+
+def test_the_commands_in_the_readme_are_understood() -> None:
+    lines = [line for block in blocks(ROOT / "README.md", "") for line in block.splitlines()]
+    commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("qformer ")]
+    assert len(commands) >= 5
+    for command in commands:
+        cli.parser().parse_args(command)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
