@@ -1,33 +1,57 @@
 """The frozen language model: any causal or sequence-to-sequence LLM of transformers behind a few members.
 
-R rows, N reads, Q soft tokens a read, L LLM width, S positions of the longest row.
+R rows, N reads, Q soft tokens a read, L LLM width, S positions of the longest row, C candidates, T their longest.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from qformer.cards import Decoding
 from qformer.config import LanguageConfig
 from qformer.errors import ConfigError, DataError
-from qformer.sample import Row, Slot, Text
+from qformer.nn.losses import token_log_likelihood
+from qformer.sample import Row, Slot, Text, row_length
 from qformer.text import Joiner, Profile, profile_from_tokenizer
 
 FINGERPRINT_ROWS = 64
 SCORED_POSITIONS = 8192
 """Positions scored at once when candidates are ranked: bounds memory, changes no number."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+OVERFLOWS_IN_HALF = ("t5", "mt5", "umt5")
+
+Request = tuple[Row, tuple[int, ...]]
+"""A prompt and the ids of one candidate behind it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """Rows as tensors: inputs (R, S, L), mask (R, S) of ones and zeros, labels (R, S), -1 where nothing is trained."""
+
+    inputs: Tensor
+    mask: Tensor
+    labels: Tensor
+
+    @property
+    def positions(self) -> Tensor:
+        """(R, S): counted from each row's own first position, on whichever side it is padded."""
+        return (self.mask.cumsum(1) - 1).clamp(min=0)
 
 
 class LanguageTower(nn.Module):
     """What decoder-only and encoder–decoder LLMs share: a frozen model, its tokenizer and its profile."""
 
     is_encoder_decoder: bool
+    shares_prefix = True
+    """Whether the prompt of several candidates can be computed once."""
 
     def __init__(self, model: Any, tokenizer: Any, profile: Profile, *, gradient_checkpointing: bool = False):
         super().__init__()
@@ -35,14 +59,18 @@ class LanguageTower(nn.Module):
         self.tokenizer, self.profile = tokenizer, profile
         self.checkpointing = gradient_checkpointing
         model.requires_grad_(False)
-        _forget_generation_defaults(model)
+        _forget_generation_defaults(model, tokenizer)
         if gradient_checkpointing:
             if not getattr(model, "supports_gradient_checkpointing", False):
                 raise ConfigError(
-                    f"language.gradient_checkpointing: {type(model).__name__} does not support it; set it to false."
+                    f"language.gradient_checkpointing is true, and {type(model).__name__} does not support it; "
+                    f"set it to false."
                 )
             _silence_dropout(model)
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # The older name is deprecated in newer releases of transformers, which the lower bound does not reach.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+            model.disable_input_require_grads()  # soft tokens bring their gradient; words need none
         self.train(False)
 
     def train(self, mode: bool = True) -> LanguageTower:
@@ -57,50 +85,74 @@ class LanguageTower(nn.Module):
     @property
     def width(self) -> int:
         """L: the width of the input embeddings."""
-        return int(self.model.get_input_embeddings().weight.shape[1])
+        return int(self._embeddings.weight.shape[1])
 
     @property
     def dtype(self) -> torch.dtype:
         """What the embeddings are held in."""
-        return self.model.get_input_embeddings().weight.dtype
+        return self._embeddings.weight.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the embeddings are."""
-        return self.model.get_input_embeddings().weight.device
+        return self._embeddings.weight.device
 
-    def embed(self, ids: Sequence[int]) -> Tensor:
-        """(T,) ids -> (T, L), through the model's own module, whose scaling counts (Gemma)."""
-        return self.model.get_input_embeddings()(torch.tensor(ids, dtype=torch.long, device=self.device))
+    @property
+    def _embeddings(self) -> Any:
+        return self.model.get_input_embeddings()
 
+    @torch.no_grad()
     def embedding_norm(self) -> float:
-        """Mean length of an embedding as the LLM reads it."""
-        return float(self.embed(range(self._vocabulary())).float().norm(dim=-1).mean())
+        """Mean length of a word's embedding as the LLM reads it: through its module, whose scaling counts (Gemma)."""
+        rows = min(len(self.tokenizer), self._embeddings.weight.shape[0])
+        parts = torch.arange(rows, device=self.device).split(4096)
+        return float(torch.cat([self._embeddings(part).float().norm(dim=-1) for part in parts]).mean())
 
     @torch.no_grad()
     def fingerprint(self) -> Tensor:
-        """64 fixed embedding rows (64, L) in float32: rows 3, 6, 12 … spread evenly below id 1,000 of any vocabulary
-        (rows added at its end change nothing).
+        """64 fixed embedding rows (64, L) in float32, spread evenly below id 1,000.
+
+        In a smaller vocabulary they are spread below the greatest power of two in it, so that rows added at its end
+        choose no others.
         """
-        span = min(1000, self._vocabulary())
+        rows = self._embeddings.weight.shape[0]
+        span = 1000 if rows >= 1000 else 1 << (rows.bit_length() - 1)
         ids = [number * span // FINGERPRINT_ROWS for number in range(FINGERPRINT_ROWS)]
-        return self.model.get_input_embeddings().weight[ids].float().clone()
+        return self._embeddings.weight[ids].float().clone()
 
-    def _vocabulary(self) -> int:
-        return min(len(self.tokenizer), self.model.get_input_embeddings().weight.shape[0])
+    # -- rows as tensors ----------------------------------------------------------------------------------------------
 
-    def _row(self, soft: Tensor, row: Row) -> Tensor:
-        """(S, L) of one row."""
-        return torch.cat(
-            [soft[piece.read].to(self.dtype) if isinstance(piece, Slot) else self.embed(piece.ids) for piece in row]
+    def _join(self, soft: Tensor, rows: Sequence[Row], *, left: bool = False) -> Joined:
+        """Soft tokens (N, Q, L) and rows of ids and slots as embeddings in the LLM's dtype, padded on one side."""
+        queries, soft = soft.shape[1], soft.to(self.dtype).flatten(0, 1)
+        ids = [0]  # what padding holds; the mask hides it
+        places: list[list[int]] = []  # of each position in the table below; 0 is padding
+        labels: list[list[int]] = []
+        for row in rows:
+            place: list[int] = []
+            label: list[int] = []
+            for piece in row:
+                if isinstance(piece, Slot):
+                    start = piece.read * queries - len(soft)  # from the table's end
+                    place += range(start, start + queries)
+                    label += [-1] * queries
+                else:
+                    place += range(len(ids), len(ids) + len(piece.ids))
+                    label += piece.ids if piece.trained else [-1] * len(piece.ids)
+                    ids += piece.ids
+            places.append(place)
+            labels.append(label)
+        table = torch.cat([self._embeddings(torch.tensor(ids, device=self.device)), soft])
+        return Joined(
+            inputs=table[_padded(places, 0, left).to(self.device)],
+            mask=_padded([[1] * len(place) for place in places], 0, left).to(self.device),
+            labels=_padded(labels, -1, left).to(self.device),
         )
+
+    # -- scoring ------------------------------------------------------------------------------------------------------
 
     def log_likelihood(self, soft: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         """Soft tokens (N, Q, L) -> sums of log p over each row's trained tokens (R,), and their numbers (R,)."""
-        raise NotImplementedError
-
-    def generate(self, soft: Tensor, rows: Sequence[Row], **decoding: Any) -> list[str]:
-        """One text per row; `decoding`: the fields of `qformer.cards.Decoding`."""
         raise NotImplementedError
 
     def rank(
@@ -118,125 +170,249 @@ class LanguageTower(nn.Module):
 
         Raises:
             ConfigError: an unknown `normalize`, a row without candidates, or a candidate with nothing to score.
+            DataError: a prompt with nothing in it, or too long for the LLM.
         """
         if normalize not in ("sum", "mean", "pmi"):
             raise ConfigError(f"normalize is '{normalize}'; it takes 'sum', 'mean' or 'pmi'.")
         joiner = Joiner(self.tokenizer, self.profile, None)
-        expanded: list[Row] = []
-        for row, choices in zip(rows, candidates, strict=True):
+        scored = {
+            choice: joiner.target_ids(choice) if end else joiner.answer_ids(choice)
+            for choice in dict.fromkeys(choice for choices in candidates for choice in choices)
+        }
+        for choices in candidates:
             if not choices:
                 raise ConfigError("rank: a prompt has no candidates; give at least one.")
-            for choice in choices:
-                ids = joiner.target_ids(choice) if end else joiner.answer_ids(choice)
-                if not ids:
-                    raise ConfigError(
-                        "rank: a candidate is empty and has no token to score; give it words, or end=True."
-                    )
-                expanded.append((*row, Text(ids, trained=True)))
-        scores, counts = self._in_parts(soft, expanded)
+        for choice, ids in scored.items():
+            if not ids:
+                raise ConfigError(
+                    f"rank: the candidate '{choice}' has no token to score; give it words, or score its end mark "
+                    f"(end=True)."
+                )
+        requests = [
+            [(row, scored[choice]) for choice in choices] for row, choices in zip(rows, candidates, strict=True)
+        ]
+        sums = self._scores(soft, requests)
         if normalize == "mean":
-            scores = scores / counts
-        elif normalize == "pmi":
-            blind = [tuple(piece for piece in row if isinstance(piece, Text)) for row in expanded]
-            scores = scores - self._in_parts(soft, blind)[0]
-        values, ranked = scores.tolist(), []
-        for choices in candidates:
-            ranked.append(values[: len(choices)])
-            values = values[len(choices) :]
-        return ranked
+            return [[value / len(ids) for value, (_, ids) in zip(*pair, strict=True)] for pair in zip(sums, requests)]
+        if normalize == "pmi":
+            blind = [[(_without_slots(row), ids) for row, ids in group] for group in requests]
+            pairs = zip(sums, self._scores(soft, blind), strict=True)
+            return [[value - alone for value, alone in zip(*pair, strict=True)] for pair in pairs]
+        return sums
 
-    def _in_parts(self, soft: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-        """`log_likelihood` over rows of like length, a bounded number of positions at once."""
-        lengths = [sum(soft.shape[1] if isinstance(piece, Slot) else len(piece.ids) for piece in row) for row in rows]
-        order = sorted(range(len(rows)), key=lambda number: -lengths[number])
-        sums, counts = torch.empty(len(rows)), torch.empty(len(rows))
-        while order:
-            part = order[: max(1, SCORED_POSITIONS // lengths[order[0]])]
-            order = order[len(part) :]
-            found = self.log_likelihood(soft, [rows[number] for number in part])
-            sums[part], counts[part] = found[0].float().cpu(), found[1].float().cpu()
-        return sums, counts
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        """Evaluation mode and no gradients for a while: in training mode a checkpointed layer keeps no cache."""
+        before = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.train(before)
+
+    def _scores(self, soft: Tensor, requests: Sequence[Sequence[Request]]) -> list[list[float]]:
+        """Sums of log p, a bounded number of positions at once; what is asked twice is computed once."""
+        numbers: dict[Row, int] = {}
+        distinct = dict.fromkeys(request for group in requests for request in group)
+        for row, _ in distinct:
+            numbers.setdefault(row, len(numbers))
+        lengths = {row: row_length(row, soft.shape[1]) for row in numbers}
+        order = sorted(distinct, key=lambda request: (-lengths[request[0]], numbers[request[0]], -len(request[1])))
+        longest = max(len(ids) for _, ids in order)
+        found: dict[Request, float] = {}
+        with self._answering():
+            score = self._behind if self.shares_prefix else self._apart
+            while len(found) < len(order):
+                start = len(found)
+                part = order[start : start + max(1, SCORED_POSITIONS // (lengths[order[start][0]] + longest))]
+                found.update(zip(part, score(soft, part).tolist(), strict=True))
+        return [[found[request] for request in group] for group in requests]
+
+    def _apart(self, soft: Tensor, requests: Sequence[Request]) -> Tensor:
+        """(C,) sums of log p of candidates, each with a prompt of its own."""
+        return self.log_likelihood(soft, [(*row, Text(ids, trained=True)) for row, ids in requests])[0]
+
+    def _behind(self, soft: Tensor, requests: Sequence[Request]) -> Tensor:
+        """(C,) sums of log p of candidates, each distinct prompt computed once."""
+        raise NotImplementedError
+
+    def _prompts(self, requests: Sequence[Request]) -> tuple[list[Row], Tensor]:
+        """The distinct prompts of candidates, and which is whose (C,)."""
+        prompts = list(dict.fromkeys(row for row, _ in requests))
+        number = {row: place for place, row in enumerate(prompts)}
+        return prompts, torch.tensor([number[row] for row, _ in requests], device=self.device)
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    def generate(self, soft: Tensor, rows: Sequence[Row], **decoding: Any) -> list[str]:
+        """One text per row; `decoding`: the fields of `qformer.cards.Decoding`."""
+        raise NotImplementedError
+
+    @property
+    def _ends(self) -> list[int]:
+        """What ends an answer: the profile's end mark, or the tokenizer's own."""
+        own = self.tokenizer.eos_token_id
+        return list(dict.fromkeys([self.profile.end[0], *([] if own is None else [own])]))
+
+    def _decoding(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Every value explicit, so that no file in the model's folder decides."""
+        values = dataclasses.asdict(Decoding(**given))
+        if values["do_sample"]:
+            values["top_k"] = 0
+        else:
+            del values["temperature"], values["top_p"]  # they choose nothing, and transformers warns of them
+        if values["num_beams"] == 1:
+            del values["length_penalty"]
+        else:
+            values["early_stopping"] = False
+        fixed = {"use_cache": True, "num_return_sequences": 1, "no_repeat_ngram_size": 0}
+        known = self.profile.pad < self._embeddings.weight.shape[0]  # some tokenizers add a mark the model lacks
+        pad = self.profile.pad if known else self._ends[0]
+        return {**values, **fixed, "pad_token_id": pad, "eos_token_id": self._ends}
 
     def _answers(self, generated: Tensor) -> list[str]:
-        """New ids (R, T) as texts, cut at the first stop string."""
+        """New ids (R, T) as texts, cut at the first end mark and the first stop string."""
         answers = []
-        for text in self.tokenizer.batch_decode(generated, skip_special_tokens=True):
-            for stop in self.profile.stop:
+        for ids in generated.tolist():
+            cut = next((place for place, each in enumerate(ids) if each in self._ends), len(ids))
+            text = self.tokenizer.decode(ids[:cut], skip_special_tokens=True)
+            for stop in filter(None, self.profile.stop):
                 text = text.split(stop)[0]
             answers.append(text.strip())
         return answers
 
-    def _decoding(self, decoding: dict[str, Any]) -> dict[str, Any]:
-        """Every value explicit, so that no file in the model's folder decides."""
-        values = {"do_sample": False, "num_beams": 1, "max_new_tokens": 30, "min_new_tokens": 1, **decoding}
-        if not values["do_sample"]:
-            values.pop("temperature", None)
-            values.pop("top_p", None)
-        if values["num_beams"] == 1:
-            values.pop("length_penalty", None)
-        return {**values, "pad_token_id": self.profile.pad, "eos_token_id": list(self.profile.end[-1:])}
-
 
 class DecoderOnly(LanguageTower):
-    """A causal LLM: rows padded on the right to be scored, on the left to be continued; mask and positions given."""
+    """A causal LLM: rows padded on the right to be scored, on the left to be continued, mask and positions given."""
 
     is_encoder_decoder = False
 
-    def __init__(self, *arguments: Any, **settings: Any):
-        super().__init__(*arguments, **settings)
-        self.keeps_positions = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        self.split_head = self._head_is_split_exactly()
-
     def log_likelihood(self, soft: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-        """Soft tokens (N, Q, L) -> (R,) sums and (R,) counts; the head runs on predicting positions alone."""
-        embeds = [self._row(soft, row) for row in rows]
-        wanted = [_labels(row, soft.shape[1]) for row in rows]
-        inputs = nn.utils.rnn.pad_sequence(embeds, batch_first=True)  # (R S L)
-        labels = nn.utils.rnn.pad_sequence(wanted, batch_first=True, padding_value=-1).to(inputs.device)
-        lengths = torch.tensor([len(each) for each in embeds], device=inputs.device)
-        mask = (torch.arange(inputs.shape[1], device=inputs.device) < lengths[:, None]).long()
-        predicting = labels[:, 1:] >= 0
-        logits = self._logits(inputs, mask, predicting)
-        log_p = -F.cross_entropy(logits.float(), labels[:, 1:][predicting], reduction="none")
-        owner = torch.arange(len(rows), device=inputs.device)[:, None].expand_as(predicting)[predicting]
-        sums = log_p.new_zeros(len(rows)).index_add(0, owner, log_p)
-        return sums, predicting.sum(1)
+        """Soft tokens (N, Q, L) -> (R,) sums and (R,) counts; the head runs on predicting positions alone.
 
-    def _logits(self, inputs: Tensor, mask: Tensor, predicting: Tensor) -> Tensor:
-        """(R, S, L), mask (R, S), which positions (R, S - 1) predict a trained token -> their logits (…, words)."""
-        positions = torch.arange(inputs.shape[1], device=inputs.device).expand(len(inputs), -1)
-        given = {"inputs_embeds": inputs, "attention_mask": mask, "position_ids": positions, "use_cache": False}
-        if self.split_head:
+        Raises:
+            DataError: a row begins with a trained token, or is too long for the LLM.
+        """
+        if any(isinstance(row[0], Text) and row[0].trained for row in rows):
+            raise DataError(
+                "a row has nothing before its first trained token, so nothing predicts it; give the prompt words, a "
+                "picture, or an opening mark (language.profile.opening)."
+            )
+        joined = self._join(soft, rows)
+        self._check_length(joined.mask.shape[1])
+        predicting = joined.labels[:, 1:] >= 0
+        logits = self._logits(self._given(joined.inputs, joined.mask, joined.positions), predicting)
+        log_p = token_log_likelihood(logits, joined.labels[:, 1:][predicting])
+        owner = predicting.nonzero()[:, 0]
+        return log_p.new_zeros(len(rows)).index_add(0, owner, log_p), predicting.sum(1)
+
+    def generate(self, soft: Tensor, rows: Sequence[Row], **decoding: Any) -> list[str]:
+        """One continuation per row; `decoding`: the fields of `qformer.cards.Decoding`.
+
+        Raises:
+            DataError: a prompt and what is to be written behind it are too long for the LLM.
+        """
+        from transformers import RepetitionPenaltyLogitsProcessor
+
+        settings = self._decoding(decoding)
+        joined = self._join(soft, rows, left=True)
+        self._check_length(joined.mask.shape[1] + settings["max_new_tokens"])
+        penalty = RepetitionPenaltyLogitsProcessor(settings.pop("repetition_penalty"))
+        # Positions are counted by `generate` from the mask, exactly as `Joined` counts them.  The penalty is put in by
+        # hand: behind embeddings `generate` takes it off a padded row's first new tokens, as many as it has padding.
+        given = {"inputs_embeds": joined.inputs, "attention_mask": joined.mask, "logits_processor": [penalty]}
+        with self._answering():
+            generated = self.model.generate(**given, **settings)
+        return self._answers(generated)
+
+    def _behind(self, soft: Tensor, requests: Sequence[Request]) -> Tensor:
+        prompts, owner = self._prompts(requests)
+        if not all(prompts):
+            return self._apart(soft, requests)  # says what is wrong
+        joined = self._join(soft, prompts, left=True)
+        ids = _padded([ids for _, ids in requests], -1).to(self.device)  # (C T)
+        self._check_length(joined.mask.shape[1] + ids.shape[1])
+        last = {"logits_to_keep": 1} if self._keeps_positions else {}
+        prefix = self.model(**self._given(joined.inputs, joined.mask, joined.positions, cache=True), **last)
+        first = token_log_likelihood(prefix.logits[:, -1][owner], ids[:, 0])
+        if ids.shape[1] == 1:
+            return first
+        fed, wanted = ids[:, :-1], ids[:, 1:]
+        prefix.past_key_values.batch_select_indices(owner)
+        positions = joined.mask.sum(1)[owner][:, None] + torch.arange(fed.shape[1], device=self.device)
+        given = self._given(
+            self._embeddings(fed.clamp(min=0)),
+            torch.cat([joined.mask[owner], (fed >= 0).long()], dim=1),
+            positions,
+            cache=True,
+        )
+        logits = self.model(**given, past_key_values=prefix.past_key_values).logits
+        scored = wanted >= 0
+        log_p = token_log_likelihood(logits[scored], wanted[scored])
+        return first.index_add(0, scored.nonzero()[:, 0], log_p)
+
+    def _given(self, inputs: Tensor, mask: Tensor, positions: Tensor, *, cache: bool = False) -> dict[str, Any]:
+        """What every forward pass is told; models without `position_ids` (ALiBi) count along the mask themselves."""
+        given = {"inputs_embeds": inputs, "attention_mask": mask, "use_cache": cache}
+        if "position_ids" in inspect.signature(self.model.forward).parameters:
+            given["position_ids"] = positions
+        return given
+
+    def _check_length(self, length: int) -> None:
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if limit is not None and length > limit:
+            raise DataError(
+                f"a row takes {length} positions (soft tokens, prompt and answer), and the LLM has {limit}; lower "
+                f"language.instruction_limit, language.target_limit, qformer.queries or decoding.max_new_tokens."
+            )
+
+    def _logits(self, given: dict[str, Any], predicting: Tensor) -> Tensor:
+        """Which positions (R, S - 1) predict a trained token -> their logits (…, vocabulary)."""
+        if self._head_stands_alone:
             hidden = self.model.base_model(**given).last_hidden_state
             return self.model.get_output_embeddings()(hidden[:, :-1][predicting])
+        if self._keeps_positions:
+            kept = predicting.any(0).nonzero().flatten()
+            return self.model(**given, logits_to_keep=kept).logits[predicting[:, kept]]
         return self.model(**given).logits[:, :-1][predicting]
 
+    @cached_property
+    def _keeps_positions(self) -> bool:
+        return "logits_to_keep" in inspect.signature(self.model.forward).parameters
+
+    @cached_property
     @torch.no_grad()
-    def _head_is_split_exactly(self) -> bool:
-        """Whether base model and output layer give the logits of the whole: asked of the model with four ids, since
-        soft caps and scales live between or behind them in some families.
+    def _head_stands_alone(self) -> bool:
+        """Whether base model and output layer give the logits of the whole, to the bit: asked of the model with four
+        ids, since soft caps and scales stand between or behind them in some families.
         """
         head = self.model.get_output_embeddings()
-        if head is None:
-            return False
-        ids = torch.arange(4, device=self.device)[None] % self._vocabulary()
+        inputs = self._embeddings(torch.arange(4, device=self.device)[None])
+        given = self._given(
+            inputs, torch.ones_like(inputs[..., 0], dtype=torch.long), torch.arange(4, device=self.device)[None]
+        )
         try:
-            apart = head(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+            apart = head(self.model.base_model(**given).last_hidden_state)
         except (TypeError, AttributeError, RuntimeError):
             return False
-        whole = self.model(input_ids=ids, use_cache=False).logits
-        return apart.shape == whole.shape and bool(torch.allclose(apart, whole, rtol=1e-4, atol=1e-5))
+        return torch.equal(apart, self.model(**given).logits)
 
+    @cached_property
     @torch.no_grad()
-    def generate(self, soft: Tensor, rows: Sequence[Row], **decoding: Any) -> list[str]:
-        """One continuation per row."""
-        embeds = [self._row(soft, row) for row in rows]
-        longest = max(map(len, embeds))
-        inputs = torch.stack([F.pad(each, (0, 0, longest - len(each), 0)) for each in embeds])
-        lengths = torch.tensor([len(each) for each in embeds], device=inputs.device)
-        mask = (torch.arange(longest, device=inputs.device) >= longest - lengths[:, None]).long()
-        generated = self.model.generate(inputs_embeds=inputs, attention_mask=mask, **self._decoding(decoding))
-        return self._answers(generated)
+    def shares_prefix(self) -> bool:  # type: ignore[override]
+        """Whether candidates behind a cached prompt score as whole rows do: asked of the model with two prompts of
+        unlike length and candidates of one and three ids, since some caches cannot be continued or picked from.
+        """
+        soft = self._embeddings(torch.arange(2, device=self.device)[None])
+        prompts: tuple[Row, ...] = ((Slot(0), Text((3, 4, 5))), (Slot(0), Text((6,))))
+        requests: list[Request] = [(prompt, ids) for prompt in prompts for ids in ((7,), (8, 9, 10))]
+        try:
+            found = self._behind(soft, requests)
+        except (TypeError, AttributeError, RuntimeError, ValueError, NotImplementedError):
+            return False
+        near = 1e-3 if self.dtype in (torch.float32, torch.float64) else 0.05
+        return torch.allclose(found, self._apart(soft, requests), rtol=near, atol=near)
 
 
 class EncoderDecoder(LanguageTower):
@@ -256,26 +432,45 @@ class EncoderDecoder(LanguageTower):
                 raise DataError(
                     "an encoder–decoder takes one trained span a row, the last; set turns: each in the card."
                 )
-        inputs, mask = self._encoder_inputs(soft, [row[:-1] for row in rows])
-        targets = [torch.tensor(row[-1].ids) for row in rows]  # type: ignore[union-attr]
-        labels = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-100).to(inputs.device)
-        logits = self.model(inputs_embeds=inputs, attention_mask=mask, labels=labels, use_cache=False).logits
-        log_p = -F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
-        return log_p.view(labels.shape).sum(1), (labels >= 0).sum(1)
+        targets = [row[-1].ids for row in rows]  # type: ignore[union-attr]
+        read, mask = self._encoded(soft, [row[:-1] for row in rows])
+        return self._decoded(read, mask, targets), torch.tensor([len(ids) for ids in targets], device=self.device)
 
-    @torch.no_grad()
     def generate(self, soft: Tensor, rows: Sequence[Row], **decoding: Any) -> list[str]:
-        """One answer per row."""
-        inputs, mask = self._encoder_inputs(soft, rows)
-        generated = self.model.generate(inputs_embeds=inputs, attention_mask=mask, **self._decoding(decoding))
+        """One answer per row; `decoding`: the fields of `qformer.cards.Decoding`."""
+        joined = self._join(soft, self._closed(rows))
+        given = {"inputs_embeds": joined.inputs, "attention_mask": joined.mask}
+        with self._answering():
+            generated = self.model.generate(**given, **self._decoding(decoding))
         return self._answers(generated[:, 1:])  # column 0 is the decoder's start
 
-    def _encoder_inputs(self, soft: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-        """Prompts with their closing ids, padded on the right: (R, S, L) and mask (R, S)."""
-        embeds = [self._row(soft, (*row, Text(self.profile.closing))) for row in rows]
-        inputs = nn.utils.rnn.pad_sequence(embeds, batch_first=True)
-        lengths = torch.tensor([len(each) for each in embeds], device=inputs.device)
-        return inputs, (torch.arange(inputs.shape[1], device=inputs.device) < lengths[:, None]).long()
+    def _behind(self, soft: Tensor, requests: Sequence[Request]) -> Tensor:
+        prompts, owner = self._prompts(requests)
+        read, mask = self._encoded(soft, prompts)
+        return self._decoded(read[owner], mask[owner], [ids for _, ids in requests])
+
+    def _closed(self, rows: Sequence[Row]) -> list[Row]:
+        return [(*row, Text(self.profile.closing)) for row in rows]
+
+    def _encoded(self, soft: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """What the encoder makes of prompts (R, S, L), padded on the right, and the mask (R, S)."""
+        joined = self._join(soft, self._closed(rows))
+        encoder = self.model.get_encoder()
+        return encoder(inputs_embeds=joined.inputs, attention_mask=joined.mask).last_hidden_state, joined.mask
+
+    def _decoded(self, read: Tensor, mask: Tensor, targets: Sequence[Sequence[int]]) -> Tensor:
+        """(R,) sums of log p of targets, written behind the decoder's start as `generate` does."""
+        from transformers.modeling_outputs import BaseModelOutput
+
+        labels = _padded(targets, -1).to(self.device)
+        start = labels.new_full((len(labels), 1), self.model.generation_config.decoder_start_token_id)
+        logits = self.model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=read),
+            attention_mask=mask,
+            decoder_input_ids=torch.cat([start, labels[:, :-1].clamp(min=0)], dim=1),
+            use_cache=False,
+        ).logits
+        return (token_log_likelihood(logits, labels.clamp(min=0)) * (labels >= 0)).sum(1)
 
 
 def load_profile(settings: LanguageConfig) -> tuple[Any, Profile]:
@@ -300,23 +495,36 @@ def load_language(settings: LanguageConfig) -> LanguageTower:
     """The LLM that the settings name, frozen.
 
     Raises:
-        ConfigError: no such model, an unknown dtype, or T5 in float16 (it overflows).
+        ConfigError: no such model, weights that are not all there, a tokenizer of another model, an unknown dtype, or
+            T5 in float16 (it overflows).
     """
     import transformers
 
     if settings.dtype not in DTYPES:
         raise ConfigError(f"language.dtype is '{settings.dtype}'; it takes {', '.join(DTYPES)}.")
     config = _read(settings, "AutoConfig")
-    if config.model_type in ("t5", "mt5", "umt5") and settings.dtype == "float16":
+    if config.model_type in OVERFLOWS_IN_HALF and settings.dtype == "float16":
         raise ConfigError(
             "language.dtype is float16, and T5 overflows in it (it was trained in bfloat16); use bfloat16 or float32."
         )
     tokenizer, profile = load_profile(settings)
     auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     if settings.pretrained:
-        model = _read(settings, auto.__name__, dtype=DTYPES[settings.dtype])
+        model, loaded = _read(settings, auto.__name__, dtype=DTYPES[settings.dtype], output_loading_info=True)
+        if loaded["missing_keys"]:
+            raise ConfigError(
+                f"language.name is '{settings.name}', and its weights lack {len(loaded['missing_keys'])} of "
+                f"{type(model).__name__}'s tensors ('{sorted(loaded['missing_keys'])[0]}' …); give a whole LLM with "
+                f"its output layer, or set language.pretrained: false for random weights."
+            )
     else:
         model = auto.from_config(config, dtype=DTYPES[settings.dtype])
+    words, rows = tokenizer.vocab_size, model.get_input_embeddings().weight.shape[0]
+    if words > rows:
+        raise ConfigError(
+            f"language.name is '{settings.name}': its tokenizer has {words} words and the model {rows} embeddings; "
+            f"give a directory whose tokenizer belongs to the model."
+        )
     kind = EncoderDecoder if config.is_encoder_decoder else DecoderOnly
     return kind(model, tokenizer, profile, gradient_checkpointing=settings.gradient_checkpointing)
 
@@ -332,47 +540,54 @@ def same_language(first: Tensor, second: Tensor) -> bool:
 
 def _read(settings: LanguageConfig, auto: str, **more: Any) -> Any:
     import transformers
+    from safetensors import SafetensorError
 
     try:
         return getattr(transformers, auto).from_pretrained(settings.name, revision=settings.revision, **more)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
             f"language.name is '{settings.name}', and no LLM can be read from there "
             f"({str(error).splitlines()[0]}); give a directory with config.json, tokenizer and weights, or a hub id."
         ) from None
 
 
-def _forget_generation_defaults(model: Any) -> None:
+def _forget_generation_defaults(model: Any, tokenizer: Any) -> None:
+    """Only the id that a decoder starts with is kept of what a model's folder says about decoding."""
     import transformers
 
-    kept = {"decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"}
-    given = getattr(model, "generation_config", None)
     fresh = transformers.GenerationConfig()
-    for name in kept:
-        setattr(fresh, name, getattr(given, name, None))
-    if fresh.decoder_start_token_id is None:
-        fresh.decoder_start_token_id = getattr(model.config, "decoder_start_token_id", None)
+    if model.config.is_encoder_decoder:
+        starts = (
+            getattr(model.config, "decoder_start_token_id", None),
+            getattr(model.generation_config, "decoder_start_token_id", None),
+            tokenizer.bos_token_id,
+        )
+        fresh.decoder_start_token_id = next((start for start in starts if start is not None), None)
+        if fresh.decoder_start_token_id is None:
+            raise ConfigError(
+                "the LLM's config.json lacks decoder_start_token_id, the id its decoder starts with; add it."
+            )
     model.generation_config = fresh
 
 
-def _silence_dropout(model: nn.Module) -> None:
-    """Every dropout of a model to 0: modules, and the rates that attention code reads from its own attributes."""
+def _silence_dropout(model: Any) -> None:
+    """Every dropout of a model to 0: modules, and the rates that attention code reads from attributes and configs."""
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        for name in ("attention_dropout", "dropout", "attn_dropout", "resid_dropout", "layerdrop"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+        for holder in (module, getattr(module, "config", None)):
+            for name, value in list(vars(holder).items()) if holder is not None else ():
+                if "drop" in name and isinstance(value, float):
+                    setattr(holder, name, 0.0)
 
 
-def _labels(row: Row, queries: int) -> Tensor:
-    """(S,) the trained ids at their places, -1 elsewhere."""
-    return torch.tensor(
-        [
-            number
-            for piece in row
-            for number in (
-                [-1] * queries if isinstance(piece, Slot) else piece.ids if piece.trained else [-1] * len(piece.ids)
-            )
-        ]
-    )
+def _without_slots(row: Row) -> Row:
+    return tuple(piece for piece in row if isinstance(piece, Text))
+
+
+def _padded(rows: Sequence[Sequence[int]], filler: int, left: bool = False) -> Tensor:
+    """Lists of whole numbers as one (R, S) tensor."""
+    longest = max(map(len, rows))
+    if left:
+        return torch.tensor([[filler] * (longest - len(row)) + [*row] for row in rows])
+    return torch.tensor([[*row] + [filler] * (longest - len(row)) for row in rows])
