@@ -378,8 +378,8 @@ kept = {}
 optimizer.register_step_pre_hook(
     lambda *_: kept.update({n: p.grad.clone() for n, p in model.trainable().items() if p.grad is not None}))
 data = maker[0]
-report = train_step(wrapped, model.objective, data.batches, maker.assembler.dummy(model.vision.settings.size), optimizer,
-                    accelerator, None)
+dummy = maker.assembler.dummy(model.vision.settings.size)
+report = train_step(wrapped, model.objective, data.batches, dummy, optimizer, accelerator, None)
 names = [name for batch in data.batches for name in batch.samples]
 torch.save({"gradients": kept, "loss": report.loss, "counts": report.counts, "names": names,
             "passes": len(data.batches)}, f"{sys.argv[2]}.{accelerator.process_index}")
@@ -393,11 +393,10 @@ def test_two_processes_equal_one(make, tmp_path):
     script.write_text(TWO_PROCESSES)
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
     for ranks in (1, 2):
-        subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}",
-             f"--master_port={29400 + os.getpid() % 500}", str(script), str(tmp_path / "pair.yaml"), str(tmp_path / f"out{ranks}"), str(ranks)],
-            check=True, env=environment, capture_output=True,
-        )  # fmt: skip
+        launch = ["torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={29400 + os.getpid() % 500}"]
+        given = [script, tmp_path / "pair.yaml", tmp_path / f"out{ranks}", ranks]
+        command = [sys.executable, "-m", *launch, *map(str, given)]
+        subprocess.run(command, check=True, env=environment, capture_output=True)
     one = torch.load(tmp_path / "out1.0", weights_only=True)
     pair = [torch.load(tmp_path / f"out2.{rank}", weights_only=True) for rank in (0, 1)]
     assert sorted(pair[0]["names"] + pair[1]["names"]) == sorted(one["names"])
