@@ -10,7 +10,6 @@ import math
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 from qformer import __version__, charts, config, gallery
 from qformer.charts import Mark
 from qformer.errors import DataError
-from qformer.evaluate.metrics import METRICS
+from qformer.results import Score, read_json, read_lines
 
 FILE = "report.html"
 LIBRARIES = ("torch", "transformers", "timm", "accelerate")
@@ -48,7 +47,7 @@ def write_report(directory: Path) -> Path:
     Sections whose files are missing are left out: a run that was not scored yet has a report too.
 
     Raises:
-        DataError: there is nothing to report on, or a file of the run is not what it should be.
+        DataError: there is nothing to report on, a file of the run is not what it should be, or the disk is full.
     """
     directory = Path(directory)
     settings = config.read_yaml(directory / "config.yaml") if (directory / "config.yaml").exists() else {}
@@ -73,8 +72,12 @@ def write_report(directory: Path) -> Path:
     )
     target = directory / FILE
     part = target.with_suffix(".html.part")
-    part.write_text(page, encoding="utf-8")
-    os.replace(part, target)
+    try:
+        part.write_text(page, encoding="utf-8")
+        os.replace(part, target)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise DataError(f"{target}: the report cannot be written ({error}); make room or allow writing.") from None
     return target
 
 
@@ -96,106 +99,6 @@ PAGE = """<!doctype html>
 </body>
 </html>
 """
-
-
-@dataclass(frozen=True)
-class Score:
-    """What `eval/TASK.json` says, as the page needs it."""
-
-    title: str
-    metric: str
-    split: str
-    score: Mark | None
-    baselines: Sequence[Mark]
-    """From the hindmost in a plot to the foremost."""
-    samples: int
-    total: int
-    broken: int
-    percent: bool
-    """Whether values are shares of one, shown as percentages."""
-    recipe: str
-    predictions: Sequence[gallery.Record]
-
-    @property
-    def partial(self) -> bool:
-        """Whether only a part of the set was scored."""
-        return self.samples < self.total
-
-    @property
-    def marks(self) -> list[Mark]:
-        """The score in front of its baselines."""
-        return [*self.baselines, *([self.score] if self.score else [])]
-
-    @classmethod
-    def read(cls, path: Path) -> Score:
-        """From a score file and the predictions beside it.
-
-        Raises:
-            DataError: one of them is not what evaluation writes.
-        """
-        raw = read_json(path)
-        try:
-            marks = [_mark(kind, raw[kind]) for kind in ("chance", "most_frequent", "shuffled")]
-            return cls(
-                title=raw["title"],
-                metric=raw["metric"],
-                split=raw["split"],
-                score=_mark("score", raw),
-                baselines=[mark for mark in marks if mark],
-                samples=raw["samples"],
-                total=raw["of"],
-                broken=raw["broken"],
-                percent=METRICS[raw["metric"]].percent if raw["metric"] in METRICS else True,
-                recipe=raw["recipe"],
-                predictions=read_lines(path.with_name(f"{path.stem}.predictions.jsonl")),
-            )
-        except KeyError as error:
-            raise DataError(f"{path}: has no {error}; score the set again to write it anew.") from None
-
-    def shown(self, value: float) -> str:
-        """A value in the unit of the metric."""
-        return f"{100 * value:.1f} %" if self.percent else f"{value:.3f}"
-
-
-def _mark(kind: str, entry: Mapping[str, Any] | None) -> Mark | None:
-    return Mark(kind, entry["score"], *entry["interval"]) if entry and entry["score"] is not None else None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The named values of a JSON file.
-
-    Raises:
-        DataError: it is not JSON, or holds something else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as JSON ({error}); score the run again to write it anew.") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: holds a {type(content).__name__}; it must hold named values.")
-    return content
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """JSON lines of a file; none if it is not there.  A last line cut off by a kill is left out.
-
-    Raises:
-        DataError: another line is not a JSON object.
-    """
-    if not path.exists():
-        return []
-    texts = path.read_text(encoding="utf-8").splitlines()
-    records = []
-    for place, text in enumerate(texts, start=1):
-        try:
-            record = json.loads(text)
-        except ValueError:
-            record = None
-        if isinstance(record, dict):
-            records.append(record)
-        elif place < len(texts):
-            raise DataError(f"{path}:{place}: not a JSON object; delete the line, or the file.")
-    return records
 
 
 def _series(lines: Iterable[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
@@ -332,7 +235,22 @@ def _scores(scores: Sequence[Score]) -> str:
         "Intervals are 95 %, by bootstrap over pictures.</p>"
         + _legend("score", *kinds)
         + _table(("Set", "", "Score", *(LEGEND[kind].capitalize() for kind in kinds), "Samples"), rows)
+        + _types(scores)
     )
+
+
+def _types(scores: Sequence[Score]) -> str:
+    rows = [
+        f'<tr><td class="name"><b>{escape(score.title)}</b>, {escape(kind)}</td>'
+        + _cell("Score", NONE if entry["score"] is None else score.shown(entry["score"]))
+        + _cell("Samples", f"{entry['samples']:,}")
+        + "</tr>"
+        for score in scores
+        if len(score.by_type) > 1
+        for kind, entry in score.by_type.items()
+    ]
+    table = _table(("Set and type", "Score", "Samples"), rows, names=1)
+    return f"<details><summary>By question type</summary>{table}</details>" if rows else ""
 
 
 BASELINES = {
@@ -408,8 +326,9 @@ def _cell(label: str, value: str, below: str = "", *, strong: bool = False) -> s
     return f'<td class="{kind}" data-label="{label}"><span>{shown}{second}</span></td>'
 
 
-def _table(heads: Sequence[str], rows: Sequence[str]) -> str:
-    head = "".join(f"<th{' class=number' if place > 1 else ''}>{name}</th>" for place, name in enumerate(heads))
+def _table(heads: Sequence[str], rows: Sequence[str], names: int = 2) -> str:
+    """A table whose columns behind the first `names` hold numbers."""
+    head = "".join(f"<th{' class=number' if place >= names else ''}>{name}</th>" for place, name in enumerate(heads))
     return f'<div class="card"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 

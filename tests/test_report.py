@@ -6,6 +6,7 @@ import dataclasses
 import json
 from html.parser import HTMLParser
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from PIL import Image
@@ -70,6 +71,7 @@ def score_file(task: str = "gqa", **changes: object) -> dict[str, object]:
         "chance": None,
         "broken": 0,
         "recipe": "r3c1pe",
+        "by_type": {},
     } | changes
 
 
@@ -189,6 +191,15 @@ def test_captions_are_shown_as_best_and_worst(run: Path) -> None:
     assert "✗ worst tenth" in words
 
 
+def test_scores_by_question_type_are_listed(run: Path) -> None:
+    types = {"colour": {"score": 0.75, "samples": 60}, HOSTILE: {"score": None, "samples": 20}}
+    write_scores(run, score_file(by_type=types), [])
+    words = page(run).words
+    assert "By question type" in words
+    assert "75.0 %" in words
+    assert HOSTILE in words
+
+
 def test_a_picture_that_is_gone_leaves_a_note(run: Path) -> None:
     write_scores(run, score_file(), [prediction(1, images=["gone.png"])])
     assert gallery.NO_PICTURE in write_report(run).read_text(encoding="utf-8")
@@ -238,6 +249,20 @@ def test_a_broken_file_is_named(run: Path, name: str, content: str, message: str
     with pytest.raises(DataError, match=message):
         write_report(run)
     assert not (run / "report.html").exists()
+
+
+def test_a_score_file_of_another_kind_is_named(run: Path) -> None:
+    (run / "eval" / "gqa.json").write_text('{"title": "GQA", "metric": "accuracy"}', encoding="utf-8")
+    with pytest.raises(DataError, match=r"gqa\.json: has no 'chance'; score the set again"):
+        write_report(run)
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = set(run.iterdir())
+    monkeypatch.setattr("os.replace", Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(DataError, match=r"report\.html: the report cannot be written .*No space left"):
+        write_report(run)
+    assert set(run.iterdir()) == before
 
 
 def test_an_empty_directory_has_nothing_to_report(tmp_path: Path) -> None:
