@@ -7,14 +7,15 @@ Everything is a function of a seed.  Scenes that are held out use colour–shape
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import combinations, permutations
 from typing import TypeVar
 
-from PIL import Image, ImageChops, ImageDraw, ImageFilter
+from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFilter
 
 from qformer import keyed
 
@@ -181,7 +182,7 @@ def draw(scene: Scene) -> Image.Image:
     return picture
 
 
-@lru_cache(maxsize=None)
+@cache
 def _written(word: str) -> Image.Image:
     """A mask of the word in letters of 5 × 7 pixels."""
     mask = Image.new("L", (6 * len(word) - 1, 7))
@@ -192,27 +193,32 @@ def _written(word: str) -> Image.Image:
     return mask
 
 
-@lru_cache(maxsize=None)
+@lru_cache(maxsize=4096)
 def _tile(shape: str, colour: str, size: str, material: str) -> Image.Image:
-    """One thing with smooth edges on a transparent ground: drawn larger, then reduced."""
+    """One thing with smooth edges on a transparent ground: drawn larger, then reduced.
+
+    A colour may also be "#rrggbb", and a shape "blob N", a form without a name: no scene has them, but an encoder that
+    learns the named ones from `draw` can be shown them.
+    """
+    tint = COLOURS[colour] if colour in COLOURS else ImageColor.getrgb(colour)[:3]
     half = SIZES[size] * SUPERSAMPLED
     side = 2 * half + 2 * SUPERSAMPLED
     mask = Image.new("L", (side, side))
     _outline(ImageDraw.Draw(mask), shape, side / 2, half)
-    paint = Image.new("RGB", (side, side), COLOURS[colour])
+    paint = Image.new("RGB", (side, side), tint)
     if shape == "cube":
-        _faces(ImageDraw.Draw(paint), COLOURS[colour], side / 2, half)
+        _faces(ImageDraw.Draw(paint), tint, side / 2, half)
     if material == "wood":
         pen, step = ImageDraw.Draw(paint), 3 * SUPERSAMPLED
         for y in range(step // 2, side, step):
-            pen.line((0, y, side, y), fill=_mixed(COLOURS[colour], (40, 24, 10), 0.6), width=SUPERSAMPLED)
+            pen.line((0, y, side, y), fill=_mixed(tint, (40, 24, 10), 0.6), width=SUPERSAMPLED)
     if material == "metal":
         shine = Image.new("L", (side, side))
         ImageDraw.Draw(shine).line((0, side * 0.72, side * 0.72, 0), fill=235, width=round(half * 0.38))
         paint.paste((255, 255, 255), (0, 0), shine.filter(ImageFilter.GaussianBlur(SUPERSAMPLED)))
     inner = mask.filter(ImageFilter.MinFilter(2 * (SUPERSAMPLED // 2) + 1))
     rim = ImageChops.subtract(mask, inner)
-    paint.paste(_mixed(COLOURS[colour], (0, 0, 0), 0.45), (0, 0), rim)
+    paint.paste(_mixed(tint, (0, 0, 0), 0.45), (0, 0), rim)
     paint.putalpha(mask)
     return paint.resize((side // SUPERSAMPLED, side // SUPERSAMPLED), Image.Resampling.BOX)
 
@@ -236,6 +242,11 @@ def _outline(pen: ImageDraw.ImageDraw, shape: str, middle: float, half: float) -
         tips = ((0, -1), (0.95, -0.31), (0.59, 0.81), (-0.59, 0.81), (-0.95, -0.31))
         dents = ((0.24, -0.32), (0.38, 0.12), (0, 0.4), (-0.38, 0.12), (-0.24, -0.32))
         pen.polygon(around(*(point for pair in zip(tips, dents, strict=True) for point in pair)), fill=255)
+    elif shape.startswith("blob"):
+        dice = Dice(shape)
+        angles = [(corner + dice.below(60) / 100) * math.tau / 7 for corner in range(7)]
+        radii = [0.45 + dice.below(56) / 100 for _ in angles]
+        pen.polygon(around(*((r * math.cos(a), r * math.sin(a)) for r, a in zip(radii, angles, strict=True))), fill=255)
     else:
         pen.rectangle([middle - half, middle - half * 0.36, middle + half, middle + half * 0.36], fill=255)
         pen.rectangle([middle - half * 0.36, middle - half, middle + half * 0.36, middle + half], fill=255)
@@ -244,8 +255,9 @@ def _outline(pen: ImageDraw.ImageDraw, shape: str, middle: float, half: float) -
 def _faces(pen: ImageDraw.ImageDraw, colour: tuple[int, int, int], middle: float, half: float) -> None:
     """The top and the right side of a cube, lighter and darker than its front."""
     low, high, depth = middle - half, middle + half, half * 0.5
-    pen.polygon([(low, low + depth), (low, low), (high, low), (high - depth, low + depth)], fill=_mixed(colour, (255, 255, 255), 0.4))
-    pen.polygon([(high - depth, low + depth), (high, low), (high, high), (high - depth, high)], fill=_mixed(colour, (0, 0, 0), 0.35))
+    lighter, darker = _mixed(colour, (255, 255, 255), 0.4), _mixed(colour, (0, 0, 0), 0.35)
+    pen.polygon([(low, low + depth), (low, low), (high, low), (high - depth, low + depth)], fill=lighter)
+    pen.polygon([(high - depth, low + depth), (high, low), (high, high), (high - depth, high)], fill=darker)
 
 
 def _mixed(colour: tuple[int, int, int], other: tuple[int, int, int], share: float) -> tuple[int, int, int]:
@@ -406,7 +418,8 @@ def exists_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
     """Is there a red cube?  What is not there is made of what is: a colour of one thing, a shape of another."""
     here = {(thing.colour, thing.shape) for thing in scene.things}
     for thing in scene.things:
-        yield _yes_no(f"Is there a {name(thing)}?", True, "exists", f"there is a {name(thing)}", f"there is no {name(thing)}")
+        words = name(thing)
+        yield _yes_no(f"Is there a {words}?", True, "exists", f"there is a {words}", f"there is no {words}")
     for one, other in permutations(scene.things, 2):
         if (one.colour, other.shape) not in here:
             words = f"{one.colour} {other.shape}"
@@ -467,9 +480,10 @@ def count_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
 def query_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
     """What is the colour of the cube that is left of the small ball?  In the manner of GQA."""
     for attribute in ATTRIBUTES:
-        for thing, words, other in related(scene, dice, hide=attribute):
+        for thing, words, _ in related(scene, dice, hide=attribute):
             noun, _, rest = words.partition(" ")
-            yield Ask(GQA_QUERY[attribute].format(f"{noun} that is {rest}"), value_of(thing, attribute), "query", attribute)
+            question = GQA_QUERY[attribute].format(f"{noun} that is {rest}")
+            yield Ask(question, value_of(thing, attribute), "query", attribute)
 
 
 def two_step_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
@@ -487,7 +501,7 @@ def two_step_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
 def verify_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
     """Is the thing that is left of the small cube red?"""
     for attribute in ("colour", "size", "material"):
-        for thing, words, other in related(scene, dice, hide=attribute):
+        for thing, words, _ in related(scene, dice, hide=attribute):
             noun, _, rest = words.partition(" ")
             own = value_of(thing, attribute)
             wrong = [v for v in sorted({value_of(t, attribute) for t in scene.things}) if v != own]
@@ -499,7 +513,7 @@ def verify_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
 def choose_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
     """Is the cube that is left of the small ball red or blue?"""
     for attribute in ("colour", "material"):
-        for thing, words, other in related(scene, dice, hide=attribute):
+        for thing, words, _ in related(scene, dice, hide=attribute):
             noun, _, rest = words.partition(" ")
             own = value_of(thing, attribute)
             wrong = [v for v in sorted({value_of(t, attribute) for t in scene.things}) if v != own]
@@ -534,7 +548,8 @@ def options_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
     for ask in [*attribute_asks(scene, dice), *relation_asks(scene, dice)]:
         if ask.type in ("colour", "shape"):
             seen = {value_of(thing, ask.type) for thing in scene.things} - {ask.answer}
-            rest = dice.shuffled(sorted(seen)) + dice.shuffled(v for v in VALUES[ask.type] if v not in seen | {ask.answer})
+            others = [value for value in VALUES[ask.type] if value not in seen | {ask.answer}]
+            rest = dice.shuffled(sorted(seen)) + dice.shuffled(others)
             options = tuple(dice.shuffled([ask.answer, *rest[:3]]))
             yield Ask(ask.question, ask.answer, "options", ask.type, ask.sentence, options)
 
@@ -658,7 +673,8 @@ def _listing(scene: Scene, dice: Dice) -> str:
 
 def _listing_places(scene: Scene, dice: Dice) -> str:
     first, *_, last = sorted(scene.things, key=_reading_order)
-    return f"{_article(name(first))} {name(first)} at the {first.place} and {_article(name(last))} {name(last)} at the {last.place}"
+    one, two = (f"{_article(name(thing))} {name(thing)} at the {thing.place}" for thing in (first, last))
+    return f"{one} and {two}"
 
 
 def _standing(scene: Scene, dice: Dice) -> str:
