@@ -342,6 +342,26 @@ def test_trained_tokens_that_do_not_decode_to_the_target_stop_the_run(make, monk
         run(make())
 
 
+def test_trackers_that_cannot_log_are_refused(make, monkeypatch):
+    with pytest.raises(ConfigError, match=r"unknown tracker 'tensorbord'\. Did you mean 'tensorboard'"):
+        run(make("train.log_with=[tensorbord]"))
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
+    with pytest.raises(ConfigError, match="pip install wandb"):
+        run(make("train.log_with=[wandb]"))
+
+
+@pytest.mark.filterwarnings("ignore:.*no supported trackers:UserWarning")
+def test_what_is_measured_reaches_the_trackers(make, monkeypatch):
+    logged = []
+    monkeypatch.setattr(loop, "check_trackers", lambda names: None)
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda self, name, config: logged.append(name))
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logged.append((step, values["loss"])))
+    monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda *_: [])
+    directory = run(make("train.log_with=[wandb]", "train.steps=2"))
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert logged == ["run", *((line["step"], line["loss"]) for line in lines)]
+
+
 # -- monitors ---------------------------------------------------------------------------------------------------------
 
 

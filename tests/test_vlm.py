@@ -133,7 +133,7 @@ def test_saving_over_an_adapter_replaces_it_whole_or_not_at_all(model, tmp_path,
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(weights, "save_tensors", full)
-    with pytest.raises(TrainingError, match="adapter: it cannot be written .*No space left"):
+    with pytest.raises(TrainingError, match=r"adapter: it cannot be written .*No space left"):
         whole.save(tmp_path / "adapter")
     assert (tmp_path / "adapter" / "adapter.safetensors").read_bytes() == before
     assert not list(tmp_path.glob(".adapter*"))
@@ -157,13 +157,13 @@ def test_soft_tokens_start_as_long_as_embeddings_where_asked(model, towers, tmp_
 
 def test_contract_errors_say_what_would_work(model, tmp_path):
     whole = model()
-    with pytest.raises(ConfigError, match="unknown decoding setting 'beams'. Known: .*num_beams"):
+    with pytest.raises(ConfigError, match=r"unknown decoding setting 'beams'. Known: .*num_beams"):
         whole.generate(pictures(1), PROMPTS[:1], beams=3)
     with pytest.raises(ConfigError, match="2 images for 1 prompts"):
         whole.generate(pictures(2), PROMPTS[:1])
     with pytest.raises(ConfigError, match="2 lists of candidates for 1 prompts"):
         whole.rank(pictures(1), PROMPTS[:1], [["a"], ["b"]])
-    with pytest.raises(ConfigError, match="normalize is 'average'; it takes 'sum', 'mean' or 'pmi'"):
+    with pytest.raises(ConfigError, match=r"normalize is 'average'; it takes 'sum', 'mean' or 'pmi'"):
         whole.rank(pictures(1), PROMPTS[:1], ["red", "two"], normalize="average")
     with pytest.raises(ConfigError, match="no candidates"):
         whole.rank(pictures(1), PROMPTS[:1], [[]])

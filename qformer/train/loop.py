@@ -20,6 +20,7 @@ from qformer import cards, config, keyed, loading, vlm
 from qformer.config import RunConfig
 from qformer.data.batch import StepData, StepMaker, mixture_of, open_sources
 from qformer.data.proof import LabelProof
+from qformer.errors import ConfigError, did_you_mean
 from qformer.sample import Batch, row_length
 from qformer.train import checkpoint, monitors
 from qformer.train.optim import learning_rate, optimizer_for
@@ -42,6 +43,7 @@ def train(settings: RunConfig, *, say: Callable[[str], None] = print, quiet: boo
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers fork after the tokenizers were used
     run = settings.directory
+    check_trackers(settings.train.log_with)
     task_cards = cards.load_all(settings.data.tasks, "train")
     sources = open_sources(task_cards, Path(settings.data.root), on_error=settings.data.on_error)
     multipliers = {
@@ -136,6 +138,22 @@ def train(settings: RunConfig, *, say: Callable[[str], None] = print, quiet: boo
     if settings.train.log_with:
         accelerator.end_training()
     return run
+
+
+def check_trackers(names: list[str]) -> None:
+    """Refuse trackers that would be passed over in silence.
+
+    Raises:
+        ConfigError: accelerate knows no such tracker, or its package is not installed.
+    """
+    from accelerate.tracking import LoggerType, get_available_trackers
+
+    for name in names:
+        if name not in LoggerType.list() or name == "all":
+            known = [each for each in LoggerType.list() if each != "all"]
+            raise ConfigError(f"train.log_with: unknown tracker '{name}'.{did_you_mean(name, known)}")
+        if name not in {str(each) for each in get_available_trackers()}:
+            raise ConfigError(f"train.log_with: the package of '{name}' is not installed; run pip install {name}.")
 
 
 def _one_step(
