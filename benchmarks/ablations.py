@@ -1,0 +1,83 @@
+"""The demo with one switch turned, over several seeds: `python benchmarks/ablations.py [--seeds 3]`.
+
+Variants: the demo as it is; a Q-Former that reads no instruction; a mixture in proportion to the sets' sizes instead of
+their square roots.  A run that is done is not made again, and one that was interrupted goes on, so the command can be
+stopped and started at will.  It ends with a table in Markdown: the mean over seeds, the spread of the seeds, and the
+difference from the whole with a 95 % interval of the paired differences (Student's t over seeds).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+from qformer.demo.run import demo
+
+VARIANTS = {
+    "as it is": (),
+    "no instruction in the Q-Former": ("qformer.instruction=false",),
+    "no balancing": ("data.sampling=proportional",),
+}
+TASKS = ("gqa", "vsr", "iconqa", "nocaps")
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
+"""Student's t for a 95 % interval, by number of seeds."""
+
+
+def run(folder: Path, seed: int, overrides: tuple[str, ...], steps: int | None, limit: int | None) -> dict[str, float]:
+    """Scores of one demo by task; made unless they are there."""
+    files = {task: folder / "eval" / f"{task}.json" for task in TASKS}
+    if not all(file.exists() for file in files.values()):
+        demo(folder, seed=seed, steps=steps, limit=limit, overrides=overrides)
+    return {task: json.loads(file.read_text(encoding="utf-8"))["score"] for task, file in files.items()}
+
+
+def interval(values: list[float]) -> str:
+    """Mean and half-width of the 95 % interval."""
+    if len(values) not in T_95:
+        return f"{statistics.mean(values):+.1f}"
+    half = T_95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.mean(values):+.1f} ± {half:.1f}"
+
+
+def table(scores: dict[str, list[dict[str, float]]]) -> str:
+    """Markdown: a row a variant, a column a task."""
+    whole = scores["as it is"]
+    lines = ["| | " + " | ".join(TASKS) + " |", "|---|" + "---:|" * len(TASKS)]
+    for name, runs in scores.items():
+        cells = []
+        for task in TASKS:
+            values = [each[task] for each in runs]
+            cell = f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+            if name != "as it is":
+                cell += f"; {interval([a[task] - b[task] for a, b in zip(runs, whole, strict=True)])}"
+            cells.append(cell)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """All variants over all seeds, then the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path("runs/ablations"))
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--limit", type=int)
+    options = parser.parse_args()
+    scores: dict[str, list[dict[str, float]]] = {}
+    for name, overrides in VARIANTS.items():
+        scores[name] = []
+        for seed in range(options.seeds):
+            began = time.perf_counter()
+            folder = options.output / f"{name.replace(' ', '_')}-{seed}"
+            scores[name].append(run(folder, seed, overrides, options.steps, options.limit))
+            print(f"{name}, seed {seed}: {scores[name][-1]} ({time.perf_counter() - began:.0f} s)", flush=True)
+    page = table(scores)
+    (options.output / "table.md").write_text(page + "\n", encoding="utf-8")
+    print(page)
+
+
+if __name__ == "__main__":
+    main()
