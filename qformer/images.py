@@ -63,8 +63,9 @@ def picture_key(source: Any) -> str:
     """What tells pictures apart within a step: the path, or a hash of the content."""
     if isinstance(source, Path | str):
         return str(source)
-    content = source if isinstance(source, bytes) else source.tobytes()
-    return hashlib.sha256(content).hexdigest()
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).hexdigest()
+    return hashlib.sha256(f"{source.mode} {source.size} ".encode() + source.tobytes()).hexdigest()
 
 
 class ImageTransform:

@@ -1,0 +1,191 @@
+"""The vision tower: any timm or transformers encoder as (B, P, V) tokens, frozen, or refused with a sentence."""
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    ResNetConfig,
+    ResNetModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from qformer.backbones.vision import check_vision, load_vision, vision_settings
+from qformer.config import VisionConfig
+from qformer.errors import ConfigError
+from tests.tiny import redraw, tiny_vision
+
+NETWORKS = {
+    "vit_tiny_patch16_224": (197, 192),
+    "resnet10t": (36, 512),
+    "tf_efficientnet_lite0": (49, 1280),
+    "swin_s3_tiny_224": (49, 768),
+}
+
+
+def tower(name, **settings):
+    return load_vision(VisionConfig(name=str(name), pretrained=settings.pop("pretrained", False), **settings))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_kind_of_timm_network_gives_tokens(name):
+    frozen = tower(name)
+    with torch.no_grad():
+        values, mask, grid = frozen(torch.randn(2, 3, frozen.settings.size, frozen.settings.size))
+    places, width = NETWORKS[name]
+    assert values.shape == (2, places, width) and frozen.width == width and mask is None
+    assert grid[0] * grid[1] in (places, places - 1)
+
+
+def test_a_tower_is_frozen_in_weights_and_in_mode():
+    frozen = tower("resnet10t")
+    frozen.train()
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    assert not any(module.training for module in frozen.modules())
+
+
+def test_class_token_is_kept_or_dropped():
+    torch.manual_seed(0)
+    with_class = tower("vit_tiny_patch16_224", class_token=True)
+    without = tower("vit_tiny_patch16_224", class_token=False)
+    without.model.load_state_dict(with_class.model.state_dict())
+    pixels = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.equal(with_class(pixels).values[:, 1:], without(pixels).values)
+
+
+def test_a_block_without_the_final_norm_is_that_blocks_output():
+    frozen = tower("vit_tiny_patch16_224", block=-2, norm=False)
+    seen = []
+    frozen.model.blocks[-2].register_forward_hook(lambda module, given, output: seen.append(output))
+    with torch.no_grad():
+        values = frozen(torch.randn(1, 3, 224, 224)).values
+    assert torch.allclose(values, seen[0])
+
+
+def test_an_earlier_stage_of_a_feature_map_network():
+    frozen = tower("resnet10t", block=-2)
+    with torch.no_grad():
+        values = frozen(torch.randn(1, 3, 224, 224)).values
+    assert values.shape == (1, 196, frozen.width) and frozen.width == 256
+
+
+def test_the_models_own_pictures_unless_the_settings_say_otherwise():
+    own = vision_settings(VisionConfig(name="eva_giant_patch14_clip_224"))
+    assert own.size == 224 and own.interpolation == "bicubic"
+    assert own.mean == pytest.approx((0.48145466, 0.4578275, 0.40821073))
+    changed = vision_settings(VisionConfig(name="eva_giant_patch14_clip_224", image_size=364, std=[1, 1, 1]))
+    assert changed.size == 364 and changed.std == (1, 1, 1) and changed.mean == own.mean
+
+
+def test_another_size_is_taken():
+    frozen = tower("vit_tiny_patch16_224", image_size=96)
+    with torch.no_grad():
+        assert frozen(torch.randn(1, 3, 96, 96)).values.shape == (1, 37, 192)
+
+
+def test_local_weights_of_a_timm_network(tmp_path):
+    source = timm.create_model("resnet10t", num_classes=7)
+    save_file({name: value.contiguous() for name, value in source.state_dict().items()}, tmp_path / "model.safetensors")
+    torch.save({"state_dict": source.state_dict()}, tmp_path / "model.pth")
+    for checkpoint in (tmp_path, tmp_path / "model.safetensors", tmp_path / "model.pth"):
+        frozen = tower("resnet10t", checkpoint=str(checkpoint), pretrained=True)
+        assert torch.equal(frozen.model.conv1[0].weight, source.conv1[0].weight)
+
+
+def make(kind, folder):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    models = {
+        "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=32, patch_size=8)),
+        "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=32, patch_size=8)),
+        "dinov2": lambda: Dinov2Model(Dinov2Config(**sizes, image_size=32, patch_size=8)),
+        "resnet": lambda: ResNetModel(
+            ResNetConfig(embedding_size=8, hidden_sizes=[8, 32], depths=[1, 1], layer_type="basic")
+        ),
+    }
+    torch.manual_seed(0)
+    model = models[kind]()
+    redraw(model, 0)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize(("kind", "tokens"), [("clip", 17), ("siglip", 16), ("dinov2", 17), ("resnet", 16)])
+def test_transformers_encoders_give_their_last_hidden_state(tmp_path, kind, tokens):
+    model = make(kind, tmp_path)
+    frozen = tower(tmp_path, pretrained=True)
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        values = frozen(pixels).values
+        own = model(pixel_values=pixels).last_hidden_state
+    own = own.flatten(2).transpose(1, 2) if own.ndim == 4 else own
+    assert values.shape == (2, tokens, 32) == (2, tokens, frozen.width)
+    assert torch.allclose(values, own, atol=1e-5)
+
+
+def test_a_block_of_a_transformers_encoder_and_its_class_token(tmp_path):
+    model = make("clip", tmp_path)
+    frozen = tower(tmp_path, pretrained=True, block=-2, norm=False, class_token=False)
+    pixels = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        states = model(pixel_values=pixels, output_hidden_states=True).hidden_states
+        assert torch.allclose(frozen(pixels).values, states[-2][:, 1:], atol=1e-5)
+
+
+def test_precision_is_a_setting(tmp_path):
+    tiny_vision(tmp_path)
+    frozen = tower(tmp_path, pretrained=True, dtype="float64")
+    assert frozen(torch.randn(1, 3, 32, 32)).values.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"name": "vit_tiny_patch16_225"}, r"no timm model and no hub id\. Did you mean 'vit_tiny_patch16_224'\?"),
+        ({"name": "resnet10t", "dtype": "float8"}, "vision.dtype is 'float8'; it takes float32"),
+        ({"name": "resnet10t", "checkpoint": "/nowhere.safetensors"}, "there is no file /nowhere.safetensors"),
+        ({"name": "some/hub-id"}, "no model can be read from there"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_weights_are_read(settings, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        load_vision(VisionConfig(**settings))
+
+
+def test_directories_that_hold_no_model_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="names no model"):
+        check_vision(VisionConfig(name=str(tmp_path)))
+    with pytest.raises(ConfigError, match="no .safetensors or .pth file"):
+        check_vision(VisionConfig(name="resnet10t", checkpoint=str(tmp_path)))
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet10t", "num_classes": 3}))
+    check_vision(VisionConfig(name=str(tmp_path)))
+
+
+def test_weights_of_another_model_are_listed(tmp_path):
+    tensors = timm.create_model("resnet10t").state_dict()
+    tensors["stray.weight"] = torch.zeros(1)
+    save_file(dict(tensors), tmp_path / "a.safetensors")
+    with pytest.raises(ConfigError, match=r"has unknown stray\.weight"):
+        tower("resnet10t", checkpoint=str(tmp_path / "a.safetensors"))
+    tensors.pop("stray.weight")
+    tensors.pop("conv1.0.weight")
+    save_file(dict(tensors), tmp_path / "b.safetensors")
+    with pytest.raises(ConfigError, match=r"lacks conv1\.0\.weight"):
+        tower("resnet10t", checkpoint=str(tmp_path / "b.safetensors"))
+    tensors["conv1.0.weight"] = torch.zeros(2, 2)
+    save_file(dict(tensors), tmp_path / "c.safetensors")
+    with pytest.raises(ConfigError, match=r"other shapes for conv1\.0\.weight"):
+        tower("resnet10t", checkpoint=str(tmp_path / "c.safetensors"))
+
+
+@pytest.mark.parametrize("block", [12, -13])
+def test_a_block_that_is_not_there_is_refused(block):
+    with pytest.raises(ConfigError, match=rf"vision\.block is {block}; .* has 12 blocks: it takes -12 to 11"):
+        tower("vit_tiny_patch16_224", block=block)
