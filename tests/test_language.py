@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertModel, Gemma2Config, GraniteConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GraniteConfig, MambaConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qformer.backbones import language
+from qformer.backbones import ranking
 from qformer.backbones.language import DecoderOnly, LanguageTower, load_language, load_profile, same_language
 from qformer.cards import Decoding
 from qformer.config import LanguageConfig, ProfileConfig
@@ -236,7 +236,7 @@ def test_ranks_are_log_likelihoods_whatever_is_ranked_beside_them(
     alone = [llm.rank(soft, [p], [c], end=end)[0] for p, c in zip(prompts, candidates, strict=True)]
     close(alone, expected)
     close(llm.rank(soft, prompts[::-1], candidates[::-1], end=end)[::-1], expected)
-    monkeypatch.setattr(language, "SCORED_POSITIONS", 40)
+    monkeypatch.setattr(ranking, "SCORED_POSITIONS", 40)
     close(llm.rank(soft, prompts, candidates, end=end), expected)
     monkeypatch.setitem(llm.__dict__, "shares_prefix", False)
     close(llm.rank(soft, prompts, candidates, end=end), expected)
@@ -271,6 +271,21 @@ def test_mean_is_by_token_and_pmi_takes_off_the_score_without_slots(tower: Any, 
         llm.rank(soft, prompts, candidates, normalize="pmi"),
         [[a - b for a, b in zip(*pair, strict=True)] for pair in zip(sums, without, strict=True)],
     )
+
+
+def test_a_state_that_cannot_be_shared_is_noticed(saved: Any) -> None:
+    tokenizer, profile = load_profile(LanguageConfig(name=str(saved("llama"))))
+    config = MambaConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, state_size=8, expand=1)
+    model = AutoModelForCausalLM.from_config(config)
+    redraw(model, seed=0)
+    llm, soft = DecoderOnly(model, tokenizer, profile), soft_tokens()
+    assert not llm.shares_prefix
+    prompts, candidates = rows_of(llm, answered=False), [CHOICES] * len(EXAMPLES)
+    close(llm.rank(soft, prompts, candidates), apart(llm, soft, candidates))
+
+
+def test_ranking_nothing_gives_nothing(tower: Any) -> None:
+    assert tower("gpt2").rank(soft_tokens(), [], []) == []
 
 
 def test_ranking_refuses_what_cannot_be_scored(tower: Any) -> None:
@@ -530,8 +545,7 @@ def test_broken_missing_and_foreign_weights_are_refused(tmp_path: Path, saved: A
 
 
 def test_an_encoder_without_an_output_layer_is_no_llm(tmp_path: Path) -> None:
-    BertModel.from_pretrained(tiny_bert(tmp_path / "bert"))
-    bert = tmp_path / "bert"
+    bert = tiny_bert(tmp_path / "bert")
     tokenizer = AutoTokenizer.from_pretrained(bert)
     tokenizer.add_special_tokens({"eos_token": "[SEP]"})
     tokenizer.save_pretrained(bert)

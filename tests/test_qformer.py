@@ -78,9 +78,9 @@ def inputs(rows: int = 3, size: QFormerSize = SIZE, seed: int = 2) -> tuple[Toke
     return Tokens(values), (ids * mask, mask)
 
 
-def assert_close(ours: Tensor, theirs: Tensor, name: str = "") -> None:
-    """Within 1e-9 of the tensor's norm."""
-    assert (ours - theirs).norm() <= 1e-9 * theirs.norm() + 1e-30, name
+def assert_close(ours: Tensor, theirs: Tensor, name: str = "", floor: float = 1e-30) -> None:
+    """Within 1e-9 of the tensor's norm; `floor` is what rounding may leave where a tensor is nearly zero."""
+    assert (ours - theirs).norm() <= 1e-9 * theirs.norm() + floor, name
 
 
 def hf_model(ours: QFormer) -> InstructBlipQFormerModel:
@@ -136,6 +136,8 @@ def test_outputs_and_gradients_equal_transformers(every: int, layers: int, instr
     assert_close(values.grad, hf_values.grad, "image tokens")
     assert_close(ours.queries.grad, hf_queries.grad, "queries")
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    # Deep queries that look alike hardly need to be told apart: such gradients are rounding of sums that cancel.
+    rounding = 1e-15 * max(float(gradient.norm()) for gradient in gradients.values() if gradient is not None)
     for name, parameter in ours.named_parameters():
         if name == "queries" or name.endswith("key.bias"):
             continue
@@ -143,7 +145,7 @@ def test_outputs_and_gradients_equal_transformers(every: int, layers: int, instr
         if parameter.grad is None:
             assert expected is None or not expected.any(), name
         else:
-            assert_close(parameter.grad, expected, name)
+            assert_close(parameter.grad, expected, name, rounding)
 
 
 def test_every_parameter_gets_a_gradient_except_those_that_cannot():
