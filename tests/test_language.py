@@ -381,7 +381,7 @@ def test_with_gradient_checkpointing_layers_run_twice_and_nothing_else_changes(t
         results.append((sums.detach(), soft.grad))
     assert len(layers) >= 2
     assert [runs.count(part) for part in inner] == [2] * len(layers)
-    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
     runs.clear()
     llm.eval().log_likelihood(soft_tokens().requires_grad_(), rows)[0].sum().backward()
     assert [runs.count(part) for part in inner] == [1] * len(layers)

@@ -15,21 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qformer.backbones import ranking
+from qformer.backbones.ranking import Request
 from qformer.cards import Decoding
 from qformer.config import LanguageConfig
 from qformer.errors import ConfigError, DataError
 from qformer.nn.losses import token_log_likelihood
-from qformer.sample import Row, Slot, Text, row_length
+from qformer.sample import Row, Slot, Text
 from qformer.text import Joiner, Profile, profile_from_tokenizer
 
 FINGERPRINT_ROWS = 64
-SCORED_POSITIONS = 8192
-"""Positions scored at once when candidates are ranked: bounds memory, changes no number."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 OVERFLOWS_IN_HALF = ("t5", "mt5", "umt5")
-
-Request = tuple[Row, tuple[int, ...]]
-"""A prompt and the ids of one candidate behind it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,33 +169,10 @@ class LanguageTower(nn.Module):
             ConfigError: an unknown `normalize`, a row without candidates, or a candidate with nothing to score.
             DataError: a prompt with nothing in it, or too long for the LLM.
         """
-        if normalize not in ("sum", "mean", "pmi"):
-            raise ConfigError(f"normalize is '{normalize}'; it takes 'sum', 'mean' or 'pmi'.")
-        joiner = Joiner(self.tokenizer, self.profile, None)
-        scored = {
-            choice: joiner.target_ids(choice) if end else joiner.answer_ids(choice)
-            for choice in dict.fromkeys(choice for choices in candidates for choice in choices)
-        }
-        for choices in candidates:
-            if not choices:
-                raise ConfigError("rank: a prompt has no candidates; give at least one.")
-        for choice, ids in scored.items():
-            if not ids:
-                raise ConfigError(
-                    f"rank: the candidate '{choice}' has no token to score; give it words, or score its end mark "
-                    f"(end=True)."
-                )
-        requests = [
-            [(row, scored[choice]) for choice in choices] for row, choices in zip(rows, candidates, strict=True)
-        ]
-        sums = self._scores(soft, requests)
-        if normalize == "mean":
-            return [[value / len(ids) for value, (_, ids) in zip(*pair, strict=True)] for pair in zip(sums, requests)]
-        if normalize == "pmi":
-            blind = [[(_without_slots(row), ids) for row, ids in group] for group in requests]
-            pairs = zip(sums, self._scores(soft, blind), strict=True)
-            return [[value - alone for value, alone in zip(*pair, strict=True)] for pair in pairs]
-        return sums
+        requests = ranking.requested(Joiner(self.tokenizer, self.profile, None), rows, candidates, end)
+        with self._answering():
+            score = self._behind if self.shares_prefix else self._apart
+            return ranking.ranked(lambda part: score(soft, part), requests, soft.shape[1], normalize)
 
     @contextmanager
     def _answering(self) -> Iterator[None]:
@@ -211,24 +185,6 @@ class LanguageTower(nn.Module):
         finally:
             self.train(before)
 
-    def _scores(self, soft: Tensor, requests: Sequence[Sequence[Request]]) -> list[list[float]]:
-        """Sums of log p, a bounded number of positions at once; what is asked twice is computed once."""
-        numbers: dict[Row, int] = {}
-        distinct = dict.fromkeys(request for group in requests for request in group)
-        for row, _ in distinct:
-            numbers.setdefault(row, len(numbers))
-        lengths = {row: row_length(row, soft.shape[1]) for row in numbers}
-        order = sorted(distinct, key=lambda request: (-lengths[request[0]], numbers[request[0]], -len(request[1])))
-        longest = max(len(ids) for _, ids in order)
-        found: dict[Request, float] = {}
-        with self._answering():
-            score = self._behind if self.shares_prefix else self._apart
-            while len(found) < len(order):
-                start = len(found)
-                part = order[start : start + max(1, SCORED_POSITIONS // (lengths[order[start][0]] + longest))]
-                found.update(zip(part, score(soft, part).tolist(), strict=True))
-        return [[found[request] for request in group] for group in requests]
-
     def _apart(self, soft: Tensor, requests: Sequence[Request]) -> Tensor:
         """(C,) sums of log p of candidates, each with a prompt of its own."""
         return self.log_likelihood(soft, [(*row, Text(ids, trained=True)) for row, ids in requests])[0]
@@ -236,12 +192,6 @@ class LanguageTower(nn.Module):
     def _behind(self, soft: Tensor, requests: Sequence[Request]) -> Tensor:
         """(C,) sums of log p of candidates, each distinct prompt computed once."""
         raise NotImplementedError
-
-    def _prompts(self, requests: Sequence[Request]) -> tuple[list[Row], Tensor]:
-        """The distinct prompts of candidates, and which is whose (C,)."""
-        prompts = list(dict.fromkeys(row for row, _ in requests))
-        number = {row: place for place, row in enumerate(prompts)}
-        return prompts, torch.tensor([number[row] for row, _ in requests], device=self.device)
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
@@ -327,7 +277,7 @@ class DecoderOnly(LanguageTower):
         return self._answers(generated)
 
     def _behind(self, soft: Tensor, requests: Sequence[Request]) -> Tensor:
-        prompts, owner = self._prompts(requests)
+        prompts, owner = ranking.prompts_of(requests)
         if not all(prompts):
             return self._apart(soft, requests)  # says what is wrong
         joined = self._join(soft, prompts, left=True)
@@ -339,7 +289,7 @@ class DecoderOnly(LanguageTower):
         if ids.shape[1] == 1:
             return first
         fed, wanted = ids[:, :-1], ids[:, 1:]
-        prefix.past_key_values.batch_select_indices(owner)
+        prefix.past_key_values.batch_select_indices(torch.tensor(owner, device=self.device))
         positions = joined.mask.sum(1)[owner][:, None] + torch.arange(fed.shape[1], device=self.device)
         given = self._given(
             self._embeddings(fed.clamp(min=0)),
@@ -445,7 +395,7 @@ class EncoderDecoder(LanguageTower):
         return self._answers(generated[:, 1:])  # column 0 is the decoder's start
 
     def _behind(self, soft: Tensor, requests: Sequence[Request]) -> Tensor:
-        prompts, owner = self._prompts(requests)
+        prompts, owner = ranking.prompts_of(requests)
         read, mask = self._encoded(soft, prompts)
         return self._decoded(read[owner], mask[owner], [ids for _, ids in requests])
 
@@ -579,10 +529,6 @@ def _silence_dropout(model: Any) -> None:
             for name, value in list(vars(holder).items()) if holder is not None else ():
                 if "drop" in name and isinstance(value, float):
                     setattr(holder, name, 0.0)
-
-
-def _without_slots(row: Row) -> Row:
-    return tuple(piece for piece in row if isinstance(piece, Text))
 
 
 def _padded(rows: Sequence[Sequence[int]], filler: int, left: bool = False) -> Tensor:
