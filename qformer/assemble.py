@@ -37,7 +37,7 @@ class Prepared:
 
 
 class Assembler:
-    """Opens and transforms pictures and joins ids; holds tokenizers and no weights, so that data workers can have it."""
+    """Opens and transforms pictures and joins ids; holds tokenizers and no weights, so that workers can have it."""
 
     def __init__(self, joiner: Joiner, transform: Callable[[Any, tuple[object, ...]], Tensor], max_pixels: int):
         """`transform` takes a PIL image and the key of its random choices, and gives (3, H, W)."""

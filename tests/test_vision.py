@@ -162,7 +162,7 @@ def test_what_cannot_work_is_refused_before_weights_are_read(settings, sentence)
 def test_directories_that_hold_no_model_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="names no model"):
         check_vision(VisionConfig(name=str(tmp_path)))
-    with pytest.raises(ConfigError, match="no .safetensors or .pth file"):
+    with pytest.raises(ConfigError, match=r"no \.safetensors or .pth file"):
         check_vision(VisionConfig(name="resnet10t", checkpoint=str(tmp_path)))
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet10t", "num_classes": 3}))
     check_vision(VisionConfig(name=str(tmp_path)))

@@ -23,7 +23,6 @@ def demo(
     seed: int = 0,
     steps: int | None = None,
     limit: int | None = None,
-    pictures: tuple[int, int] = (PICTURES_TRAIN, PICTURES_TEST),
     overrides: tuple[str, ...] = (),
     say: Callable[[str], None] = print,
 ) -> Path:
@@ -37,7 +36,7 @@ def demo(
     output = Path(output)
     settings = demo_settings(output, seed, steps, limit, overrides)
     data = Path(settings.data.root)
-    write_scenes(data, seed, *pictures, say=say)
+    write_scenes(data, seed, PICTURES_TRAIN, PICTURES_TEST, say=say)
     directory = pipeline.fit(settings, say=say)
     say(f"demo done in {(time.perf_counter() - began) / 60:.1f} minutes; open {directory / 'report.html'}")
     return directory
