@@ -240,11 +240,10 @@ class Truncations:
     targets: int = 0
     ids: int = 0
 
-    def add(self, other: Truncations) -> None:
-        """Add the counts of another."""
-        self.instructions += other.instructions
-        self.targets += other.targets
-        self.ids += other.ids
+    @property
+    def texts(self) -> int:
+        """Texts that were cut."""
+        return self.instructions + self.targets
 
 
 class Joiner:

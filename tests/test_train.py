@@ -330,8 +330,16 @@ def test_broken_records_end_the_run_or_are_listed(make, data):
     said = []
     directory = loop.train(make("train.steps=8", "data.on_error=skip", name="lenient"), say=said.append, quiet=True)
     listed = [json.loads(line) for line in (directory / "broken.jsonl").read_text().splitlines()]
-    assert {line["record"] for line in listed} == {"colours record 3"} and "3.png" in listed[0]["reason"]
-    assert any("2 broken record(s) of colours were skipped" in line for line in said)
+    assert {(line["task"], line["record"]) for line in listed} == {("colours", 3)} and "3.png" in listed[0]["reason"]
+    assert any("colours: 1 broken record(s) were skipped, number 3;" in line for line in said)
+
+
+def test_no_text_is_cut_in_silence(make):
+    said = []
+    limits = ("language.instruction_limit=6", "train.log_every=100", "train.steps=4")
+    directory = loop.train(make(*limits), say=said.append, quiet=True)
+    cut = [json.loads(line)["truncations"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert sum(cut) > 0 and any(f"{sum(cut)} text(s) were cut to their limits" in line for line in said)
 
 
 def test_trained_tokens_that_do_not_decode_to_the_target_stop_the_run(make, monkeypatch):

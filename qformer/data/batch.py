@@ -40,7 +40,7 @@ class StepData:
     step: int
     batches: list[Batch] = field(default_factory=list)
     drawn: Counter[str] = field(default_factory=Counter)
-    broken: list[tuple[str, str]] = field(default_factory=list)
+    broken: list[tuple[str, int, str]] = field(default_factory=list)
     truncations: Truncations = field(default_factory=Truncations)
     error: DataError | None = None
 
@@ -128,7 +128,7 @@ class StepMaker(Dataset[StepData]):
                 if self.on_error == "fail":
                     data.error = error
                     return data
-                data.broken.append((f"{draw.task} record {draw.place}", str(error)))
+                data.broken.append((draw.task, draw.place, str(error)))
         data.batches = [self.assembler.batch(group, pixels) for group in self._groups(prepared)]
         return data
 

@@ -23,10 +23,10 @@ class LabelProof:
         Raises:
             TrainingError: a trained span is not decode(encode(target)), cut to the limit, with the end mark behind it.
         """
-        broken = {record for record, _ in data.broken}
+        broken = {(task, record) for task, record, _ in data.broken}
         wanted: Counter[tuple[str, str]] = Counter()
         for draw in maker.draws(data.step):
-            if f"{draw.task} record {draw.place}" in broken:
+            if (draw.task, draw.place) in broken:
                 continue
             for item in maker.items(draw):
                 for target in _targets(item.rendered):

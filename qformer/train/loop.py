@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -94,7 +93,7 @@ def train(settings: RunConfig, *, say: Callable[[str], None] = print, quiet: boo
 
     alarm = monitors.BlindnessAlarm()
     dummy = maker.assembler.dummy(model.vision.settings.size)
-    broken: Counter[str] = Counter()
+    broken: dict[str, set[int]] = {}
     loader: DataLoader[StepData] = DataLoader(
         maker,
         batch_size=None,
@@ -120,8 +119,9 @@ def train(settings: RunConfig, *, say: Callable[[str], None] = print, quiet: boo
                 for warning in alarm(reading):
                     say(f"step {done}: {warning}")
                 began = time.perf_counter()
-            if values or done % settings.train.log_every == 0 or done == settings.train.steps:
-                values |= _readings(report, data, settings, seconds, accelerator.num_processes)
+            cut = int(accelerator.reduce(torch.tensor(data.truncations.texts, device=accelerator.device), "sum"))
+            if values or cut or done % settings.train.log_every == 0 or done == settings.train.steps:
+                values |= _readings(report, data, settings, seconds, accelerator.num_processes) | {"truncations": cut}
                 lines.write({"step": done, **values})
                 if settings.train.log_with:
                     accelerator.log(values, step=done)
@@ -133,7 +133,7 @@ def train(settings: RunConfig, *, say: Callable[[str], None] = print, quiet: boo
                 began = time.perf_counter()
     if first_process:
         write_mixture(run, maker)
-        for line in (*proof.summary(), *_broken_summary(broken, run)):
+        for line in (*proof.summary(), *_broken_summary(broken, run), *_truncation_summary(run)):
             say(line)
     if settings.train.log_with:
         accelerator.end_training()
@@ -211,7 +211,6 @@ def _readings(report: StepReport, data: StepData, settings: RunConfig, seconds: 
         "learning_rate": learning_rate(data.step, settings.train),
         "samples_per_second": settings.train.batch_size / seconds,
         "tokens_per_second": positions * ranks / seconds,
-        "truncations": data.truncations.instructions + data.truncations.targets,
     }
 
 
@@ -232,22 +231,35 @@ def write_mixture(run: Path, maker: StepMaker) -> None:
     (run / MIXTURE_FILE).write_text(json.dumps(table, indent=2), encoding="utf-8")
 
 
-def _note_broken(run: Path, data: StepData, broken: Counter[str], rank: int) -> None:
+def _note_broken(run: Path, data: StepData, broken: dict[str, set[int]], rank: int) -> None:
     """Records that could not be read, each with its reason, in the run directory."""
     if not data.broken:
         return
     suffix = f".{rank}" if rank else ""
     with (run / f"{BROKEN_FILE}{suffix}").open("a", encoding="utf-8") as file:
-        for record, reason in data.broken:
-            broken[record.partition(" record ")[0]] += 1
-            file.write(json.dumps({"step": data.step, "record": record, "reason": reason}) + "\n")
+        for task, record, reason in data.broken:
+            broken.setdefault(task, set()).add(record)
+            line = {"step": data.step + 1, "task": task, "record": record, "reason": reason}
+            file.write(json.dumps(line) + "\n")
 
 
-def _broken_summary(broken: Counter[str], run: Path) -> list[str]:
+def _broken_summary(broken: dict[str, set[int]], run: Path) -> list[str]:
+    """A line per set: which records were left out, by number."""
     return [
-        f"{count} broken record(s) of {name} were skipped; {run / BROKEN_FILE} lists them"
-        for name, count in sorted(broken.items())
+        f"{task}: {len(numbers)} broken record(s) were skipped, number {_some(numbers)}; see {run / BROKEN_FILE}"
+        for task, numbers in sorted(broken.items())
     ]
+
+
+def _truncation_summary(run: Path) -> list[str]:
+    """How many texts were cut in the whole run; steps that cut any are always in metrics.jsonl."""
+    lines = (json.loads(line) for line in (run / METRICS_FILE).read_text(encoding="utf-8").splitlines())
+    total = sum(line.get("truncations", 0) for line in lines)
+    return [f"{total} text(s) were cut to their limits (language.instruction_limit, target_limit)"] if total else []
+
+
+def _some(numbers: set[int], most: int = 20) -> str:
+    return ", ".join(map(str, sorted(numbers)[:most])) + (" …" if len(numbers) > most else "")
 
 
 class _Lines:
