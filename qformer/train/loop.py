@@ -114,7 +114,7 @@ def train(settings: RunConfig, *, say: Callable[[str], None] = print, quiet: boo
             seconds, began = time.perf_counter() - began, time.perf_counter()
             values: dict[str, Any] = {}
             if settings.train.monitor_every and done % settings.train.monitor_every == 0 and data.batches:
-                reading = monitors.readings(model, data.batches[0])
+                reading = monitors.readings(model, max(data.batches, key=lambda batch: len(batch.pixels)))
                 values |= reading
                 for warning in alarm(reading):
                     say(f"step {done}: {warning}")
