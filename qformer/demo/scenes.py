@@ -640,7 +640,8 @@ def _trimmed(chosen: list[tuple[Scene, Ask]]) -> list[tuple[Scene, Ask]]:
                 limit[group] = min(counts.values()) if len(counts) == 2 else 0
             else:
                 limit[group] = int(1.3 * sum(counts.values()) / ANSWERS[group])
-        kept, seen = [], Counter()
+        kept: list[tuple[Scene, Ask]] = []
+        seen: Counter[tuple[str, str]] = Counter()
         for scene, ask in chosen:
             group = _group(ask)
             seen[group, ask.answer] += 1

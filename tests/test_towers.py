@@ -1,0 +1,144 @@
+"""The demo's towers: what their recipe shows and tells them, and the checkpoints that are shipped."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from qformer import resources
+from qformer.backbones.language import load_language
+from qformer.backbones.vision import load_vision, vision_settings
+from qformer.config import LanguageConfig, VisionConfig
+from qformer.demo import scenes, towers
+from qformer.demo.scenes import HELD_OUT_PAIRS, Dice
+
+WEIGHTS = Path(towers.__file__).parent / "weights"
+LIMIT = 8 * 1024 * 1024
+
+
+def test_the_encoder_is_never_shown_a_held_out_pair():
+    shown = set()
+    for number in range(2000):
+        scene = towers.picture_scene(towers.PICTURE_SEED, number, strange=True)
+        shown |= {(thing.colour, thing.shape) for thing in scene.things}
+    named = {(colour, shape) for colour, shape in shown if colour in scenes.COLOURS and shape in scenes.SHAPES}
+    assert named == set(scenes.PAIRS) - HELD_OUT_PAIRS
+
+
+def test_colours_without_a_name_are_far_from_those_with_one():
+    dice = Dice("test")
+    for _ in range(200):
+        tint = towers.unnamed_colour(dice)
+        parts = [int(tint[place : place + 2], 16) for place in (1, 3, 5)]
+        for named in scenes.COLOURS.values():
+            assert sum((a - b) ** 2 for a, b in zip(parts, named, strict=True)) > 90**2
+
+
+def test_the_encoder_learns_attributes_at_their_places_and_nothing_else():
+    scene = towers.picture_scene(towers.PICTURE_SEED, 4)
+    batch = towers.pictures([scene])
+    assert set(batch.labels) == {*scenes.ATTRIBUTES, "word", "thing", "row", "column"}
+    for thing in scene.things:
+        for row, column in ((2 * thing.row, 2 * thing.column), (2 * thing.row + 1, 2 * thing.column + 1)):
+            token = row * towers.GRID + column
+            assert scenes.SHAPES[batch.labels["shape"][0, token]] == thing.shape
+            assert list(scenes.COLOURS)[batch.labels["colour"][0, token]] == thing.colour
+            assert batch.labels["row"][0, token] == thing.row
+    named = batch.labels["shape"] != towers.IGNORED
+    assert named.sum() == 4 * len(scene.things)
+    assert torch.equal(named, batch.labels["thing"] == 1)
+
+
+def test_what_has_no_name_is_not_asked_for():
+    scene = towers.picture_scene(towers.PICTURE_SEED, 4)
+    odd = [dataclasses.replace(thing, shape="blob 3") for thing in scene.things]
+    batch = towers.pictures([dataclasses.replace(scene, things=tuple(odd))])
+    assert (batch.labels["shape"] == towers.IGNORED).all()
+    assert (batch.labels["colour"] != towers.IGNORED).any()
+
+
+def test_seeds_of_the_recipe_are_not_those_of_a_demo():
+    seeds = {towers.PICTURE_SEED, towers.PICTURE_TEST_SEED, towers.TEXT_SEED, towers.TEXT_TEST_SEED}
+    assert len(seeds) == 4
+    assert min(seeds) > 1000
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory: pytest.TempPathFactory) -> towers.Writer:
+    from transformers import AutoTokenizer
+
+    return towers.Writer(AutoTokenizer.from_pretrained(WEIGHTS / "language"))
+
+
+def described(number: int) -> towers.Description:
+    scene = towers.text_scene(towers.TEXT_SEED, number, (3, 4))
+    return towers.described(scene, Dice("test", number), count=3)
+
+
+def test_a_question_sees_the_description_and_itself_alone(writer: towers.Writer):
+    texts = writer.rows([described(0)], words=False)
+    first = texts.groups.shape[1]
+    seen = texts.mask[0, 0] == 0
+    tokens = writer.exchange(described(0).exchanges[0])[0]
+    last_of_first = first + len(tokens) - 1
+    assert seen[last_of_first, : last_of_first + 1].all()
+    assert not seen[last_of_first, last_of_first + 1 :].any()
+    second = first + len(tokens)
+    assert seen[second, :first].all()
+    assert not seen[second, first:second].any()
+    assert texts.positions[0, second] == texts.positions[0, first]
+
+
+def test_a_phrase_is_one_position_or_a_position_a_word(writer: towers.Writer):
+    grouped = writer.rows([described(1)], words=False)
+    apart = writer.rows([described(1)], words=True)
+    assert grouped.groups.shape[1] == len(described(1).groups)
+    assert apart.groups.shape[1] > 4 * grouped.groups.shape[1]
+    assert apart.groups.shape[2] == 1
+
+
+def test_rows_are_a_function_of_the_step(writer: towers.Writer):
+    steps = towers.Steps(writer, 100)
+    for one, two in zip(vars(steps[60]).values(), vars(steps[60]).values(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_orthogonal_makes_singular_values_nearly_one():
+    found = towers.orthogonal(torch.randn(2, 24, 40, generator=torch.Generator().manual_seed(0)))
+    values = torch.linalg.svdvals(found)
+    assert found.shape == (2, 24, 40)
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+
+
+def test_shipped_towers_take_at_most_eight_megabytes_and_are_half_precision():
+    from safetensors import safe_open
+
+    assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) <= LIMIT
+    for name in ("image", "language", "bert"):
+        with safe_open(WEIGHTS / name / "model.safetensors", framework="pt") as file:
+            kinds = {file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118
+        assert kinds - {torch.int64} == {torch.float16}
+        assert (WEIGHTS / name / "README.md").is_file()
+        assert json.loads((WEIGHTS / name / "scores.json").read_text(encoding="utf-8"))["steps"] > 0
+
+
+def test_shipped_towers_load_as_any_other():
+    vision = load_vision(VisionConfig(name=resources.located("demo:image")))
+    assert vision_settings(VisionConfig(name=resources.located("demo:image"))).size == scenes.PICTURE
+    assert vision(torch.zeros(2, 3, 96, 96)).values.shape == (2, 36, 128)
+    language = load_language(LanguageConfig(name=resources.located("demo:language")))
+    assert language.profile.opening == (language.tokenizer.bos_token_id,)
+    assert language.profile.end == (language.tokenizer.eos_token_id,)
+    text = 'Is the red cube left of the small ball? (a) yes, "no"'
+    assert language.tokenizer.decode(language.tokenizer(text, add_special_tokens=False).input_ids) == text
+
+
+def test_the_shipped_encoder_names_what_it_was_not_shown():
+    scores = json.loads((WEIGHTS / "image" / "scores.json").read_text(encoding="utf-8"))
+    assert min(scores["seen pairs"].values()) > 0.95
+    assert min(scores["held-out pairs"].values()) > 0.8
