@@ -1,0 +1,44 @@
+"""The demo's own code path, scaled down: scenes in the official formats, tuning, zero-shot scores, a page."""
+
+import json
+import re
+
+import pytest
+
+from qformer import cli, config
+from qformer.demo import run as demo_run
+from qformer.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """`qformer demo` with 30 steps and 40 questions a set, on few pictures."""
+    output = tmp_path_factory.mktemp("demo") / "run"
+    demo_run.write_scenes(output / "data", 0, 60, 60, say=lambda _: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo_run, "PICTURES_TRAIN", 60)
+        patch.setattr(demo_run, "PICTURES_TEST", 60)
+        assert cli.main(["demo", "--output", str(output), "--steps", "30", "--limit", "40"]) == 0
+    return output
+
+
+def test_the_demo_leaves_what_it_promises(finished):
+    assert config.load(finished / "config.yaml").train.steps == 30
+    mixture = json.loads((finished / "mixture.json").read_text())
+    assert set(mixture) == {"coco_caption", "vqav2", "vqg_vqav2", "aokvqa", "llava_conversation"}
+    assert sum(each["asked"] for each in mixture.values()) == pytest.approx(1.0)
+    for task in ("gqa", "vsr", "iconqa", "nocaps"):
+        result = json.loads((finished / "eval" / f"{task}.json").read_text())
+        assert result["partial"] and result["samples"] == 40 and result["role"] == "held_out"
+        assert result["shuffled"]["score"] is not None and result["most_frequent"]["score"] is not None
+
+
+def test_the_page_stands_alone(finished):
+    page = (finished / "report.html").read_text()
+    assert all(name in page for name in ("GQA", "Visual Spatial Reasoning", "IconQA", "NoCaps"))
+    assert not re.search(r"(?:src|href|url)\s*[=(]\s*[\"']?(?:https?:)?//", page)
+
+
+def test_scenes_of_another_seed_are_not_taken_for_ones_own(finished):
+    with pytest.raises(ConfigError, match="scenes of another demo"):
+        demo_run.write_scenes(finished / "data", 1, 60, 60, say=lambda _: None)
