@@ -36,10 +36,10 @@ def load_image(source: Path | str | bytes | Image.Image, max_pixels: int, where:
         DataError: missing, not a picture, cut short, or too large; names the file.
     """
     name = f"{where}: the picture {source}" if isinstance(source, Path | str) else f"{where}: a picture"
-    if isinstance(source, Image.Image):
-        return _plain(source)
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is checked below, with a sentence
     try:
+        if isinstance(source, Image.Image):
+            return _plain(source)
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
             if opened.width * opened.height > max_pixels:
                 raise DataError(
@@ -141,4 +141,6 @@ def _plain(picture: Image.Image) -> Image.Image:
         layer = picture.convert("RGBA")
         picture = Image.new("RGBA", layer.size, (255, 255, 255, 255))
         picture.alpha_composite(layer)
+    if picture.mode.startswith("I;16"):  # Pillow's own conversion would clip 16 bits to 8: nearly all white
+        picture = Image.fromarray((numpy.asarray(picture) >> 8).astype(numpy.uint8))
     return picture.convert("RGB")

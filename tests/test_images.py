@@ -146,3 +146,20 @@ def test_half_of_the_pictures_are_mirrored():
     flipped = transform("squash", flip=0.5)
     left = [bool(flipped(picture, (number,))[0, 0, 0] > 0) for number in range(1000)]
     assert abs(sum(left) - 500) < 5 * 250**0.5
+
+
+def test_sixteen_bits_keep_their_shades(tmp_path):
+    shades = (numpy.arange(256).reshape(16, 16) * 257).astype(numpy.uint16)
+    Image.fromarray(shades).save(tmp_path / "deep.png")
+    opened = load_image(tmp_path / "deep.png", 10_000, "record 1")
+    assert numpy.array_equal(numpy.asarray(opened)[..., 0], shades >> 8)
+
+
+def test_an_opened_picture_that_is_cut_short_is_refused(tmp_path):
+    noise(64, 64).save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:2000])
+    with (
+        Image.open(tmp_path / "a.png") as opened,
+        pytest.raises(DataError, match="record 1: a picture is cut short"),
+    ):
+        load_image(opened, 10_000, "record 1")

@@ -5,8 +5,9 @@ import json
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (
+    BertConfig,
     CLIPVisionConfig,
     CLIPVisionModel,
     Dinov2Config,
@@ -63,11 +64,15 @@ def test_class_token_is_kept_or_dropped():
 
 def test_a_block_without_the_final_norm_is_that_blocks_output():
     frozen = tower("vit_tiny_patch16_224", block=-2, norm=False)
+    whole = timm.create_model("vit_tiny_patch16_224", num_classes=0).eval()
+    whole.load_state_dict(frozen.model.state_dict(), strict=False)  # the last block stays random: it must not count
     seen = []
-    frozen.model.blocks[-2].register_forward_hook(lambda module, given, output: seen.append(output))
+    whole.blocks[-2].register_forward_hook(lambda module, given, output: seen.append(output))
     with torch.no_grad():
-        values = frozen(torch.randn(1, 3, 224, 224)).values
-    assert torch.allclose(values, seen[0])
+        pixels = torch.randn(1, 3, 224, 224)
+        values = frozen(pixels).values
+        whole(pixels)
+    assert torch.allclose(values, seen[0], atol=1e-5)
 
 
 def test_an_earlier_stage_of_a_feature_map_network():
@@ -152,6 +157,11 @@ def test_precision_is_a_setting(tmp_path):
         ({"name": "resnet10t", "dtype": "float8"}, "vision.dtype is 'float8'; it takes float32"),
         ({"name": "resnet10t", "checkpoint": "/nowhere.safetensors"}, "there is no file /nowhere.safetensors"),
         ({"name": "some/hub-id"}, "no model can be read from there"),
+        ({"name": "resnet10t.nobody"}, "timm makes no model of it"),
+        ({"name": "resnet10t", "mean": [0.5]}, "vision.mean is .* three numbers"),
+        ({"name": "resnet10t", "std": [1.0, 0.0, 1.0]}, "vision.std is .* above 0"),
+        ({"name": "resnet10t", "image_size": 0}, "vision.image_size is 0"),
+        ({"name": "some/hub-id", "checkpoint": "w.pth"}, "leave vision.checkpoint out"),
     ],
 )
 def test_what_cannot_work_is_refused_before_weights_are_read(settings, sentence):
@@ -189,3 +199,38 @@ def test_weights_of_another_model_are_listed(tmp_path):
 def test_a_block_that_is_not_there_is_refused(block):
     with pytest.raises(ConfigError, match=rf"vision\.block is {block}; .* has 12 blocks: it takes -12 to 11"):
         tower("vit_tiny_patch16_224", block=block)
+
+
+def test_what_lies_behind_the_block_is_not_kept():
+    frozen = tower("vit_tiny_patch16_224", block=3, norm=False)
+    assert len(frozen.model.blocks) == 4 and isinstance(frozen.model.norm, torch.nn.Identity)
+
+
+def test_a_text_model_is_refused(tmp_path):
+    BertConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="a model of type 'bert', which takes no pictures"):
+        load_vision(VisionConfig(name=str(tmp_path)))
+
+
+def test_a_config_that_is_no_json_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        check_vision(VisionConfig(name=str(tmp_path)))
+
+
+def test_transformers_weights_that_lack_a_part_are_refused(tmp_path):
+    make("clip", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = next(key for key in tensors if key.endswith("layers.1.mlp.fc1.weight"))
+    save_file({key: value for key, value in tensors.items() if key != name}, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"its weights lack .*layers\.1\.mlp\.fc1\.weight"):
+        tower(tmp_path, pretrained=True)
+
+
+def test_a_stage_of_a_transformers_feature_map_network(tmp_path):
+    model = make("resnet", tmp_path)
+    pixels = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        states = model(pixel_values=pixels, output_hidden_states=True).hidden_states
+        values = tower(tmp_path, pretrained=True, block=0)(pixels).values
+    assert torch.allclose(values, states[1].flatten(2).transpose(1, 2), atol=1e-5)

@@ -81,7 +81,10 @@ def kind_of(config: VisionConfig) -> Literal["timm", "transformers"]:
     folder = Path(name)
     if folder.is_dir():
         file = folder / "config.json"
-        raw = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        try:
+            raw = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        except ValueError as error:
+            raise ConfigError(f"vision.name: {file} is not valid JSON ({error}).") from None
         if "model_type" in raw:
             return "transformers"
         if "architecture" in raw:
@@ -105,12 +108,24 @@ def check_vision(config: VisionConfig) -> None:
     """Refuse, before any weight is read, what cannot work.
 
     Raises:
-        ConfigError: an unknown name or dtype, or a checkpoint that is not there.
+        ConfigError: an unknown name or dtype, numbers that cannot be right, or a checkpoint that is not there.
     """
     if config.dtype not in DTYPES:
         raise ConfigError(f"vision.dtype is '{config.dtype}'; it takes {', '.join(DTYPES)}.")
-    kind_of(config)
+    for name, triple in (("mean", config.mean), ("std", config.std)):
+        if triple is not None and (len(triple) != 3 or (name == "std" and min(triple) <= 0)):
+            raise ConfigError(
+                f"vision.{name} is {list(triple)}; it takes three numbers, one a colour{', above 0' * (name == 'std')}."
+            )
+    if config.image_size is not None and config.image_size < 1:
+        raise ConfigError(f"vision.image_size is {config.image_size}; it takes pixels a side, at least 1.")
+    kind = kind_of(config)
     if config.checkpoint is not None:
+        if kind == "transformers":
+            raise ConfigError(
+                f"vision.checkpoint goes with a timm name, and '{config.name}' is a transformers model that brings its "
+                f"own weights; leave vision.checkpoint out."
+            )
         _checkpoint_file(config.checkpoint)
 
 
@@ -148,8 +163,13 @@ def _timm_settings(config: VisionConfig) -> VisionSettings:
     import timm
     from timm.data import resolve_data_config
 
-    with torch.device("meta"):
-        model = timm.create_model(_timm_name(config), pretrained=False, num_classes=0)
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(_timm_name(config), pretrained=False, num_classes=0)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"vision.name is '{config.name}', and timm makes no model of it ({str(error).splitlines()[0]})."
+        ) from None
     data = resolve_data_config({}, model=model)
     return VisionSettings(data["input_size"][-1], data["mean"], data["std"], data["interpolation"])
 
@@ -194,7 +214,7 @@ def _timm_tokens(model: Any, features: Tensor, config: VisionConfig) -> Tokens:
 
 
 def _timm_block(model: Any, config: VisionConfig, settings: VisionSettings) -> FrozenTower:
-    """A block other than the last, or the last without its norm; what lies behind it is dropped."""
+    """A block other than the last, or the last without its norm; of a ViT, what lies behind it is dropped."""
     blocks = len(getattr(model, "feature_info", []) or getattr(model, "blocks", []))
     chosen = (config.block if config.block is not None else -1) % max(1, blocks)
     if not blocks or not -blocks <= (config.block or -1) < blocks:
@@ -202,7 +222,9 @@ def _timm_block(model: Any, config: VisionConfig, settings: VisionSettings) -> F
             f"vision.block is {config.block}; '{config.name}' has {blocks} blocks: it takes {-blocks} to {blocks - 1}."
         )
     prefix = getattr(model, "num_prefix_tokens", 0)
-    is_tokens = hasattr(model, "blocks") and hasattr(model, "patch_embed")
+    is_tokens = "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters
+    if is_tokens:  # what lies behind the block is neither kept in memory nor computed
+        model.prune_intermediate_layers(indices=[chosen], prune_norm=not config.norm, prune_head=True)
 
     def read(pixels: Tensor) -> Tokens:
         if not is_tokens:
@@ -274,6 +296,13 @@ def _transformers_config(config: VisionConfig) -> Any:
             f"vision.name is '{config.name}', and no model can be read from there ({str(error).splitlines()[0]}); give "
             f"a directory with config.json, a hub id, or a timm name."
         ) from None
+    if getattr(getattr(found, "vision_config", found), "image_size", None) is None and not hasattr(
+        found, "num_channels"
+    ):
+        raise ConfigError(
+            f"vision.name is '{config.name}', a model of type '{found.model_type}', which takes no pictures; name a "
+            f"vision model."
+        )
     return found
 
 
@@ -300,22 +329,30 @@ def _load_transformers(config: VisionConfig) -> FrozenTower:
     dtype = DTYPES[config.dtype]
     if config.pretrained:
         try:
-            model = AutoModel.from_pretrained(
-                config.name, revision=config.revision, dtype=dtype, **_without_pooler(found)
+            model, report = AutoModel.from_pretrained(
+                config.name, revision=config.revision, dtype=dtype, output_loading_info=True, **_without_pooler(found)
             )
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"vision.name '{config.name}': its weights cannot be read ({str(error).splitlines()[0]})."
             ) from None
+        lacking = sorted(name for name in report["missing_keys"] if not name.startswith(("pooler", "text_model")))
+        if lacking:
+            raise ConfigError(
+                f"vision.name '{config.name}': its weights lack {', '.join(lacking[:5])}"
+                f"{f' and {len(lacking) - 5} more' if len(lacking) > 5 else ''}."
+            )
     else:
         model = AutoModel.from_config(found, dtype=dtype, **_without_pooler(found))
     model = getattr(model, "vision_model", model)
-    blocks = model.config.num_hidden_layers if hasattr(model.config, "num_hidden_layers") else 0
+    stages = getattr(model.config, "depths", None)  # networks of feature maps have stages
+    blocks = len(stages) if stages else model.config.num_hidden_layers
     if config.block is not None and not -blocks <= config.block < blocks:
         raise ConfigError(
             f"vision.block is {config.block}; '{config.name}' has {blocks} blocks: it takes {-blocks} to {blocks - 1}."
         )
-    interpolate = {"interpolate_pos_encoding": True} if config.image_size else {}
+    able = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+    interpolate = {"interpolate_pos_encoding": True} if config.image_size and able else {}
 
     def read(pixels: Tensor) -> Tokens:
         if config.block is None and config.norm:
@@ -324,11 +361,12 @@ def _load_transformers(config: VisionConfig) -> FrozenTower:
             states = model(pixel_values=pixels, output_hidden_states=True, **interpolate).hidden_states
             values = states[(config.block if config.block is not None else -1) % blocks + 1]
             norm = getattr(model, "post_layernorm", getattr(model, "layernorm", None))
-            values = norm(values) if config.norm and norm is not None else values
+            values = norm(values) if config.norm and norm is not None and values.ndim == 3 else values
         if values.ndim == 4:
             return Tokens(values.flatten(2).transpose(1, 2), None, (values.shape[2], values.shape[3]))
         patch = getattr(model.config, "patch_size", None)
         patches = (settings.size // patch) ** 2 if isinstance(patch, int) else values.shape[1]
+        patches = min(patches, values.shape[1])  # networks that merge patches have fewer, and no marks
         marks = values.shape[1] - patches
         return Tokens(values if config.class_token else values[:, marks:], None, _grid(patches))
 
