@@ -57,7 +57,8 @@ class VisionConfig:
     block: int | None = None
     """Which block's output is read, counted as Python does (-2: the last but one); null: the model's last output."""
     norm: bool = True
-    """Whether the encoder's own final norm is applied."""
+    """Whether the encoder's own final norm is applied.  A CLIP of transformers norms only its pooled class token: with
+    true, tokens are its last hidden states, not normed; with true and `block`, they go through that norm."""
     class_token: bool = True
     """Whether class and register tokens are kept beside the patches."""
     image_size: int | None = None

@@ -35,12 +35,13 @@ class VisionTower(Protocol):
 
 @dataclass(frozen=True)
 class VisionSettings:
-    """How an encoder wants its pictures; known without its weights."""
+    """How an encoder wants its pictures; known without its weights.  `patch`: pixels a side, 1 where there is none."""
 
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str
+    patch: int = 1
 
 
 class FrozenTower(nn.Module):
@@ -127,16 +128,33 @@ def check_vision(config: VisionConfig) -> None:
                 f"own weights; leave vision.checkpoint out."
             )
         _checkpoint_file(config.checkpoint)
+    if config.revision is not None and kind == "timm" and not config.name.startswith(("hf-hub:", "timm/")):
+        raise ConfigError(
+            f"vision.revision goes with a hub id, and '{config.name}' is timm's own name, whose tag says which weights; "
+            f"leave vision.revision out, or name the hub id (timm/…)."
+        )
 
 
 def vision_settings(config: VisionConfig) -> VisionSettings:
-    """Size, mean, std and interpolation: the model's own, or what the settings say instead."""
+    """Size, mean, std and interpolation: the model's own, or what the settings say instead.
+
+    Raises:
+        ConfigError: no model can be made of the name, or patches would not fill the pictures.
+    """
     own = _timm_settings(config) if kind_of(config) == "timm" else _transformers_settings(config)
+    if (config.image_size or 0) % own.patch:
+        below = config.image_size // own.patch * own.patch if config.image_size else 0
+        near = " or ".join(str(size) for size in (below, below + own.patch) if size)
+        raise ConfigError(
+            f"vision.image_size is {config.image_size}, and the patches of '{config.name}' are {own.patch} pixels "
+            f"wide, so that a rim would be lost; take {near}."
+        )
     return VisionSettings(
         size=config.image_size or own.size,
         mean=tuple(config.mean or own.mean),
         std=tuple(config.std or own.std),
         interpolation=config.interpolation or own.interpolation,
+        patch=own.patch,
     )
 
 
@@ -156,7 +174,8 @@ def load_vision(config: VisionConfig) -> FrozenTower:
 def _timm_name(config: VisionConfig) -> str:
     if Path(config.name).is_dir():
         return f"local-dir:{config.name}"
-    return f"hf-hub:{config.name}" if config.name.startswith("timm/") else config.name
+    name = f"hf-hub:{config.name}" if config.name.startswith("timm/") else config.name
+    return f"{name}@{config.revision}" if config.revision else name
 
 
 def _timm_settings(config: VisionConfig) -> VisionSettings:
@@ -171,7 +190,9 @@ def _timm_settings(config: VisionConfig) -> VisionSettings:
             f"vision.name is '{config.name}', and timm makes no model of it ({str(error).splitlines()[0]})."
         ) from None
     data = resolve_data_config({}, model=model)
-    return VisionSettings(data["input_size"][-1], data["mean"], data["std"], data["interpolation"])
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
+    patch = patch if isinstance(patch, int) else patch[0]
+    return VisionSettings(data["input_size"][-1], data["mean"], data["std"], data["interpolation"], patch)
 
 
 def _load_timm(config: VisionConfig) -> FrozenTower:
@@ -312,14 +333,15 @@ def _transformers_settings(config: VisionConfig) -> VisionSettings:
     found = _transformers_config(config)
     size = getattr(getattr(found, "vision_config", found), "image_size", 224)
     size = size if isinstance(size, int) else size[0]
+    patch = getattr(getattr(found, "vision_config", found), "patch_size", 1)
+    patch = patch if isinstance(patch, int) else 1
     try:
         processor = AutoImageProcessor.from_pretrained(config.name, revision=config.revision)
     except (OSError, ValueError):
-        return VisionSettings(size, CLIP_MEAN, CLIP_STD, "bicubic")
+        return VisionSettings(size, CLIP_MEAN, CLIP_STD, "bicubic", patch)
     filters = {0: "nearest", 2: "bilinear", 3: "bicubic"}
-    return VisionSettings(
-        size, tuple(processor.image_mean), tuple(processor.image_std), filters.get(int(processor.resample), "bicubic")
-    )
+    resample = filters.get(int(processor.resample), "bicubic")
+    return VisionSettings(size, tuple(processor.image_mean), tuple(processor.image_std), resample, patch)
 
 
 def _load_transformers(config: VisionConfig) -> FrozenTower:
