@@ -299,7 +299,8 @@ def test_a_state_that_cannot_be_shared_is_noticed(saved: Any) -> None:
 
 def test_positions_that_are_counted_along_the_mask_cannot_be_packed(saved: Any) -> None:
     tokenizer, profile = load_profile(LanguageConfig(name=str(saved("llama"))))
-    model = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=2, n_head=4))
+    config = BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=2, n_head=4)
+    model = AutoModelForCausalLM.from_config(config)
     redraw(model, seed=0)
     llm, soft = DecoderOnly(model, tokenizer, profile), soft_tokens()
     assert llm.ranks == "behind"
@@ -334,7 +335,7 @@ def test_candidates_become_a_tree_that_says_which_place_predicts_which_token() -
         assert [int(tree.ids[place - 1]) for place in places[1:]] == list(ids[:-1])
         for before, place in itertools.pairwise(places[1:]):
             assert tree.sees[place - 1, before - 1]
-    assert tree.sees.sum() == 4 + 2                        # each itself, and two of depth one what stands before them
+    assert tree.sees.sum() == 4 + 2  # each itself, and two of depth one what stands before them
 
 
 @pytest.mark.parametrize("packed", [True, False])

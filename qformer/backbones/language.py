@@ -317,7 +317,7 @@ class DecoderOnly(LanguageTower):
 
     def _packed(self, soft: Tensor, groups: Sequence[Group]) -> Tensor:
         if not all(prompt for prompt, _ in groups):
-            return self._apart(soft, groups)               # says what is wrong
+            return self._apart(soft, groups)  # says what is wrong
         trees = [ranking.tree_of(candidates) for _, candidates in groups]
         joined = self._join(soft, [prompt for prompt, _ in groups], left=True)
         fed = max(len(tree.ids) for tree in trees)
@@ -325,7 +325,7 @@ class DecoderOnly(LanguageTower):
         lengths = joined.mask.sum(1)
         longest = int(lengths.max()) + max(int(tree.depths.max()) + 2 if len(tree.ids) else 1 for tree in trees)
         self._check_length(longest)
-        if longest > self._window:                          # the mask below shows everything, however far away
+        if longest > self._window:  # the mask below shows everything, however far away
             return self._behind(soft, groups)
         ids = torch.zeros(rows, fed, dtype=torch.long)
         depths = torch.zeros(rows, fed, dtype=torch.long)
@@ -338,7 +338,7 @@ class DecoderOnly(LanguageTower):
             ids[row, :count], depths[row, :count] = tree.ids, tree.depths
             sees[row, prompt : prompt + count, prompt : prompt + count] = tree.sees
             predicting[row, prompt - 1 : prompt + count] = True
-        sees |= torch.eye(prompt + fed, dtype=torch.bool)   # padding sees itself: nothing at all would give NaN
+        sees |= torch.eye(prompt + fed, dtype=torch.bool)  # padding sees itself: nothing at all would give NaN
         hidden = torch.zeros(sees.shape, dtype=self.dtype).masked_fill(~sees, torch.finfo(self.dtype).min)
         given = self._given(
             torch.cat([joined.inputs, self._embeddings(ids.to(self.device))], dim=1),
@@ -364,7 +364,7 @@ class DecoderOnly(LanguageTower):
     def _behind(self, soft: Tensor, groups: Sequence[Group]) -> Tensor:
         prompts = [prompt for prompt, _ in groups]
         if not all(prompts):
-            return self._apart(soft, groups)               # says what is wrong
+            return self._apart(soft, groups)  # says what is wrong
         owner = [number for number, (_, candidates) in enumerate(groups) for _ in candidates]
         joined = self._join(soft, prompts, left=True)
         ids = _padded([ids for _, candidates in groups for ids in candidates], -1).to(self.device)  # (C, T)

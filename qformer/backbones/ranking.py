@@ -1,8 +1,8 @@
 """Candidate answers behind prompts: which ids are scored, how many at once, and what is made of the sums.
 
-Three ways lead to the same numbers, and an LLM says which of them it can go.  *Packed*: a prompt and all its candidates
-are one row, in which every candidate sees the prompt and itself, and common beginnings stand once.  *Behind*: the prompt
-is computed once and its cache continued by every candidate.  *Apart*: a row a candidate.
+Three ways lead to the same numbers, and an LLM says which of them it can go.  *Packed*: a prompt and its candidates are
+one row, in which every candidate sees the prompt and itself, and common beginnings stand once.  *Behind*: the prompt is
+computed once and its cache continued by every candidate.  *Apart*: a row a candidate.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qformer.text import Joiner
 SCORED_POSITIONS = 8192
 """Positions scored at once: bounds memory, changes no number."""
 FED_TOKENS = 512
-"""Candidates' tokens behind one prompt at once: a longer row spends more on attention than a prompt read again costs."""
+"""Candidates' tokens behind one prompt at once: in longer rows attention costs more than a prompt read again."""
 LOGITS_AT_ONCE = 1 << 26
 """Numbers that the output layer may write at once (256 MiB in float32)."""
 
@@ -54,11 +54,11 @@ class Tree:
     owners: Tensor
 
 
-@lru_cache(maxsize=64)                                     # an evaluation asks for the same candidates row after row
+@lru_cache(maxsize=64)  # an evaluation asks for the same candidates row after row
 def tree_of(candidates: tuple[Ids, ...]) -> Tree:
     """The tree of candidates, each with at least one id."""
     known: dict[tuple[int, int], int] = {}
-    before: list[int] = []                                 # of each fed token: the place it is predicted at
+    before: list[int] = []  # of each fed token: the place it is predicted at
     edges: list[tuple[int, int, int]] = []
     for owner, ids in enumerate(candidates):
         place = 0
@@ -76,8 +76,8 @@ def tree_of(candidates: tuple[Ids, ...]) -> Tree:
         if place:
             sees[number] |= sees[place - 1]
     places, tokens, owners = torch.tensor(edges).unbind(1)
-    ids = torch.tensor([token for _, token in known], dtype=torch.long)
-    return Tree(ids, torch.tensor(depths, dtype=torch.long), sees, places, tokens, owners)
+    fed = torch.tensor([token for _, token in known], dtype=torch.long)
+    return Tree(fed, torch.tensor(depths, dtype=torch.long), sees, places, tokens, owners)
 
 
 def requested(joiner: Joiner, rows: Sequence[Row], candidates: Sequence[Sequence[str]], end: bool) -> list[list[Ids]]:
@@ -156,7 +156,7 @@ def _parts(groups: Sequence[Group], queries: int, vocabulary: int, packed: bool)
     """Groups as they are scored together: prompts of like length, large groups cut, within the limits above."""
     logits = max(1, LOGITS_AT_ONCE // vocabulary)
     part: list[Group] = []
-    wide, high, count = 0, 0, 0                             # longest row, positions predicted a row, rows
+    wide, high, count = 0, 0, 0  # longest row, positions predicted a row, rows
     for group in sorted(groups, key=lambda each: -row_length(each.prompt, queries)):
         prompt = row_length(group.prompt, queries)
         longest = max(map(len, group.candidates))

@@ -130,8 +130,8 @@ def check_vision(config: VisionConfig) -> None:
         _checkpoint_file(config.checkpoint)
     if config.revision is not None and kind == "timm" and not config.name.startswith(("hf-hub:", "timm/")):
         raise ConfigError(
-            f"vision.revision goes with a hub id, and '{config.name}' is timm's own name, whose tag says which weights; "
-            f"leave vision.revision out, or name the hub id (timm/…)."
+            f"vision.revision goes with a hub id, and '{config.name}' is timm's own name, whose tag says which "
+            f"weights; leave vision.revision out, or name the hub id (timm/…)."
         )
 
 
