@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--output", help="where scores go (default: eval/ in the run directory)")
     command.add_argument("--vision", help="where the image encoder is now, if it moved")
     command.add_argument("--language", help="where the LLM is now, if it moved")
+    command.add_argument("--device", help="cpu, cuda, cuda:1 … (the accelerator, if there is one)")
 
     command = commands.add_parser("ask", help="one picture, one instruction, one answer")
     command.add_argument("source", help="a run directory or a saved adapter")
@@ -52,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--beams", type=int, default=1)
     command.add_argument("--vision", help="where the image encoder is now, if it moved")
     command.add_argument("--language", help="where the LLM is now, if it moved")
+    command.add_argument("--device", help="cpu, cuda, cuda:1 … (the accelerator, if there is one)")
 
     command = commands.add_parser("render", help="what the model would be shown, and which tokens are trained on")
     command.add_argument("config", help="a shipped config's name or a YAML file")
@@ -108,17 +110,23 @@ def _eval(options: argparse.Namespace) -> None:
         output=options.output,
         vision=options.vision,
         language=options.language,
+        device=options.device,
         say=_say,
     )
 
 
 def _ask(options: argparse.Namespace) -> None:
     from qformer.loading import load
+    from qformer.run import best_device
 
-    model = load(options.source, vision=options.vision, language=options.language)
+    device = options.device or best_device()
+    model = load(options.source, vision=options.vision, language=options.language, device=device)
     answers = model.generate(
         [options.picture], [options.instruction], max_new_tokens=options.max_new_tokens, num_beams=options.beams
     )
+    cut = model.language.truncations
+    if cut.texts:
+        sys.stderr.write(f"qformer: the instruction was cut on the left to its limit, by {cut.ids} ids in all.\n")
     _say(answers[0])
 
 

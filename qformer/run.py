@@ -9,6 +9,10 @@ from typing import Any, Literal
 from qformer import cards, config, loading, vlm
 from qformer.config import RunConfig
 from qformer.errors import ConfigError
+from qformer.report import write_report
+
+METRICS_FILE = "metrics.jsonl"
+"""Is in every run directory."""
 
 
 def fit(
@@ -35,7 +39,9 @@ def fit(
         settings = config.load(settings, overrides)
     cards.load_all(settings.evaluate.tasks, "eval")  # a wrong name fails before an hour of training
     run = train(settings, say=say, quiet=quiet)
-    if settings.evaluate.tasks and _is_first_process():
+    if not _is_first_process():
+        return run
+    if settings.evaluate.tasks:
         score(
             run,
             settings.evaluate.tasks,
@@ -43,12 +49,12 @@ def fit(
             limit=settings.evaluate.limit,
             batch_size=settings.evaluate.batch_size,
             shuffled=settings.evaluate.shuffled,
+            seed=settings.seed,
+            on_error=settings.data.on_error,
             say=say,
             quiet=quiet,
         )
-    if _is_first_process():
-        from qformer.report import write_report
-
+    else:
         say(f"report: {write_report(run)}")
     return run
 
@@ -66,10 +72,13 @@ def score(
     output: str | Path | None = None,
     vision: str | None = None,
     language: str | None = None,
+    device: str | None = None,
     say: Callable[[str], None] = print,
     quiet: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Score an adapter, with its baselines and intervals, on the `eval` sections of cards.
+
+    A run directory gets a new report too, even where scoring fails.
 
     Args:
         source: a saved adapter, a run directory, or a loaded model.
@@ -77,6 +86,7 @@ def score(
         data: the folder the cards' paths start from.
         limit: a seeded subset of this many samples per set; the score is marked as partial.
         output: where predictions and scores go; by default `eval/` in the run directory.
+        device: where the model is put; by default the accelerator, if there is one.
 
     Returns:
         By card: score, interval, baselines, recipe id; the same that `eval/TASK.json` holds.
@@ -90,20 +100,35 @@ def score(
         if isinstance(source, vlm.VLM):
             raise ConfigError("score: a loaded model has no directory of its own; give output.")
         output = run_directory(Path(source)) / "eval"
-    model = source if isinstance(source, vlm.VLM) else loading.load(source, vision=vision, language=language)
-    return score_cards(
-        model,
-        chosen,
-        Path(data),
-        limit=limit,
-        batch_size=batch_size,
-        shuffled=shuffled,
-        seed=seed,
-        directory=Path(output),
-        on_error=on_error,
-        say=say,
-        quiet=quiet,
-    )
+    if isinstance(source, vlm.VLM):
+        model, run = source, None
+    else:
+        model = loading.load(source, vision=vision, language=language, device=device or best_device())
+        run = run_directory(Path(source))
+    try:
+        return score_cards(
+            model,
+            chosen,
+            Path(data),
+            limit=limit,
+            batch_size=batch_size,
+            shuffled=shuffled,
+            seed=seed,
+            directory=Path(output),
+            on_error=on_error,
+            say=say,
+            quiet=quiet,
+        )
+    finally:
+        if run is not None and (run / METRICS_FILE).exists() and Path(output) == run / "eval":
+            say(f"report: {write_report(run)}")
+
+
+def best_device() -> str:
+    """The accelerator of this process, or the CPU."""
+    from accelerate import PartialState
+
+    return str(PartialState().device)
 
 
 def run_directory(source: Path) -> Path:

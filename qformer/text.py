@@ -52,7 +52,13 @@ def load_templates(name: str) -> Templates:
 
 def lettered(options: Sequence[str]) -> str:
     """Options as the paper writes them: `(a) blue (b) yellow (c) pink`."""
-    return " ".join(f"({string.ascii_lowercase[number]}) {option}" for number, option in enumerate(options))
+    return " ".join(f"({_letter(number)}) {option}" for number, option in enumerate(options))
+
+
+def _letter(number: int) -> str:
+    """The letters a to z, then aa, ab, …"""
+    letters = string.ascii_lowercase
+    return (_letter(number // 26 - 1) if number >= 26 else "") + letters[number % 26]
 
 
 def fill(template: str, fields: Mapping[str, Any], where: str) -> str:
@@ -100,10 +106,11 @@ def render_train(card: TrainCard, templates: Templates, sample: Sample, seed: in
         ]
     key = (seed, sample.task, sample.id, number)
     answer = choose_answer(sample.references, card.answer, key)
-    fields = {"options": lettered(sample.candidates), **sample.fields}
+    template = keyed.choose(templates.templates, *key, "template")
+    fields = _fields(sample, sample.candidates, template)
     if answer is not None:
         fields["answer"] = answer
-    instruction = fill(keyed.choose(templates.templates, *key, "template"), fields, where)
+    instruction = fill(template, fields, where)
     target = fill(card.target, fields, where)
     if not target.strip():
         raise DataError(f"{where}: the target is empty, so there is nothing to train on.")
@@ -119,9 +126,20 @@ def render_eval(card: EvalCard, templates: Templates, sample: Sample, prompt: in
     if sample.turns:
         *history, last = sample.turns
         return Rendered(last.instruction, history=tuple(history))
-    candidates = sample.candidates or tuple(card.candidates)
-    fields = {"options": lettered(candidates), **sample.fields}
-    return Rendered(fill(templates.templates[prompt], fields, f"{sample.task}, sample '{sample.id}'"))
+    template = templates.templates[prompt]
+    fields = _fields(sample, candidates_of(card, sample), template)
+    return Rendered(fill(template, fields, f"{sample.task}, sample '{sample.id}'"))
+
+
+def candidates_of(card: EvalCard, sample: Sample) -> tuple[str, ...]:
+    """What a sample is asked to choose from: the card's candidates, or the record's where the card gives none."""
+    return tuple(card.candidates) or sample.candidates
+
+
+def _fields(sample: Sample, candidates: Sequence[str], template: str) -> dict[str, Any]:
+    """What a template may name; options are written out only where it does, since there may be thousands."""
+    options = {"options": lettered(candidates)} if "{options}" in template else {}
+    return {**options, **sample.fields}
 
 
 def choose_answer(

@@ -31,6 +31,7 @@ from qformer.text import Joiner, Rendered
 ADAPTER_FILE = "adapter.safetensors"
 CONFIG_FILE = "config.json"
 TOKENIZER_FOLDER = "instruction_tokenizer"
+ADAPTER_FILES = (ADAPTER_FILE, CONFIG_FILE, TOKENIZER_FOLDER)
 FORMAT = 1
 
 
@@ -115,16 +116,19 @@ class VLM(nn.Module):
 
     def joiner(self) -> Joiner:
         """Makes this model's ids from words."""
-        return Joiner(
+        joiner = Joiner(
             self.language.tokenizer,
             self.language.profile,
             self.instruction_tokenizer,
             self.settings.qformer.instruction_limit,
         )
+        joiner.truncations = self.language.truncations
+        return joiner
 
     def assembler(self, *, training: bool) -> Assembler:
         """Makes this model's batches from pictures and words."""
-        return assembler(self.settings, self.vision.settings, self.joiner(), training=training)
+        room = None if self.language.positions is None else (self.language.positions, self.connector.size.queries)
+        return assembler(self.settings, self.vision.settings, self.joiner(), training=training, room=room)
 
     @torch.inference_mode()
     def answer(
@@ -208,9 +212,15 @@ class VLM(nn.Module):
     def save(self, directory: str | Path) -> None:
         """Write the adapter alone: weights, settings, the LLM's profile and fingerprint, the instruction tokenizer.
 
-        The towers are named, never copied.  The directory appears whole or not at all.
+        The towers are named, never copied.  The directory appears whole or not at all; an adapter that is there is
+        replaced.
+
+        Raises:
+            ConfigError: the directory holds something else.
+            TrainingError: it cannot be written.
         """
-        directory = Path(directory)
+        directory = Path(directory).resolve()
+        _only_an_adapter(directory)
         directory.parent.mkdir(parents=True, exist_ok=True)
         with whole_directory(directory) as work:
             self.write(work)
@@ -242,7 +252,7 @@ def whole_directory(directory: Path) -> Iterator[Path]:
     Raises:
         TrainingError: it cannot be written (disk full); what was there before is left as it was.
     """
-    work = directory.parent / f".{directory.name}.{os.getpid()}"
+    work, old = (directory.parent / f".{directory.name}.{os.getpid()}{ending}" for ending in ("", ".old"))
     try:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
@@ -253,10 +263,13 @@ def whole_directory(directory: Path) -> Iterator[Path]:
                     with file.open("rb") as handle:
                         os.fsync(handle.fileno())
             if directory.exists():
-                shutil.rmtree(directory)
+                os.replace(directory, old)
             os.replace(work, directory)
+            shutil.rmtree(old, ignore_errors=True)
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
+            if old.exists() and not directory.exists():
+                os.replace(old, directory)
             raise
     except (OSError, RuntimeError, TrainingError) as error:
         raise TrainingError(
@@ -265,13 +278,35 @@ def whole_directory(directory: Path) -> Iterator[Path]:
         ) from None
 
 
-def assembler(settings: RunConfig, vision: VisionSettings, joiner: Joiner, *, training: bool) -> Assembler:
-    """The assembler of a run, for an encoder that wants its pictures so."""
+def _only_an_adapter(directory: Path) -> None:
+    """Refuse to put an adapter in the place of other files."""
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"save: {directory} is a file; give a directory that is not there yet.")
+    there = directory.iterdir() if directory.exists() else ()
+    foreign = sorted(file.name for file in there if file.name not in ADAPTER_FILES)
+    if foreign:
+        raise ConfigError(
+            f"save: {directory} holds {', '.join(foreign[:3])}{' …' if len(foreign) > 3 else ''}, which is no part of "
+            f"an adapter; give a directory of its own, such as {directory / 'adapter'}."
+        )
+
+
+def assembler(
+    settings: RunConfig,
+    vision: VisionSettings,
+    joiner: Joiner,
+    *,
+    training: bool,
+    room: tuple[int, int] | None = None,
+) -> Assembler:
+    """The assembler of a run, for an encoder that wants its pictures so; `room`: see `Assembler`."""
     transform = settings.vision.train_transform if training else settings.vision.eval_transform
     return Assembler(
         joiner,
         ImageTransform(transform, vision.size, vision.mean, vision.std, vision.interpolation),
         settings.data.max_pixels,
+        root=Path(settings.data.root),
+        room=room,
     )
 
 

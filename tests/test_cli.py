@@ -64,11 +64,14 @@ def test_train_eval_ask_render_and_report(place, type_in):
     assert code == 0 and "loaded" in out and "8 of 24, partial" in out
     run = place / "run"
     page = (run / "report.html").read_text()
-    assert "colours" in page and not re.search(r"(src|href)=.https?:", page)
-    code, out, _ = type_in("eval", run, "--tasks", place / "colours.yaml", "--data", place)
+    assert "colours" in page and "8 of 24" in page and not re.search(r"(src|href)=.https?:", page)
+    code, out, _ = type_in("eval", run, "--tasks", place / "colours.yaml", "--data", place, "--device", "cpu")
+    assert "8 of 24" not in (run / "report.html").read_text()
     assert code == 0 and json.loads((run / "eval" / "colours.json").read_text())["samples"] == 24
     code, out, _ = type_in("ask", run, place / "pictures" / "0.png", "what colour is it", "--max-new-tokens", 4)
     assert code == 0
+    code, out, said = type_in("ask", run, place / "pictures" / "0.png", "what " * 300, "--max-new-tokens", 1)
+    assert code == 0 and "the instruction was cut on the left to its limit" in said
     code, out, _ = type_in("render", place / "run.yaml", "-n", 2, "--ids")
     assert code == 0 and "⟨4 soft tokens of picture 1⟩" in out and "▸" in out and "[CLS]" in out
 

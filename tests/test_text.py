@@ -1,5 +1,6 @@
 """Words: templates and answers chosen by key, and rows joined from ids as the profile says."""
 
+import dataclasses
 from collections import Counter
 
 import pytest
@@ -30,6 +31,9 @@ def question(number=0, **changes):
 
 def test_options_are_lettered_as_the_paper_writes_them():
     assert text.lettered(["blue", "yellow", "pink", "black"]) == "(a) blue (b) yellow (c) pink (d) black"
+    many = text.lettered([str(number) for number in range(703)])
+    assert "(z) 25 (aa) 26 (ab) 27" in many
+    assert many.endswith("(zz) 701 (aaa) 702")
 
 
 def test_template_is_drawn_by_sample_and_pass_and_evenly():
@@ -71,6 +75,8 @@ def test_zero_shot_prompt_fills_options_from_the_candidates():
     )
     assert text.render_eval(card, templates("Options: {options}."), question()).instruction == "Options: (a) a (b) b."
     own = question(candidates=("3", "5"))
+    assert text.render_eval(card, templates("Options: {options}."), own).instruction == "Options: (a) a (b) b."
+    card = dataclasses.replace(card, candidates=[])
     assert text.render_eval(card, templates("Options: {options}."), own).instruction == "Options: (a) 3 (b) 5."
 
 

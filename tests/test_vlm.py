@@ -139,6 +139,28 @@ def test_saving_over_an_adapter_replaces_it_whole_or_not_at_all(model, tmp_path,
     assert not list(tmp_path.glob(".adapter*"))
 
 
+def test_saving_never_takes_the_place_of_other_files(model, tmp_path):
+    built = model()
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    built.save(mine)
+    (mine / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match=r"save: .*mine holds thesis\.txt, which is no part of an adapter"):
+        built.save(mine)
+    assert (mine / "thesis.txt").read_text() == "years of work"
+    with pytest.raises(ConfigError, match="is a file; give a directory"):
+        built.save(mine / "thesis.txt")
+
+
+def test_what_is_cut_is_counted_wherever_it_is_asked(model):
+    built = model()
+    built.generate(pictures(1), ["what colour " * 200], max_new_tokens=1)
+    asked = built.language.truncations.texts
+    assert asked == 2  # by the Q-Former and by the LLM
+    built.rank(pictures(1), ["what"], ["red " * 300, "no"])
+    assert built.language.truncations.targets == 1
+
+
 def test_a_profile_travels_with_the_adapter(model, tmp_path):
     whole = model("llama", "language.profile.stop=['indeed']", "language.profile.slots_first=false")
     whole.save(tmp_path / "adapter")

@@ -23,7 +23,7 @@ from qformer.config import LanguageConfig
 from qformer.errors import ConfigError, DataError
 from qformer.nn.losses import token_log_likelihood
 from qformer.sample import Row, Slot, Text
-from qformer.text import Joiner, Profile, profile_from_tokenizer
+from qformer.text import Joiner, Profile, Truncations, profile_from_tokenizer
 
 FINGERPRINT_ROWS = 64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -54,6 +54,8 @@ class LanguageTower(nn.Module):
         self.model: Any = model
         self.tokenizer, self.profile = tokenizer, profile
         self.checkpointing = gradient_checkpointing
+        self.truncations = Truncations()
+        """Counts every text that is cut for this LLM, candidates among them."""
         model.requires_grad_(False)
         _forget_generation_defaults(model, tokenizer)
         if gradient_checkpointing:
@@ -82,6 +84,11 @@ class LanguageTower(nn.Module):
     def width(self) -> int:
         """L: the width of the input embeddings."""
         return int(self._embeddings.weight.shape[1])
+
+    @property
+    def positions(self) -> int | None:
+        """The longest row that the LLM takes; None where nothing is said."""
+        return None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -168,7 +175,9 @@ class LanguageTower(nn.Module):
             ConfigError: an unknown `normalize`, a row without candidates, or a candidate with nothing to score.
             DataError: a prompt with nothing in it, or too long for the LLM.
         """
-        ids = ranking.requested(Joiner(self.tokenizer, self.profile, None), rows, candidates, end)
+        joiner = Joiner(self.tokenizer, self.profile, None)
+        joiner.truncations = self.truncations
+        ids = ranking.requested(joiner, rows, candidates, end)
         with self._answering():
             return ranking.ranked(
                 partial(self._scorers[self.ranks], soft),
@@ -395,8 +404,13 @@ class DecoderOnly(LanguageTower):
             given["position_ids"] = positions
         return given
 
+    @property
+    def positions(self) -> int | None:
+        """The longest row that the LLM takes; None where nothing is said."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
     def _check_length(self, length: int) -> None:
-        limit = getattr(self.model.config, "max_position_embeddings", None)
+        limit = self.positions
         if limit is not None and length > limit:
             raise DataError(
                 f"a row takes {length} positions (soft tokens, prompt and answer), and the LLM has {limit}; lower "

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -21,7 +22,7 @@ OPTIMIZER_FILE = "optimizer.pt"
 STATE_FILE = "state.json"
 
 FREE = {
-    "name", "output", "data.root", "data.workers", "data.max_pixels",
+    "name", "output", "data.root", "data.workers", "data.max_pixels", "data.on_error",
     "train.steps", "train.log_every", "train.monitor_every", "train.checkpoint_every", "train.keep_checkpoints",
     "train.log_with", "evaluate",
 }  # fmt: skip
@@ -89,8 +90,30 @@ def same_run(saved: Path, settings: RunConfig) -> None:
         )
 
 
-def cut_metrics(file: Path, step: int) -> None:
-    """Cut metrics.jsonl back to a checkpoint's step, so that no step is told twice; a torn last line goes too."""
+def same_data(file: Path, now: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse to go on where cards, templates or records are not those that the run began with.
+
+    Raises:
+        ConfigError: names what differs.
+    """
+    if not file.exists():
+        return
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file}: it is not valid JSON ({error}); start a new run with another output.") from None
+    for task, described in now.items():
+        for what, value in described.items():
+            old = before.get(task, {}).get(what)
+            if old != value:
+                raise ConfigError(
+                    f"{file}: this run cannot go on with other data: {what} of '{task}' was {old} and is {value}. Put "
+                    f"back what was there, or start a new run with another output."
+                )
+
+
+def cut_lines(file: Path, step: int) -> None:
+    """Cut lines of later steps from a file of JSON lines, so that no step is told twice; a torn last line goes too."""
     if not file.exists():
         return
     kept = []
