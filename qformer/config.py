@@ -98,6 +98,8 @@ class LanguageConfig:
     """False takes the architecture and the tokenizer, and leaves the weights random (tests, timing)."""
     dtype: str = "float32"
     gradient_checkpointing: bool = False
+    architecture: dict[str, Any] = field(default_factory=dict)
+    """Values that take the place of those in the model's config.json (dense_act_fn …)."""
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     instruction_limit: int = 128
     """Token ids of an instruction that are kept, from its right end."""
@@ -126,6 +128,8 @@ class QFormerConfig:
     instruction_limit: int = 128
     """Ids of an instruction that are kept for the Q-Former, [CLS] and [SEP] among them."""
     dropout: float = 0.1
+    norm_eps: float = 1e-5
+    """Epsilon of the norm behind the encoder; a source that says another one wins."""
     soft_scale: Literal["none", "embeddings"] = "none"
     """embeddings: at the start the projection is scaled so that soft tokens are as long as the LLM's embeddings."""
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from qformer import cards, config, loading, vlm
 from qformer.config import RunConfig
 from qformer.errors import ConfigError
+from qformer.exporting import LAVIS_FILE, to_lavis
 
 
 def fit(
@@ -104,6 +105,31 @@ def score(
         say=say,
         quiet=quiet,
     )
+
+
+def export(source: str | Path, directory: str | Path, to: Literal["transformers", "lavis"], **towers: Any) -> list[str]:
+    """Write an adapter in the form of others.
+
+    Args:
+        source: whatever `load` takes.
+        directory: where it goes: a whole model (transformers), or `adapter.pth` in it (lavis), which takes no tower.
+        to: the form.
+        towers: `vision` and `language` for `load`, where the towers are needed and are elsewhere.
+
+    Returns:
+        What was written, and what the other library will do otherwise, in sentences.
+
+    Raises:
+        ConfigError: the other form cannot express the adapter; says why.
+    """
+    directory = Path(directory)
+    if to == "transformers":
+        return [str(directory), *loading.load(source, **towers).export_transformers(directory)]
+    if to != "lavis":
+        raise ConfigError(f"export: '{to}' is not known; it takes 'transformers' or 'lavis'.")
+    tensors, size, projection, eps = loading.read_adapter(source)
+    file = directory / LAVIS_FILE
+    return [str(file), *to_lavis(tensors, size, projection, eps, file)]
 
 
 def run_directory(source: Path) -> Path:

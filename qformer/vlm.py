@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from qformer import __version__, weights
+from qformer import __version__, exporting, weights
 from qformer.assemble import Assembler, Item
 from qformer.backbones.language import LanguageTower
 from qformer.backbones.vision import FrozenTower, VisionSettings
@@ -27,6 +27,7 @@ from qformer.nn.tokens import Tokens
 from qformer.objectives import AnswerLikelihood, Objective
 from qformer.sample import Batch, Sample
 from qformer.text import Joiner, Rendered
+from qformer.untokenized import MissingTokenizer
 
 ADAPTER_FILE = "adapter.safetensors"
 CONFIG_FILE = "config.json"
@@ -215,6 +216,23 @@ class VLM(nn.Module):
         with whole_directory(directory) as work:
             self.write(work)
 
+    def export_transformers(self, directory: str | Path) -> tuple[str, ...]:
+        """Write the whole model, towers and all, as transformers' InstructBLIP (BLIP-2 where no instruction is read).
+
+        It loads with `InstructBlipForConditionalGeneration.from_pretrained` and `InstructBlipProcessor`.  The
+        directory appears whole or not at all.
+
+        Returns:
+            What transformers will do otherwise, in sentences; nothing in most cases.
+
+        Raises:
+            ConfigError: transformers cannot express the model; says why.
+        """
+        directory = Path(directory)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with whole_directory(directory) as work:
+            return exporting.to_transformers(self, work)
+
     def write(self, directory: Path) -> None:
         """The adapter's files into a directory that is there."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.connector.state_dict().items()}
@@ -228,10 +246,11 @@ class VLM(nn.Module):
             "qformer": dataclasses.asdict(self.settings.qformer),
             "max_pixels": self.settings.data.max_pixels,
             "size": dataclasses.asdict(self.connector.size),
+            "norm_eps": self.connector.norm.eps,
             "profile": self.language.profile.as_dict(),
         }
         (directory / CONFIG_FILE).write_text(json.dumps(description, indent=2), encoding="utf-8")
-        if self.instruction_tokenizer is not None:
+        if self.instruction_tokenizer is not None and not isinstance(self.instruction_tokenizer, MissingTokenizer):
             self.instruction_tokenizer.save_pretrained(directory / TOKENIZER_FOLDER)
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qformer.backbones import ranking
+from qformer.backbones import inside, ranking
 from qformer.backbones.ranking import Request
 from qformer.cards import Decoding
 from qformer.config import LanguageConfig
@@ -23,6 +23,7 @@ from qformer.errors import ConfigError, DataError
 from qformer.nn.losses import token_log_likelihood
 from qformer.sample import Row, Slot, Text
 from qformer.text import Joiner, Profile, profile_from_tokenizer
+from qformer.untokenized import MissingTokenizer
 
 FINGERPRINT_ROWS = 64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -107,15 +108,8 @@ class LanguageTower(nn.Module):
 
     @torch.no_grad()
     def fingerprint(self) -> Tensor:
-        """64 fixed embedding rows (64, L) in float32, spread evenly below id 1,000.
-
-        In a smaller vocabulary they are spread below the greatest power of two in it, so that rows added at its end
-        choose no others.
-        """
-        rows = self._embeddings.weight.shape[0]
-        span = 1000 if rows >= 1000 else 1 << (rows.bit_length() - 1)
-        ids = [number * span // FINGERPRINT_ROWS for number in range(FINGERPRINT_ROWS)]
-        return self._embeddings.weight[ids].float().clone()
+        """64 fixed embedding rows (64, L) in float32 that tell this LLM from others."""
+        return fingerprint(self._embeddings.weight)
 
     # -- rows as tensors ----------------------------------------------------------------------------------------------
 
@@ -423,6 +417,18 @@ class EncoderDecoder(LanguageTower):
         return (token_log_likelihood(logits, labels.clamp(min=0)) * (labels >= 0)).sum(1)
 
 
+def fingerprint(embeddings: Tensor) -> Tensor:
+    """64 fixed rows of a table of embeddings (words, L) in float32, spread evenly below id 1,000.
+
+    In a smaller vocabulary they are spread below the greatest power of two in it, so that rows added at its end choose
+    no others.
+    """
+    rows = embeddings.shape[0]
+    span = 1000 if rows >= 1000 else 1 << (rows.bit_length() - 1)
+    ids = [number * span // FINGERPRINT_ROWS for number in range(FINGERPRINT_ROWS)]
+    return embeddings[ids].float().clone()
+
+
 def load_profile(settings: LanguageConfig) -> tuple[Any, Profile]:
     """Tokenizer and profile of an LLM, without its weights.
 
@@ -430,6 +436,10 @@ def load_profile(settings: LanguageConfig) -> tuple[Any, Profile]:
         ConfigError: no such model, or a profile that its tokenizer cannot give.
     """
     config = _read(settings, "AutoConfig")
+    if (tower := inside.language(config)) is not None:
+        config = tower.config
+        if not _has_tokenizer(settings):
+            return _untokenized(settings, config)
     tokenizer = _read(settings, "AutoTokenizer")
     profile = profile_from_tokenizer(
         tokenizer,
@@ -453,6 +463,8 @@ def load_language(settings: LanguageConfig) -> LanguageTower:
     if settings.dtype not in DTYPES:
         raise ConfigError(f"language.dtype is '{settings.dtype}'; it takes {', '.join(DTYPES)}.")
     config = _read(settings, "AutoConfig")
+    tower = inside.language(config)
+    config = config if tower is None else tower.config
     if config.model_type in OVERFLOWS_IN_HALF and settings.dtype == "float16":
         raise ConfigError(
             "language.dtype is float16, and T5 overflows in it (it was trained in bfloat16); use bfloat16 or float32."
@@ -460,7 +472,11 @@ def load_language(settings: LanguageConfig) -> LanguageTower:
     tokenizer, profile = load_profile(settings)
     auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     if settings.pretrained:
-        model, loaded = _read(settings, auto.__name__, dtype=DTYPES[settings.dtype], output_loading_info=True)
+        more = {} if tower is None else tower.arguments
+        with nullcontext() if tower is None else inside.unreported():
+            model, loaded = _read(
+                settings, auto.__name__, dtype=DTYPES[settings.dtype], output_loading_info=True, **more
+            )
         if loaded["missing_keys"]:
             raise ConfigError(
                 f"language.name is '{settings.name}', and its weights lack {len(loaded['missing_keys'])} of "
@@ -486,6 +502,47 @@ def same_language(first: Tensor, second: Tensor) -> bool:
     if first.shape != second.shape:
         return False
     return bool((first.cpu() - second.cpu()).norm() <= 0.02 * second.norm())
+
+
+def _has_tokenizer(settings: LanguageConfig) -> bool:
+    """Whether a published model's directory or hub id holds one; asked before transformers makes up an empty one."""
+    from transformers.utils import cached_file
+
+    for name in ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt"):
+        try:
+            if cached_file(
+                settings.name, name, revision=settings.revision, _raise_exceptions_for_missing_entries=False
+            ):
+                return True
+        except OSError:
+            return False  # no network and nothing in the cache
+    return False
+
+
+def _untokenized(settings: LanguageConfig, config: Any) -> tuple[MissingTokenizer, Profile]:
+    """A stand-in for the tokenizer, and the profile that the LLM's config alone tells."""
+    end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+    if end is None:
+        raise ConfigError(
+            f"language.name is '{settings.name}', which has no tokenizer, and its config.json names no eos_token_id; "
+            f"add one of them."
+        )
+    opening = config.bos_token_id if not config.is_encoder_decoder else None
+    pad = config.pad_token_id if config.pad_token_id is not None else end
+    tokenizer = MissingTokenizer(
+        f"'{settings.name}' has no tokenizer of its LLM", bos=config.bos_token_id, eos=end, pad=pad
+    )
+    profile = Profile(
+        layout="plain",
+        opening=() if opening is None else (opening,),
+        end=(end,),
+        pad=pad,
+        closing=(end,) if config.is_encoder_decoder else (),
+        encoder_decoder=bool(config.is_encoder_decoder),
+        instruction_limit=settings.instruction_limit,
+        target_limit=settings.target_limit,
+    )
+    return tokenizer, profile
 
 
 def _read(settings: LanguageConfig, auto: str, **more: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -15,6 +16,7 @@ from typing import Any, Literal, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from qformer.backbones import inside
 from qformer.config import VisionConfig
 from qformer.errors import ConfigError, did_you_mean
 from qformer.nn.tokens import Tokens
@@ -345,16 +347,23 @@ def _transformers_settings(config: VisionConfig) -> VisionSettings:
 
 
 def _load_transformers(config: VisionConfig) -> FrozenTower:
+    from safetensors import SafetensorError
     from transformers import AutoModel
 
     settings, found = vision_settings(config), _transformers_config(config)
     dtype = DTYPES[config.dtype]
+    tower = inside.vision(found)
+    kind: Any = AutoModel
+    if tower is not None:
+        found, kind = tower.config, tower.kind
+    more = _without_pooler(found) if tower is None else tower.arguments
     if config.pretrained:
         try:
-            model, report = AutoModel.from_pretrained(
-                config.name, revision=config.revision, dtype=dtype, output_loading_info=True, **_without_pooler(found)
-            )
-        except (OSError, ValueError) as error:
+            with nullcontext() if tower is None else inside.unreported():
+                model, report = kind.from_pretrained(
+                    config.name, revision=config.revision, dtype=dtype, output_loading_info=True, **more
+                )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ConfigError(
                 f"vision.name '{config.name}': its weights cannot be read ({str(error).splitlines()[0]})."
             ) from None
@@ -364,8 +373,10 @@ def _load_transformers(config: VisionConfig) -> FrozenTower:
                 f"vision.name '{config.name}': its weights lack {', '.join(lacking[:5])}"
                 f"{f' and {len(lacking) - 5} more' if len(lacking) > 5 else ''}."
             )
+    elif tower is None:
+        model = AutoModel.from_config(found, dtype=dtype, **more)
     else:
-        model = AutoModel.from_config(found, dtype=dtype, **_without_pooler(found))
+        model = kind(found).to(dtype)
     model = getattr(model, "vision_model", model)
     stages = getattr(model.config, "depths", None)  # networks of feature maps have stages
     blocks = len(stages) if stages else model.config.num_hidden_layers
@@ -373,11 +384,14 @@ def _load_transformers(config: VisionConfig) -> FrozenTower:
         raise ConfigError(
             f"vision.block is {config.block}; '{config.name}' has {blocks} blocks: it takes {-blocks} to {blocks - 1}."
         )
+    bare = tower is not None and not config.norm
+    if bare:  # the norm behind the encoder is the adapter's
+        model.post_layernorm = nn.Identity()
     able = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
     interpolate = {"interpolate_pos_encoding": True} if config.image_size and able else {}
 
     def read(pixels: Tensor) -> Tokens:
-        if config.block is None and config.norm:
+        if config.block is None and (config.norm or bare):
             values = model(pixel_values=pixels, **interpolate).last_hidden_state
         else:
             states = model(pixel_values=pixels, output_hidden_states=True, **interpolate).hidden_states
