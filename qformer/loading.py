@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from qformer import config, presets, resources, weights
+from qformer import config, modelcard, presets, resources, starting, weights
 from qformer.backbones import inside
 from qformer.backbones import language as language_backbone
 from qformer.backbones import vision as vision_backbone
@@ -36,6 +36,7 @@ from qformer.config import LanguageConfig, QFormerConfig, RunConfig, VisionConfi
 from qformer.errors import ConfigError
 from qformer.exporting import lavis_projection
 from qformer.nn.qformer import QFormer, QFormerConnector, QFormerSize
+from qformer.starting import Source
 from qformer.text import Profile
 from qformer.untokenized import MissingTokenizer
 from qformer.vlm import ADAPTER_FILE, CONFIG_FILE, TOKENIZER_FOLDER, VLM
@@ -65,6 +66,8 @@ def build(settings: RunConfig, *, report: Callable[[str], None] = print) -> VLM:
     language = language_backbone.load_language(located(settings.language))
     given = settings.qformer
     generator = torch.Generator().manual_seed(settings.seed)
+    if isinstance(given.init, list | tuple):
+        return _build_from_sources(settings, vision, language, generator, report)
     if given.init is not None:
         qformer, table = weights.start_from_bert(
             resources.located(given.init),
@@ -102,6 +105,53 @@ def build(settings: RunConfig, *, report: Callable[[str], None] = print) -> VLM:
     if given.soft_scale == "embeddings":
         _scale_soft_tokens(connector, language.embedding_norm(), generator)
     return VLM(vision, connector, language, tokenizer, settings)
+
+
+def _build_from_sources(
+    settings: RunConfig,
+    vision: FrozenTower,
+    language: LanguageTower,
+    generator: torch.Generator,
+    report: Callable[[str], None],
+) -> VLM:
+    given = settings.qformer
+    chosen = config.init_sources(given.init)
+    files = {each.source for each in chosen} - {starting.NEW, starting.COPIED}
+    sources = {name: _read_source(name) for name in files}
+    connector, table = starting.start(
+        chosen, sources, given, vision.width, language.width, language.fingerprint(), generator
+    )
+    report(table.table())
+    tokenizer = instruction_tokenizer(given)
+    _check_reading(connector.size, tokenizer, given)
+    return VLM(vision, connector, language, tokenizer, settings)
+
+
+def _read_source(name: str) -> Source:
+    """A source of `qformer.init`: an adapter in any form, or a BERT checkpoint."""
+    path = place(resources.located(name))
+    if (
+        path.is_dir()
+        and not (path / ADAPTER_FILE).is_file()
+        and (path / CONFIG_FILE).is_file()
+        and not _is_published(path)
+    ):
+        return starting.from_bert(name)
+    if path.is_file() or _is_published(path):
+        published = read_lavis(path) if path.is_file() else read_transformers(path, name)
+        inner = read_embeddings(published)
+        return Source(
+            name,
+            published.tensors,
+            dataclasses.asdict(published.size),
+            published.unused,
+            norm_eps=published.norm_eps,
+            fingerprint=None if inner is None else language_backbone.fingerprint(inner),
+        )
+    directory = adapter_directory(path)
+    tensors, size, _, eps = read_adapter(directory)
+    fingerprint = weights.load_tensors(directory / ADAPTER_FILE, "language.fingerprint".__eq__)["language.fingerprint"]
+    return Source(name, tensors, dataclasses.asdict(size), norm_eps=eps, fingerprint=fingerprint)
 
 
 def load(
@@ -201,7 +251,11 @@ def _load_saved(path: Path, named: Named, say: Callable[[str], None]) -> VLM:
     weights.load_strict(connector, tensors, str(directory / ADAPTER_FILE))
     say(LoadReport(str(directory), tuple(tensors), (), (), ()).line())
     tokenizer = _own_tokenizer(directory) if size.instruction else None
-    return VLM(towers[0], connector, towers[1], tokenizer, settings)
+    model = VLM(towers[0], connector, towers[1], tokenizer, settings)
+    model.recipe = description.get("recipe", {})
+    if directory.parent.name == "checkpoints":
+        model.scores = modelcard.read_scores(directory.parent.parent)
+    return model
 
 
 def _description(directory: Path) -> dict[str, Any]:
@@ -411,7 +465,7 @@ def instruction_tokenizer(given: QFormerConfig) -> Any | None:
     """
     if not given.instruction:
         return None
-    source = given.tokenizer or given.init
+    source = given.tokenizer or (given.init if isinstance(given.init, str) else None)
     if source is None:
         raise ConfigError(
             "qformer.instruction is on and there is no tokenizer to read it with; set qformer.init to a BERT "

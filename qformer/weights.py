@@ -143,6 +143,25 @@ def start_from_bert(
     return qformer, _take_bert(qformer, read_weights(directory, str(source)), str(source))
 
 
+def read_bert(source: str | Path) -> tuple[dict[str, int], dict[str, Tensor], tuple[str, ...]]:
+    """A BERT checkpoint's sizes by `QFormerSize`'s names, its tensors by the Q-Former's, and what it has besides.
+
+    Raises:
+        ConfigError: nothing to read there, or not a BERT.
+    """
+    directory = located(source)
+    described = _bert_config(directory, str(source))
+    tensors: dict[str, Tensor] = {}
+    unused = []
+    for name, tensor in read_weights(directory, str(source)).items():
+        ours = _qformer_name(name)
+        if ours.startswith(("blocks.", "word_", "position_", "norm.")):
+            tensors[ours] = tensor
+        else:
+            unused.append(name)
+    return {field: described[theirs] for field, theirs in SHAPE_FIELDS.items()}, tensors, tuple(unused)
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file that appears whole or not at all.
 

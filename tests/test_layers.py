@@ -18,7 +18,7 @@ LAYERS = {
     1: ("keyed", "config", "cards", "text", "sample", "untokenized", "presets"),
     2: ("nn",),
     3: ("images", "backbones"),
-    4: ("assemble", "vlm", "objectives", "weights", "loading", "checkpoints", "exporting", "modelcard"),
+    4: ("assemble", "vlm", "objectives", "weights", "loading", "checkpoints", "exporting", "modelcard", "starting"),
     5: ("data",),
     6: ("train", "evaluate"),
     7: ("demo", "report", "charts", "gallery", "results", "render", "listing", "run", "cli", "__init__", "__main__"),
