@@ -45,8 +45,6 @@ from qformer.weights import LoadReport
 EVA_CLIP_G = "eva_giant_patch14_clip_224"
 """timm's name of the encoder whose weights LAVIS calls eva_vit_g.pth."""
 
-LEAST_SHARE = 0.9
-"""Of a table of embeddings, what the words of its own tokenizer fill: tables are padded, by a few hundred rows."""
 DESCRIBED = ("vision", "language", "qformer", "max_pixels", "size", "profile")
 """What an adapter's config.json must say."""
 ENCODER_DECODERS = ("t5", "mt5", "umt5", "bart", "mbart", "pegasus")
@@ -486,7 +484,7 @@ def _tokenizer(source: str | Path) -> Any:
 def _check_reading(size: QFormerSize, tokenizer: Any | None, given: QFormerConfig) -> None:
     if tokenizer is None:
         return
-    if not LEAST_SHARE * size.vocabulary <= len(tokenizer) <= size.vocabulary:
+    if not language_backbone.LEAST_SHARE * size.vocabulary <= len(tokenizer) <= size.vocabulary:
         raise ConfigError(
             f"qformer.tokenizer: '{given.tokenizer or given.init}' has {len(tokenizer)} words and the Q-Former "
             f"{size.vocabulary} word embeddings; use the tokenizer that belongs to qformer.init."

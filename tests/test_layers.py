@@ -16,7 +16,7 @@ PACKAGE = ROOT / "qformer"
 LAYERS = {
     0: ("errors", "resources"),
     1: ("keyed", "config", "cards", "text", "sample", "untokenized", "presets"),
-    2: ("nn",),
+    2: ("nn", "tensorfiles"),
     3: ("images", "backbones"),
     4: ("assemble", "vlm", "objectives", "weights", "loading", "checkpoints", "exporting", "modelcard", "starting"),
     5: ("data",),

@@ -27,6 +27,8 @@ from qformer.untokenized import MissingTokenizer
 
 FINGERPRINT_ROWS = 64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+LEAST_SHARE = 0.9
+"""Of a table of embeddings, what the ids of its own tokenizer fill; tables are padded, by a few hundred rows."""
 OVERFLOWS_IN_HALF = ("t5", "mt5", "umt5")
 
 
@@ -465,6 +467,7 @@ def load_language(settings: LanguageConfig) -> LanguageTower:
     config = _read(settings, "AutoConfig")
     tower = inside.language(config)
     config = config if tower is None else tower.config
+    _rebuilt(config, settings)
     if config.model_type in OVERFLOWS_IN_HALF and settings.dtype == "float16":
         raise ConfigError(
             "language.dtype is float16, and T5 overflows in it (it was trained in bfloat16); use bfloat16 or float32."
@@ -472,7 +475,7 @@ def load_language(settings: LanguageConfig) -> LanguageTower:
     tokenizer, profile = load_profile(settings)
     auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     if settings.pretrained:
-        more = {} if tower is None else tower.arguments
+        more = {"config": config} if tower is None else tower.arguments
         with nullcontext() if tower is None else inside.unreported():
             model, loaded = _read(
                 settings, auto.__name__, dtype=DTYPES[settings.dtype], output_loading_info=True, **more
@@ -491,8 +494,24 @@ def load_language(settings: LanguageConfig) -> LanguageTower:
             f"language.name is '{settings.name}': its tokenizer has {words} words and the model {rows} embeddings; "
             f"give a directory whose tokenizer belongs to the model."
         )
+    if not isinstance(tokenizer, MissingTokenizer) and len(tokenizer) < LEAST_SHARE * rows:
+        raise ConfigError(
+            f"language.name is '{settings.name}': its tokenizer has {len(tokenizer)} words and the model {rows} "
+            f"embeddings, so it is another model's; give a directory whose tokenizer belongs to the model."
+        )
     kind = EncoderDecoder if config.is_encoder_decoder else DecoderOnly
     return kind(model, tokenizer, profile, gradient_checkpointing=settings.gradient_checkpointing)
+
+
+def _rebuilt(config: Any, settings: LanguageConfig) -> None:
+    """Put the values of `language.architecture` in the place of those in the model's config."""
+    for name, value in settings.architecture.items():
+        if not hasattr(config, name):
+            raise ConfigError(
+                f"language.architecture: '{settings.name}' has no '{name}' in its config.json; leave it out, or name "
+                f"one that is there."
+            )
+        setattr(config, name, value)
 
 
 def same_language(first: Tensor, second: Tensor) -> bool:

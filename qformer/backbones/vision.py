@@ -20,8 +20,10 @@ from qformer.backbones import inside
 from qformer.config import VisionConfig
 from qformer.errors import ConfigError, did_you_mean
 from qformer.nn.tokens import Tokens
+from qformer.tensorfiles import load_tensors, read_pickle
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+HEADS = ("head", "classifier", "fc", "head_dist")
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -132,8 +134,8 @@ def check_vision(config: VisionConfig) -> None:
         _checkpoint_file(config.checkpoint)
     if config.revision is not None and kind == "timm" and not config.name.startswith(("hf-hub:", "timm/")):
         raise ConfigError(
-            f"vision.revision goes with a hub id, and '{config.name}' is timm's own name, whose tag says which weights; "
-            f"leave vision.revision out, or name the hub id (timm/…)."
+            f"vision.revision goes with a hub id, and '{config.name}' is timm's own name, whose tag says which "
+            f"weights; leave vision.revision out, or name the hub id (timm/…)."
         )
 
 
@@ -213,7 +215,7 @@ def _load_timm(config: VisionConfig) -> FrozenTower:
             f"as vision.checkpoint."
         ) from None
     if config.checkpoint is not None:
-        _fill(model, config.checkpoint)
+        _fill(model, config.checkpoint, _unread(model, config))
     model = cast(Any, model.to(DTYPES[config.dtype]))
     if config.block is None and config.norm:
         return FrozenTower(
@@ -268,30 +270,56 @@ def _timm_block(model: Any, config: VisionConfig, settings: VisionSettings) -> F
     return FrozenTower(model, read, width, settings, config)
 
 
-def _fill(model: nn.Module, checkpoint: str) -> None:
+def _unread(model: Any, config: VisionConfig) -> Callable[[str], bool]:
+    """Which of a model's tensors do not matter: those behind the block that is read, and heads."""
+    blocks = len(getattr(model, "blocks", []))
+    last = (config.block if config.block is not None else -1) % max(1, blocks)
+
+    def behind(name: str) -> bool:
+        first, _, rest = name.partition(".")
+        if first == "blocks":
+            return blocks > 0 and int(rest.partition(".")[0]) > last
+        return first in HEADS or (not config.norm and first in ("norm", "fc_norm"))
+
+    return behind
+
+
+def _fill(model: nn.Module, checkpoint: str, unread: Callable[[str], bool]) -> None:
+    """Fill a timm model from a local file; what is not read may be missing from either."""
     file = _checkpoint_file(checkpoint)
     if file.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        tensors = load_file(file)
+        tensors = load_tensors(file)
     else:
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-        tensors = tensors.get("model", tensors.get("state_dict", tensors))
+        held = read_pickle(file)
+        held = held.get("model", held.get("state_dict", held))
+        tensors = {name: tensor for name, tensor in held.items() if isinstance(tensor, Tensor)}
     own = model.state_dict()
-    head = {
-        name for name in tensors if name.split(".")[0] in ("head", "classifier", "fc", "head_dist") and name not in own
-    }
-    optional = {name for name in own if name.endswith("num_batches_tracked")}
-    missing = sorted(own.keys() - tensors.keys() - optional)
-    unexpected = sorted(tensors.keys() - own.keys() - head - {n for n in tensors if n.endswith("num_batches_tracked")})
-    differing = sorted(name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape)
+    if "pos_embed" in own and "pos_embed" in tensors and own["pos_embed"].shape != tensors["pos_embed"].shape:
+        marks = getattr(model, "num_prefix_tokens", 0)
+        tensors["pos_embed"] = _resampled(tensors["pos_embed"], own["pos_embed"], marks)
+    strays = ("num_batches_tracked", "inv_freq", "relative_position_index")
+    missing = sorted(n for n in own.keys() - tensors.keys() if not n.endswith(strays) and not unread(n))
+    unexpected = sorted(n for n in tensors.keys() - own.keys() if not n.endswith(strays) and not unread(n))
+    shared = own.keys() & tensors.keys()
+    differing = sorted(n for n in shared if own[n].shape != tensors[n].shape and not unread(n))
     for what, listed in (("lacks", missing), ("has unknown", unexpected), ("has other shapes for", differing)):
         if listed:
             more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
             raise ConfigError(
                 f"vision.checkpoint {file} {what} {', '.join(listed[:5])}{more}; it belongs to another model."
             )
-    model.load_state_dict({name: tensors[name] for name in own.keys() & tensors.keys()}, strict=False)
+    fitting = {name: tensors[name] for name in shared if own[name].shape == tensors[name].shape}
+    model.load_state_dict(fitting, strict=False)
+
+
+def _resampled(found: Tensor, wanted: Tensor, marks: int) -> Tensor:
+    """Learned positions (1, marks + P, V) for another grid: bicubic, as LAVIS and transformers do; as it was if odd."""
+    side, new = round((found.shape[1] - marks) ** 0.5), round((wanted.shape[1] - marks) ** 0.5)
+    if side * side != found.shape[1] - marks or new * new != wanted.shape[1] - marks:
+        return found
+    grid = found[:, marks:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    grid = nn.functional.interpolate(grid, (new, new), mode="bicubic", align_corners=False)
+    return torch.cat([found[:, :marks], grid.flatten(2).transpose(1, 2).to(found.dtype)], dim=1)
 
 
 def _checkpoint_file(checkpoint: str) -> Path:
