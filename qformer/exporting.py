@@ -267,19 +267,20 @@ def _language(model: VLM, image: int) -> tuple[Any, dict[str, Tensor]]:
         _refuse(
             f"it projects to the LLM's hidden size {config.hidden_size}, and its embeddings are {language.width} wide"
         )
-    state = dict(language.model.state_dict())
+    state: dict[str, Tensor] = {}
+    held: set[tuple[int, torch.Size]] = set()
+    for name, tensor in language.model.state_dict().items():  # tables under several names are stored once
+        if (tensor.data_ptr(), tensor.shape) not in held:
+            state[name] = tensor
+        held.add((tensor.data_ptr(), tensor.shape))
     table, head = language.model.get_input_embeddings().weight, language.model.get_output_embeddings()
     rows, tied = table.shape[0], head is not None and head.weight is table
     if image >= rows:
         for name, tensor in state.items():
-            if tensor.shape[:1] == (rows,) and (tensor.ndim == 1 or tensor.data_ptr() in _tables(language.model)):
+            if tensor.data_ptr() in _tables(language.model):
                 repeated = tensor[language.profile.pad % rows][None].expand(image + 1 - rows, *tensor.shape[1:])
                 state[name] = torch.cat([tensor, repeated])
         config.vocab_size = image + 1
-    if tied:
-        shared = {name for name, tensor in language.model.state_dict().items() if tensor.data_ptr() == table.data_ptr()}
-        keep = next(name for name, each in language.model.named_parameters() if each is table)
-        state = {name: tensor for name, tensor in state.items() if name not in shared - {keep}}
     config.tie_word_embeddings = tied
     ends = language._ends
     config.eos_token_id = ends[0] if len(ends) == 1 else ends
@@ -288,9 +289,10 @@ def _language(model: VLM, image: int) -> tuple[Any, dict[str, Tensor]]:
 
 
 def _tables(model: Any) -> set[int]:
-    """Where the tables with a row per word are held."""
-    held = (model.get_input_embeddings(), model.get_output_embeddings())
-    return {each.weight.data_ptr() for each in held if each is not None}
+    """Where the tensors with a row per word are held."""
+    head = model.get_output_embeddings()
+    held = [model.get_input_embeddings().weight, getattr(head, "weight", None), getattr(head, "bias", None)]
+    return {tensor.data_ptr() for tensor in held if tensor is not None}
 
 
 def _refuse_strangers(kind: Any, config: Any, state: Mapping[str, Tensor]) -> None:

@@ -138,7 +138,8 @@ def test_the_list_is_read_from_yaml_and_written_back(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(
         "vision: {name: v}\nlanguage: {name: l}\n"
-        "qformer:\n  tokenizer: bert\n  init:\n    - {from: one.pth, parts: [text]}\n    - {from: two.pth, strict: false}\n"
+        "qformer:\n  tokenizer: bert\n  init:\n    - {from: one.pth, parts: [text]}\n"
+        "    - {from: two.pth, strict: false}\n"
     )
     settings = config.load(file)
     assert config.init_sources(settings.qformer.init)[0].parts == ("text",)
@@ -166,9 +167,9 @@ def test_new_and_copied_need_parts(towers: Path, tmp_path: Path) -> None:
     for entry in ({"from": "new"}, {"from": "copied", "parts": ["queries"]}):
         with pytest.raises(ConfigError, match=rf"'{entry['from']}' needs parts"):
             built(towers, tmp_path, [{"from": world.towers(towers, "llama")["bert"], "parts": ["text"]}, entry])
+    write(tmp_path / "two.pth", MUTE, 2)
     with pytest.raises(ConfigError, match=r"qformer\.queries is 6 and qformer\.init gives 4; set it to 4"):
-        write(tmp_path / "two.pth", MUTE, 2)
         built(towers, tmp_path, [{"from": str(tmp_path / "two.pth")}], instruction=False, queries=6)
+    write(tmp_path / "x.pth", words_of(towers), 2)
     with pytest.raises(ConfigError, match="no tokenizer to read it with"):
-        write(tmp_path / "x.pth", words_of(towers), 2)
         built(towers, tmp_path, [{"from": str(tmp_path / "x.pth")}], tokenizer=None)
