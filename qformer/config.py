@@ -133,6 +133,11 @@ def init_sources(given: Any) -> tuple[InitSource, ...]:
         ConfigError: it is no list of `{from, parts, strict}`, or names an unknown part.
     """
     form = "a BERT checkpoint's name, or a list of sources like {from: stage1.pth, parts: [text]}"
+    if isinstance(given, bool):
+        raise ConfigError(
+            f"qformer.init is the YAML boolean {str(given).lower()}; it takes {form}, the name in quotes where YAML "
+            f"reads it as a boolean."
+        )
     if not isinstance(given, list | tuple) or not given:
         raise ConfigError(f"qformer.init is {given!r}; it takes {form}.")
     sources = []

@@ -25,6 +25,12 @@ LAVIS_FILE = "adapter.pth"
 LAVIS_EPS = 1e-5
 SHARD = "5GB"
 
+VISION_FIELDS = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size",
+    "hidden_act", "layer_norm_eps", "attention_dropout", "qkv_bias",
+)  # fmt: skip
+"""What transformers' config says of an InstructBLIP's encoder."""
+
 EVA_TO_TRANSFORMERS = (
     ("cls_token", "embeddings.class_embedding"),
     ("pos_embed", "embeddings.position_embedding"),
@@ -174,7 +180,8 @@ def _qformer_config(size: QFormerSize) -> dict[str, Any]:
 
 def _vision(model: VLM) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Config and tensors of transformers' own encoder, without the last norm."""
-    tower, settings = model.vision.model, model.settings.vision
+    tower: Any = model.vision.model
+    settings = model.settings.vision
     kind = type(tower).__name__
     if kind not in ("InstructBlipVisionModel", "Blip2VisionModel", "Eva"):
         _refuse(f"its encoder is an EVA-CLIP of its own, and '{settings.name}' is a {kind}")
@@ -186,9 +193,7 @@ def _vision(model: VLM) -> tuple[dict[str, Any], dict[str, Tensor]]:
             _refuse(f"it reads the encoder's last block, and vision.block is {settings.block}")
         if tower.config.image_size != size:
             _refuse(f"its encoder takes {tower.config.image_size} pixels a side, and vision.image_size is {size}")
-        kept = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size")
-        kept = (*kept, "patch_size", "hidden_act", "layer_norm_eps", "attention_dropout", "qkv_bias")
-        described = {name: getattr(tower.config, name) for name in kept}
+        described = {name: getattr(tower.config, name) for name in VISION_FIELDS}
         return described, {name: tensor for name, tensor in tower.state_dict().items() if "post_layernorm" not in name}
     return _eva(tower, size)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qformer.config import RunConfig
+from qformer.config import LanguageConfig, RunConfig, VisionConfig
 from qformer.errors import DataError
 from qformer.nn.qformer import QFormerSize
 
@@ -46,7 +46,10 @@ def read_scores(run: Path) -> list[dict[str, Any]]:
 
 def text(settings: RunConfig, size: QFormerSize, recipe: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]) -> str:
     """The card in Markdown, with the hub's front matter."""
-    towers = {"image encoder": settings.vision, "language model": settings.language}
+    towers: dict[str, VisionConfig | LanguageConfig] = {
+        "image encoder": settings.vision,
+        "language model": settings.language,
+    }
     on_hub = [tower.name for tower in towers.values() if _is_hub_id(tower.name)]
     front = ["library_name: qformer", "tags: [q-former, vision-language]"]
     front += [f"base_model: [{', '.join(on_hub)}]"] if on_hub else []

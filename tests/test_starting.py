@@ -114,7 +114,7 @@ def test_another_encoder_keeps_what_fits_and_lists_what_was_made_anew(towers: Pa
 def test_a_projection_to_another_llm_is_not_taken(towers: Path, tmp_path: Path) -> None:
     whole = tiny_published(tmp_path / "published", "llama", seed=5)
     source = {"from": str(whole)}
-    model, table = built(towers, tmp_path, [{"from": "new", "parts": ["projection"]}, source])
+    model, table = built(towers, tmp_path, [{"from": "new", "parts": ["projection"]}, source], instruction_limit=40)
     theirs = qformer.load(whole, report=str)
     assert torch.equal(model.connector.qformer.queries, theirs.connector.qformer.queries)
     assert model.connector.norm.eps == 1e-6
@@ -150,7 +150,7 @@ def test_the_list_is_read_from_yaml_and_written_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("init", "message"),
     [
-        (False, r"qformer\.init is False; it takes a BERT checkpoint's name, or a list"),
+        (False, r"qformer\.init is the YAML boolean false; it takes a BERT checkpoint's name, or a list"),
         ([], r"qformer\.init is \[\]"),
         (["one.pth"], r"qformer\.init\[0\] is 'one\.pth'; it takes a mapping with 'from'"),
         ([{"from": "x", "part": ["text"]}], r"unknown key 'part'\. Did you mean 'parts'"),
