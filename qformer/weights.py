@@ -193,7 +193,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield work
         with work.open("rb+") as written:
             os.fsync(written.fileno())
-        work.chmod(0o666 & ~_umask())                      # safetensors leaves files that their owner alone may read
+        work.chmod(0o666 & ~_umask())  # safetensors leaves files that their owner alone may read
         os.replace(work, path)
     except OSError as error:
         reason = error.strerror or str(error)

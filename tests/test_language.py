@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GraniteConfig, MambaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    Gemma2Config,
+    GraniteConfig,
+    MambaConfig,
+    MistralConfig,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qformer.backbones import ranking
@@ -20,7 +29,7 @@ from qformer.backbones.language import DecoderOnly, LanguageTower, load_language
 from qformer.cards import Decoding
 from qformer.config import LanguageConfig, ProfileConfig
 from qformer.errors import ConfigError, DataError
-from qformer.sample import Row, Slot, Text, trained_tokens
+from qformer.sample import Row, Slot, Text, row_length, trained_tokens
 from qformer.text import Joiner, Rendered
 from tests.tiny import FAMILIES, redraw, tiny_bert, tiny_llm
 
@@ -229,17 +238,21 @@ def test_ranks_are_log_likelihoods_whatever_is_ranked_beside_them(
     prompts = rows_of(llm, answered=False)
     candidates = [CHOICES, CHOICES[::-1], CHOICES[:1], [*CHOICES[1:3], CHOICES[1]]]
     expected = apart(llm, soft, candidates, end=end)
-    assert llm.shares_prefix
+    assert llm.ranks == ("behind" if llm.is_encoder_decoder else "packed")
     found = llm.rank(soft, prompts, candidates, end=end)
     close(found, expected)
     assert found[3][0] == found[3][2]  # one candidate named twice
     alone = [llm.rank(soft, [p], [c], end=end)[0] for p, c in zip(prompts, candidates, strict=True)]
     close(alone, expected)
     close(llm.rank(soft, prompts[::-1], candidates[::-1], end=end)[::-1], expected)
-    monkeypatch.setattr(ranking, "SCORED_POSITIONS", 40)
-    close(llm.rank(soft, prompts, candidates, end=end), expected)
-    monkeypatch.setitem(llm.__dict__, "shares_prefix", False)
-    close(llm.rank(soft, prompts, candidates, end=end), expected)
+    for way in ("packed", "behind", "apart"):
+        if way != "packed" or not llm.is_encoder_decoder:
+            monkeypatch.setitem(llm.__dict__, "ranks", way)
+            close(llm.rank(soft, prompts, candidates, end=end), expected)
+            for limit, value in (("SCORED_POSITIONS", 40), ("FED_TOKENS", 2), ("LOGITS_AT_ONCE", 3 * 320)):
+                with monkeypatch.context() as limits:
+                    limits.setattr(ranking, limit, value)
+                    close(llm.rank(soft, prompts, candidates, end=end), expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -247,7 +260,7 @@ def test_a_prompt_is_computed_once_for_all_its_candidates(
     tower: Any, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm, soft = tower(family), soft_tokens()
-    assert llm.shares_prefix
+    assert llm.ranks != "apart"
     joined, join = [], llm._join
     monkeypatch.setattr(llm, "_join", lambda soft, rows, **side: joined.append(len(rows)) or join(soft, rows, **side))
     llm.rank(soft, rows_of(llm, answered=False), [CHOICES] * len(EXAMPLES))
@@ -279,9 +292,83 @@ def test_a_state_that_cannot_be_shared_is_noticed(saved: Any) -> None:
     model = AutoModelForCausalLM.from_config(config)
     redraw(model, seed=0)
     llm, soft = DecoderOnly(model, tokenizer, profile), soft_tokens()
-    assert not llm.shares_prefix
+    assert llm.ranks == "apart"
     prompts, candidates = rows_of(llm, answered=False), [CHOICES] * len(EXAMPLES)
     close(llm.rank(soft, prompts, candidates), apart(llm, soft, candidates))
+
+
+def test_positions_that_are_counted_along_the_mask_cannot_be_packed(saved: Any) -> None:
+    tokenizer, profile = load_profile(LanguageConfig(name=str(saved("llama"))))
+    config = BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=2, n_head=4)
+    model = AutoModelForCausalLM.from_config(config)
+    redraw(model, seed=0)
+    llm, soft = DecoderOnly(model, tokenizer, profile), soft_tokens()
+    assert llm.ranks == "behind"
+    prompts, candidates = rows_of(llm, answered=False), [CHOICES] * len(EXAMPLES)
+    close(llm.rank(soft, prompts, candidates), apart(llm, soft, candidates))
+
+
+def test_blocks_that_look_back_a_little_way_are_not_packed_beyond_it(saved: Any, monkeypatch: Any) -> None:
+    tokenizer, profile = load_profile(LanguageConfig(name=str(saved("llama"))))
+    config = MistralConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=12,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    redraw(model, seed=0)
+    llm, soft = DecoderOnly(model, tokenizer, profile), soft_tokens()
+    prompts, candidates = rows_of(llm, answered=False), [CHOICES] * len(EXAMPLES)
+    assert llm.ranks == "packed"
+    assert max(row_length(prompt, soft.shape[1]) for prompt in prompts) > 12
+    close(llm.rank(soft, prompts, candidates), apart(llm, soft, candidates))
+
+
+def test_candidates_become_a_tree_that_says_which_place_predicts_which_token() -> None:
+    candidates = ((5,), (5, 6), (5, 6, 7), (5, 8, 9), (6, 8))
+    tree = ranking.tree_of(candidates)
+    assert tree.ids.tolist() == [5, 6, 8, 6]
+    assert tree.depths.tolist() == [0, 1, 1, 0]
+    for owner, ids in enumerate(candidates):
+        places, tokens = tree.places[tree.owners == owner].tolist(), tree.tokens[tree.owners == owner].tolist()
+        assert tuple(tokens) == ids
+        assert places[0] == 0
+        assert [int(tree.ids[place - 1]) for place in places[1:]] == list(ids[:-1])
+        for before, place in itertools.pairwise(places[1:]):
+            assert tree.sees[place - 1, before - 1]
+    assert tree.sees.sum() == 4 + 2  # each itself, and two of depth one what stands before them
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("seed", range(20))
+def test_parts_hold_every_candidate_once_within_the_limits(packed: bool, seed: int, monkeypatch: Any) -> None:
+    dice = random.Random(seed)
+    for name, value in (("SCORED_POSITIONS", 200), ("FED_TOKENS", 9), ("LOGITS_AT_ONCE", 50 * 7)):
+        monkeypatch.setattr(ranking, name, value)
+    rows = [(Slot(0), Text(tuple(range(dice.randint(1, 20))))) for _ in range(dice.randint(1, 6))]
+    candidates = [
+        [tuple(dice.choices(range(3), k=dice.randint(1, 5))) for _ in range(dice.randint(1, 40))] for _ in rows
+    ]
+    seen: dict[Row, list[tuple[int, ...]]] = {}
+
+    def score(groups: Any) -> Tensor:
+        fed = [len(ranking.tree_of(group.candidates).ids) for group in groups]
+        longest = max(row_length(group.prompt, 4) for group in groups)
+        words = max(len(ids) for group in groups for ids in group.candidates)
+        count = len(groups) if packed else sum(len(group.candidates) for group in groups)
+        wide = longest + (max(fed) if packed else words)
+        assert count == 1 or count * wide <= 200
+        assert max(fed) <= 9
+        assert count == 1 or count * (max(fed) + 1 if packed else words) <= 50
+        for group in groups:
+            seen.setdefault(group.prompt, []).extend(group.candidates)
+        return torch.tensor([float(sum(ids)) for group in groups for ids in group.candidates])
+
+    found = ranking.ranked(score, rows, candidates, "sum", queries=4, vocabulary=7, packed=packed)
+    assert found == [[float(sum(ids)) for ids in choices] for choices in candidates]
+    for row, choices in zip(rows, candidates, strict=True):
+        assert set(choices) <= set(seen[row])
+    for scored in seen.values():
+        assert len(scored) == len(set(scored))
 
 
 def test_ranking_nothing_gives_nothing(tower: Any) -> None:

@@ -169,19 +169,19 @@ def test_what_cannot_work_is_refused_before_weights_are_read(settings, sentence)
         load_vision(VisionConfig(**settings))
 
 
-@pytest.mark.parametrize("size, near", [(60, "take 56 or 64"), (5, "take 8")])
+@pytest.mark.parametrize(("size", "near"), [(60, "take 56 or 64"), (5, "take 8")])
 def test_a_size_that_patches_do_not_fill_is_refused(tmp_path, size, near):
     with pytest.raises(ConfigError, match=near):
         vision_settings(VisionConfig(name=str(tiny_vision(tmp_path)), image_size=size))
 
 
 def test_a_size_that_timms_patches_do_not_fill_is_refused():
-    with pytest.raises(ConfigError, match="16 pixels wide.*take 224 or 240"):
+    with pytest.raises(ConfigError, match=r"16 pixels wide.*take 224 or 240"):
         tower("vit_tiny_patch16_224", image_size=230)
 
 
 def test_a_revision_of_a_timm_name_goes_with_a_hub_id():
-    with pytest.raises(ConfigError, match="vision.revision goes with a hub id"):
+    with pytest.raises(ConfigError, match=r"vision\.revision goes with a hub id"):
         tower("resnet10t", revision="main")
     check_vision(VisionConfig(name="timm/resnet10t.c3_in1k", revision="main"))
 

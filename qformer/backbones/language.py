@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qformer.backbones import inside, ranking
-from qformer.backbones.ranking import Request
+from qformer.backbones.ranking import Group
 from qformer.cards import Decoding
 from qformer.config import LanguageConfig
 from qformer.errors import ConfigError, DataError
@@ -50,8 +51,6 @@ class LanguageTower(nn.Module):
     """What decoder-only and encoder–decoder LLMs share: a frozen model, its tokenizer and its profile."""
 
     is_encoder_decoder: bool
-    shares_prefix = True
-    """Whether the prompt of several candidates can be computed once."""
 
     def __init__(self, model: Any, tokenizer: Any, profile: Profile, *, gradient_checkpointing: bool = False):
         super().__init__()
@@ -165,10 +164,17 @@ class LanguageTower(nn.Module):
             ConfigError: an unknown `normalize`, a row without candidates, or a candidate with nothing to score.
             DataError: a prompt with nothing in it, or too long for the LLM.
         """
-        requests = ranking.requested(Joiner(self.tokenizer, self.profile, None), rows, candidates, end)
+        ids = ranking.requested(Joiner(self.tokenizer, self.profile, None), rows, candidates, end)
         with self._answering():
-            score = self._behind if self.shares_prefix else self._apart
-            return ranking.ranked(lambda part: score(soft, part), requests, soft.shape[1], normalize)
+            return ranking.ranked(
+                partial(self._scorers[self.ranks], soft),
+                rows,
+                ids,
+                normalize,
+                queries=soft.shape[1],
+                vocabulary=self._embeddings.weight.shape[0],
+                packed=self.ranks == "packed",
+            )
 
     @contextmanager
     def _answering(self) -> Iterator[None]:
@@ -181,13 +187,45 @@ class LanguageTower(nn.Module):
         finally:
             self.train(before)
 
-    def _apart(self, soft: Tensor, requests: Sequence[Request]) -> Tensor:
-        """(C,) sums of log p of candidates, each with a prompt of its own."""
-        return self.log_likelihood(soft, [(*row, Text(ids, trained=True)) for row, ids in requests])[0]
+    @property
+    def _scorers(self) -> dict[str, Callable[[Tensor, Sequence[Group]], Tensor]]:
+        """Ways to score candidates, the fastest first."""
+        return {"packed": self._packed, "behind": self._behind, "apart": self._apart}
 
-    def _behind(self, soft: Tensor, requests: Sequence[Request]) -> Tensor:
-        """(C,) sums of log p of candidates, each distinct prompt computed once."""
+    @cached_property
+    @torch.no_grad()
+    def ranks(self) -> str:
+        """How candidates are scored: "packed", "behind" or "apart", see `qformer.backbones.ranking`.
+
+        The first way that scores two prompts of unlike length, with candidates that begin alike, as whole rows do:
+        asked of the model, since some masks, positions and caches allow no more.
+        """
+        soft = self._embeddings(torch.arange(2, device=self.device)[None])
+        candidates = ((7,), (8, 9, 10), (8, 9, 11))
+        groups = [Group((Slot(0), Text(ids)), candidates) for ids in ((3, 4, 5), (6,))]
+        wanted = self._apart(soft, groups)
+        near = 1e-3 if self.dtype in (torch.float32, torch.float64) else 0.05
+        for name, score in self._scorers.items():
+            try:
+                found = score(soft, groups)
+            except (TypeError, AttributeError, RuntimeError, ValueError, NotImplementedError):
+                continue
+            if torch.allclose(found, wanted, rtol=near, atol=near):
+                return name
+        return "apart"
+
+    def _packed(self, soft: Tensor, groups: Sequence[Group]) -> Tensor:
+        """Sums of log p of the groups' candidates, each group in one row."""
         raise NotImplementedError
+
+    def _behind(self, soft: Tensor, groups: Sequence[Group]) -> Tensor:
+        """Sums of log p of the groups' candidates, each behind its prompt's cache."""
+        raise NotImplementedError
+
+    def _apart(self, soft: Tensor, groups: Sequence[Group]) -> Tensor:
+        """Sums of log p of the groups' candidates, a row each."""
+        rows = [(*prompt, Text(ids, trained=True)) for prompt, candidates in groups for ids in candidates]
+        return self.log_likelihood(soft, rows)[0]
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
@@ -247,9 +285,10 @@ class DecoderOnly(LanguageTower):
             )
         joined = self._join(soft, rows)
         self._check_length(joined.mask.shape[1])
-        predicting = joined.labels[:, 1:] >= 0
+        wanted = torch.cat([joined.labels[:, 1:], joined.labels.new_full((len(rows), 1), -1)], dim=1)
+        predicting = wanted >= 0
         logits = self._logits(self._given(joined.inputs, joined.mask, joined.positions), predicting)
-        log_p = token_log_likelihood(logits, joined.labels[:, 1:][predicting])
+        log_p = token_log_likelihood(logits, wanted[predicting])
         owner = predicting.nonzero()[:, 0]
         return log_p.new_zeros(len(rows)).index_add(0, owner, log_p), predicting.sum(1)
 
@@ -272,12 +311,59 @@ class DecoderOnly(LanguageTower):
             generated = self.model.generate(**given, **settings)
         return self._answers(generated)
 
-    def _behind(self, soft: Tensor, requests: Sequence[Request]) -> Tensor:
-        prompts, owner = ranking.prompts_of(requests)
+    def _packed(self, soft: Tensor, groups: Sequence[Group]) -> Tensor:
+        if not all(prompt for prompt, _ in groups):
+            return self._apart(soft, groups)  # says what is wrong
+        trees = [ranking.tree_of(candidates) for _, candidates in groups]
+        joined = self._join(soft, [prompt for prompt, _ in groups], left=True)
+        fed = max(len(tree.ids) for tree in trees)
+        rows, prompt = joined.mask.shape
+        lengths = joined.mask.sum(1)
+        longest = int(lengths.max()) + max(int(tree.depths.max()) + 2 if len(tree.ids) else 1 for tree in trees)
+        self._check_length(longest)
+        if longest > self._window:  # the mask below shows everything, however far away
+            return self._behind(soft, groups)
+        ids = torch.zeros(rows, fed, dtype=torch.long)
+        depths = torch.zeros(rows, fed, dtype=torch.long)
+        sees = torch.zeros(rows, prompt + fed, prompt + fed, dtype=torch.bool)
+        sees[:, :, :prompt] = joined.mask.bool().cpu()[:, None]
+        sees[:, :prompt, :prompt] &= torch.ones(prompt, prompt, dtype=torch.bool).tril()
+        predicting = torch.zeros(rows, prompt + fed, dtype=torch.bool)
+        for row, tree in enumerate(trees):
+            count = len(tree.ids)
+            ids[row, :count], depths[row, :count] = tree.ids, tree.depths
+            sees[row, prompt : prompt + count, prompt : prompt + count] = tree.sees
+            predicting[row, prompt - 1 : prompt + count] = True
+        sees |= torch.eye(prompt + fed, dtype=torch.bool)  # padding sees itself: nothing at all would give NaN
+        hidden = torch.zeros(sees.shape, dtype=self.dtype).masked_fill(~sees, torch.finfo(self.dtype).min)
+        given = self._given(
+            torch.cat([joined.inputs, self._embeddings(ids.to(self.device))], dim=1),
+            hidden[:, None].to(self.device),
+            torch.cat([joined.positions, lengths[:, None] + depths.to(self.device)], dim=1),
+        )
+        logits = self._logits(given, predicting.to(self.device))
+        starts = torch.tensor([0, *(len(tree.ids) + 1 for tree in trees)]).cumsum(0)
+        counts = torch.tensor([0, *(len(candidates) for _, candidates in groups)]).cumsum(0)
+        places = torch.cat([tree.places + start for tree, start in zip(trees, starts, strict=False)]).to(self.device)
+        owners = torch.cat([tree.owners + count for tree, count in zip(trees, counts, strict=False)]).to(self.device)
+        log_p = _picked(logits, places, torch.cat([tree.tokens for tree in trees]).to(self.device))
+        return log_p.new_zeros(int(counts[-1])).index_add(0, owners, log_p)
+
+    @property
+    def _window(self) -> float:
+        """Positions that every block looks back on."""
+        config = self.model.config.get_text_config()
+        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        chunk = getattr(config, "attention_chunk_size", None)
+        return min(window or math.inf, chunk or math.inf)
+
+    def _behind(self, soft: Tensor, groups: Sequence[Group]) -> Tensor:
+        prompts = [prompt for prompt, _ in groups]
         if not all(prompts):
-            return self._apart(soft, requests)  # says what is wrong
+            return self._apart(soft, groups)  # says what is wrong
+        owner = [number for number, (_, candidates) in enumerate(groups) for _ in candidates]
         joined = self._join(soft, prompts, left=True)
-        ids = _padded([ids for _, ids in requests], -1).to(self.device)  # (C T)
+        ids = _padded([ids for _, candidates in groups for ids in candidates], -1).to(self.device)  # (C, T)
         self._check_length(joined.mask.shape[1] + ids.shape[1])
         last = {"logits_to_keep": 1} if self._keeps_positions else {}
         prefix = self.model(**self._given(joined.inputs, joined.mask, joined.positions, cache=True), **last)
@@ -314,14 +400,14 @@ class DecoderOnly(LanguageTower):
             )
 
     def _logits(self, given: dict[str, Any], predicting: Tensor) -> Tensor:
-        """Which positions (R, S - 1) predict a trained token -> their logits (…, vocabulary)."""
+        """Which positions (R, S) predict a token that is wanted -> their logits (…, vocabulary), row by row."""
         if self._head_stands_alone:
             hidden = self.model.base_model(**given).last_hidden_state
-            return self.model.get_output_embeddings()(hidden[:, :-1][predicting])
+            return self.model.get_output_embeddings()(hidden[predicting])
         if self._keeps_positions:
             kept = predicting.any(0).nonzero().flatten()
             return self.model(**given, logits_to_keep=kept).logits[predicting[:, kept]]
-        return self.model(**given).logits[:, :-1][predicting]
+        return self.model(**given).logits[predicting]
 
     @cached_property
     def _keeps_positions(self) -> bool:
@@ -343,22 +429,6 @@ class DecoderOnly(LanguageTower):
         except (TypeError, AttributeError, RuntimeError):
             return False
         return torch.equal(apart, self.model(**given).logits)
-
-    @cached_property
-    @torch.no_grad()
-    def shares_prefix(self) -> bool:  # type: ignore[override]
-        """Whether candidates behind a cached prompt score as whole rows do: asked of the model with two prompts of
-        unlike length and candidates of one and three ids, since some caches cannot be continued or picked from.
-        """
-        soft = self._embeddings(torch.arange(2, device=self.device)[None])
-        prompts: tuple[Row, ...] = ((Slot(0), Text((3, 4, 5))), (Slot(0), Text((6,))))
-        requests: list[Request] = [(prompt, ids) for prompt in prompts for ids in ((7,), (8, 9, 10))]
-        try:
-            found = self._behind(soft, requests)
-        except (TypeError, AttributeError, RuntimeError, ValueError, NotImplementedError):
-            return False
-        near = 1e-3 if self.dtype in (torch.float32, torch.float64) else 0.05
-        return torch.allclose(found, self._apart(soft, requests), rtol=near, atol=near)
 
 
 class EncoderDecoder(LanguageTower):
@@ -390,10 +460,23 @@ class EncoderDecoder(LanguageTower):
             generated = self.model.generate(**given, **self._decoding(decoding))
         return self._answers(generated[:, 1:])  # column 0 is the decoder's start
 
-    def _behind(self, soft: Tensor, requests: Sequence[Request]) -> Tensor:
-        prompts, owner = ranking.prompts_of(requests)
-        read, mask = self._encoded(soft, prompts)
-        return self._decoded(read[owner], mask[owner], [ids for _, ids in requests])
+    def _behind(self, soft: Tensor, groups: Sequence[Group]) -> Tensor:
+        from transformers import DynamicCache, EncoderDecoderCache
+
+        read, mask = self._encoded(soft, [prompt for prompt, _ in groups])
+        owner = torch.tensor([n for n, (_, choices) in enumerate(groups) for _ in choices], device=self.device)
+        ids = _padded([ids for _, candidates in groups for ids in candidates], -1).to(self.device)  # (C, T)
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        first = self._written(read, mask, self._starts(len(groups)), cache)[:, -1]
+        sums = token_log_likelihood(first[owner], ids[:, 0])
+        if ids.shape[1] == 1:
+            return sums
+        fed, wanted = ids[:, :-1], ids[:, 1:]
+        cache.batch_select_indices(owner)
+        logits = self._written(read[owner], mask[owner], fed.clamp(min=0), cache)
+        scored = wanted >= 0
+        log_p = token_log_likelihood(logits[scored], wanted[scored])
+        return sums.index_add(0, scored.nonzero()[:, 0], log_p)
 
     def _closed(self, rows: Sequence[Row]) -> list[Row]:
         return [(*row, Text(self.profile.closing)) for row in rows]
@@ -406,17 +489,26 @@ class EncoderDecoder(LanguageTower):
 
     def _decoded(self, read: Tensor, mask: Tensor, targets: Sequence[Sequence[int]]) -> Tensor:
         """(R,) sums of log p of targets, written behind the decoder's start as `generate` does."""
+        labels = _padded(targets, -1).to(self.device)
+        fed = torch.cat([self._starts(len(labels)), labels[:, :-1].clamp(min=0)], dim=1)
+        logits = self._written(read, mask, fed)
+        return (token_log_likelihood(logits, labels.clamp(min=0)) * (labels >= 0)).sum(1)
+
+    def _starts(self, rows: int) -> Tensor:
+        """(R, 1) of the id that a decoder starts with."""
+        return torch.full((rows, 1), self.model.generation_config.decoder_start_token_id, device=self.device)
+
+    def _written(self, read: Tensor, mask: Tensor, fed: Tensor, cache: Any | None = None) -> Tensor:
+        """Logits (R, T, vocabulary) of the decoder behind ids (R, T), and behind what the cache holds."""
         from transformers.modeling_outputs import BaseModelOutput
 
-        labels = _padded(targets, -1).to(self.device)
-        start = labels.new_full((len(labels), 1), self.model.generation_config.decoder_start_token_id)
-        logits = self.model(
+        return self.model(
             encoder_outputs=BaseModelOutput(last_hidden_state=read),
             attention_mask=mask,
-            decoder_input_ids=torch.cat([start, labels[:, :-1].clamp(min=0)], dim=1),
-            use_cache=False,
+            decoder_input_ids=fed,
+            past_key_values=cache,
+            use_cache=cache is not None,
         ).logits
-        return (token_log_likelihood(logits, labels.clamp(min=0)) * (labels >= 0)).sum(1)
 
 
 def fingerprint(embeddings: Tensor) -> Tensor:
@@ -605,6 +697,12 @@ def _silence_dropout(model: Any) -> None:
             for name, value in list(vars(holder).items()) if holder is not None else ():
                 if "drop" in name and isinstance(value, float):
                     setattr(holder, name, 0.0)
+
+
+def _picked(logits: Tensor, places: Tensor, tokens: Tensor) -> Tensor:
+    """Log p (E,) of tokens (E,) by logits (N, vocabulary) at places (E,); in float32 at least."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits[places, tokens] - logits.logsumexp(-1)[places]
 
 
 def _padded(rows: Sequence[Sequence[int]], filler: int, left: bool = False) -> Tensor:

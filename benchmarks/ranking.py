@@ -1,0 +1,104 @@
+"""How much faster candidates are ranked than by one forward pass each: `python benchmarks/ranking.py`.
+
+A Llama of SmolLM2-135M's sizes with random weights, a prompt of 72 positions, candidates of one to four tokens (2.5 on
+average).  The baseline scores every candidate in a row of its own, all rows in one padded call, with the soft tokens at
+hand and the output layer on the candidates' positions only.  Both are timed in turn in one process; the table gives
+medians of seconds, the median of the paired ratios and their range.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import random
+import statistics
+import sys
+import time
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, T5Config, T5ForConditionalGeneration
+
+from qformer.backbones.language import DecoderOnly, EncoderDecoder, LanguageTower
+from qformer.backbones.ranking import Group
+from qformer.sample import Row, Slot, Text
+from qformer.text import Profile
+
+QUERIES, PROMPT, VOCABULARY = 32, 72, 49_152
+SMOL = {
+    "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+    "num_key_value_heads": 3, "vocab_size": VOCABULARY, "tie_word_embeddings": True,
+}  # fmt: skip
+T5_SMALL = {
+    "d_model": 512, "d_ff": 1024, "d_kv": 64, "num_layers": 8, "num_heads": 6, "vocab_size": 32_128,
+    "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "decoder_start_token_id": 0,
+}  # fmt: skip
+
+
+def tower(kind: str) -> LanguageTower:
+    """An LLM with random weights; its tokenizer is never asked."""
+    torch.manual_seed(0)
+    profile = Profile(layout="plain", opening=(), end=(2,), pad=0, encoder_decoder=kind == "t5")
+    if kind == "t5":
+        model: Any = T5ForConditionalGeneration(T5Config(**T5_SMALL)).eval()
+        return EncoderDecoder(model, _NoTokenizer(), profile)
+    return DecoderOnly(AutoModelForCausalLM.from_config(LlamaConfig(**SMOL)).eval(), _NoTokenizer(), profile)
+
+
+class _NoTokenizer:
+    bos_token_id, eos_token_id = 1, 2
+
+    def __len__(self) -> int:
+        return VOCABULARY
+
+
+def candidates(count: int) -> tuple[tuple[int, ...], ...]:
+    """Distinct candidates of one to four tokens, equally many of each length."""
+    dice = random.Random(count)
+    return tuple(tuple(dice.randrange(3, 30_000) for _ in range(1 + number % 4)) for number in range(count))
+
+
+def measure(llm: LanguageTower, count: int, repeats: int) -> tuple[list[float], list[float]]:
+    """Seconds of the baseline and of `rank`'s engine, in turn, after one untimed round of each."""
+    soft = torch.randn(1, QUERIES, llm.width)
+    prompt: Row = (Slot(0), Text(tuple(range(3, 3 + PROMPT - QUERIES))))
+    chosen = candidates(count)
+    group = [Group(prompt, chosen)]
+    ways = {"apart": llm._apart, llm.ranks: llm._scorers[llm.ranks]}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    with torch.inference_mode():
+        found: dict[str, Tensor] = {name: score(soft, group) for name, score in ways.items()}
+        torch.testing.assert_close(found["apart"], found[llm.ranks], rtol=1e-4, atol=1e-4)
+        for _ in range(repeats):
+            for name, score in ways.items():
+                began = time.perf_counter()
+                score(soft, group)
+                seconds[name].append(time.perf_counter() - began)
+    return seconds["apart"], seconds[llm.ranks]
+
+
+def main() -> None:
+    """Print the table in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--counts", type=int, nargs="*", default=[4, 100])
+    options = parser.parse_args()
+    print(f"{platform.machine()}, {torch.get_num_threads()} threads, Python {sys.version.split()[0]}, ", end="")
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, float32\n")
+    print("| LLM | way | candidates | one pass each (s) | ranked (s) | faster | range of ratios |")
+    print("|---|---|---|---|---|---|---|")
+    for kind in ("decoder-only", "t5"):
+        llm = tower(kind)
+        for count in options.counts:
+            slow, fast = measure(llm, count, options.repeats)
+            ratios = [a / b for a, b in zip(slow, fast, strict=True)]
+            print(
+                f"| {kind} | {llm.ranks} | {count} | {statistics.median(slow):.3f} | {statistics.median(fast):.3f} | "
+                f"{statistics.median(ratios):.1f}× | {min(ratios):.1f}–{max(ratios):.1f}× |"
+            )
+
+
+if __name__ == "__main__":
+    main()
