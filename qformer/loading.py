@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from qformer import config, resources, weights
 from qformer.backbones import language as language_backbone
 from qformer.backbones import vision as vision_backbone
 from qformer.backbones.language import LanguageTower
+from qformer.backbones.vision import FrozenTower, OwnTower
 from qformer.config import LanguageConfig, QFormerConfig, RunConfig, VisionConfig
 from qformer.errors import ConfigError
 from qformer.nn.qformer import QFormer, QFormerConnector, QFormerSize
@@ -25,21 +27,26 @@ from qformer.vlm import ADAPTER_FILE, CONFIG_FILE, TOKENIZER_FOLDER, VLM
 Tower = TypeVar("Tower", VisionConfig, LanguageConfig)
 
 
-def build(settings: RunConfig, *, report: Callable[[str], None] = print) -> VLM:
+def build(
+    settings: RunConfig, *, vision: Callable[[Tensor], Any] | None = None, report: Callable[[str], None] = print
+) -> VLM:
     """Towers and a fresh connector as the settings say; reports what the Q-Former's start was made of.
+
+    `vision` is an encoder of one's own in place of the settings', a callable with a `width` (see `OwnTower`).
 
     Raises:
         ConfigError: an unknown tower, sizes that do not fit; before any weight is read where that can be told.
     """
-    vision_backbone.check_vision(located(settings.vision))
-    vision = vision_backbone.load_vision(located(settings.vision))
+    if vision is None:
+        vision_backbone.check_vision(located(settings.vision))
+    encoder, settings = _encoder(settings, vision)
     language = language_backbone.load_language(located(settings.language))
     given = settings.qformer
     generator = torch.Generator().manual_seed(settings.seed)
     if given.init is not None:
         qformer, table = weights.start_from_bert(
             resources.located(given.init),
-            vision_width=vision.width,
+            vision_width=encoder.width,
             queries=given.queries,
             cross_attention_every=given.cross_attention_every,
             instruction=given.instruction,
@@ -56,7 +63,7 @@ def build(settings: RunConfig, *, report: Callable[[str], None] = print) -> VLM:
     tokenizer = instruction_tokenizer(given)
     if qformer is None:
         size = QFormerSize(
-            vision_width=vision.width,
+            vision_width=encoder.width,
             hidden=given.hidden or 768,
             layers=given.layers or 12,
             heads=given.heads or 12,
@@ -72,28 +79,39 @@ def build(settings: RunConfig, *, report: Callable[[str], None] = print) -> VLM:
     connector = QFormerConnector(qformer, language.width, generator=generator)
     if given.soft_scale == "embeddings":
         _scale_soft_tokens(connector, language.embedding_norm(), generator)
-    return VLM(vision, connector, language, tokenizer, settings)
+    return VLM(encoder, connector, language, tokenizer, settings)
 
 
 def load(
     source: str | Path,
-    vision: str | None = None,
+    vision: str | Callable[[Tensor], Any] | None = None,
     language: str | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     quantization: Any | None = None,
+    *,
+    strict: bool = True,
+    report: Callable[[str], None] | None = None,
 ) -> VLM:
     """A saved adapter, or a run's last checkpoint, between its towers.
 
-    `vision` and `language` name the towers where they are now, if elsewhere than in training; `dtype` is that of the
-    frozen LLM.
+    Args:
+        source: a directory written by `save`, or a run directory.
+        vision: the encoder where it is now, if elsewhere than in training, or an encoder of one's own (`OwnTower`).
+        language: the LLM, likewise.
+        device: where to put it all.
+        dtype: of the frozen LLM.
+        quantization: of the frozen LLM, as `language.quantization` or one of transformers' configs; {} for none.
+        strict: whether the encoder must be as wide as the one in training; otherwise what depends on its width (the
+            norm behind it, the keys and values of the cross-attentions) is made anew, the rest kept.
+        report: is given what was loaded from where, and what was made anew; by default it goes to standard error.
 
     Raises:
         ConfigError: nothing to load there, weights that do not fit, or another LLM than the adapter was trained with
             (use `qformer.plug` to carry an adapter to another LLM).
     """
-    if quantization is not None:
-        raise ConfigError("load: quantization of the LLM is not supported yet; leave it out.")
+    say = report or _to_stderr
+    packed = None if quantization is None else language_backbone.quantization_values(quantization)
     directory = adapter_directory(Path(source))
     description = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
     settings = config.structured(
@@ -101,34 +119,72 @@ def load(
         [(str(directory / CONFIG_FILE), {name: description[name] for name in ("vision", "language", "qformer")})],
     )
     seen, spoken = settings.vision, settings.language
-    if vision:
+    if isinstance(vision, str):
         seen = dataclasses.replace(seen, name=vision, checkpoint=None)
     if language:
         spoken = dataclasses.replace(spoken, name=language)
     if dtype:
         spoken = dataclasses.replace(spoken, dtype=str(dtype).removeprefix("torch."))
+    if quantization is not None:
+        spoken = dataclasses.replace(spoken, quantization=packed)
     limits = dataclasses.replace(settings.data, max_pixels=description["max_pixels"])
     settings = dataclasses.replace(settings, vision=seen, language=spoken, data=limits)
     tensors = weights.load_tensors(directory / ADAPTER_FILE)
-    towers = (
-        vision_backbone.load_vision(located(settings.vision)),
-        language_backbone.load_language(located(settings.language)),
-    )
+    encoder, settings = _encoder(settings, None if isinstance(vision, str) else vision)
+    towers = (encoder, language_backbone.load_language(located(settings.language)))
     _same_language(towers[1], tensors.pop("language.fingerprint"), description["language"]["name"], settings.language)
     towers[1].profile = Profile.from_dict(description["profile"])
-    size = QFormerSize(**description["size"])
-    if size.vision_width != towers[0].width:
-        raise ConfigError(
-            f"{directory}: the adapter was trained on '{description['vision']['name']}' of width {size.vision_width}, "
-            f"and '{settings.vision.name}' is {towers[0].width} wide; name the encoder it was trained on."
-        )
-    connector = QFormerConnector(QFormer(size), towers[1].width)
-    weights.load_strict(connector, tensors, str(directory / ADAPTER_FILE))
+    trained, size = description["vision"]["name"], QFormerSize(**description["size"])
+    if size.vision_width == encoder.width:
+        connector = QFormerConnector(QFormer(size), towers[1].width)
+        weights.load_strict(connector, tensors, str(directory / ADAPTER_FILE))
+        if trained != settings.vision.name:
+            say(f"{directory}: the adapter was trained on '{trained}' and now reads '{settings.vision.name}'")
+    else:
+        connector = _swapped(directory, tensors, size, towers, (trained, settings.vision.name), strict, say)
     tokenizer = None
     if size.instruction:
         tokenizer = _tokenizer(directory / TOKENIZER_FOLDER)
     model = VLM(towers[0], connector, towers[1], tokenizer, settings)
     return model.to(device).eval() if device else model.eval()
+
+
+def _swapped(
+    directory: Path,
+    tensors: dict[str, Tensor],
+    size: QFormerSize,
+    towers: tuple[FrozenTower | OwnTower, LanguageTower],
+    names: tuple[str, str],
+    strict: bool,
+    say: Callable[[str], None],
+) -> QFormerConnector:
+    """A saved connector behind an encoder of another width: what fits of it, and a report of what was made anew."""
+    encoder, language = towers
+    told = f"was trained on '{names[0]}' of width {size.vision_width}, and '{names[1]}' is {encoder.width} wide"
+    if strict:
+        raise ConfigError(
+            f"{directory}: the adapter {told}; name the encoder it was trained on, or keep what fits and make the rest "
+            f"anew with strict=False."
+        )
+    saved = QFormerConnector(QFormer(size), language.width)
+    weights.load_strict(saved, tensors, str(directory / ADAPTER_FILE))
+    generator = torch.Generator().manual_seed(0)
+    wanted = dataclasses.replace(size, vision_width=encoder.width)
+    connector = QFormerConnector(QFormer(wanted, generator), language.width, generator)
+    say(weights.fill(connector, saved.state_dict(), f"{directory}, which {told}").table())
+    return connector
+
+
+def _encoder(settings: RunConfig, own: Callable[[Tensor], Any] | None) -> tuple[FrozenTower | OwnTower, RunConfig]:
+    """The encoder that the settings name, or one that was brought, under whose name the settings then go."""
+    if own is None:
+        return vision_backbone.load_vision(located(settings.vision)), settings
+    tower = OwnTower(own)
+    return tower, dataclasses.replace(settings, vision=VisionConfig(name=tower.name))
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr)  # noqa: T201
 
 
 def adapter_directory(source: Path) -> Path:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qformer import __version__, weights
 from qformer.assemble import Assembler, Item
 from qformer.backbones.language import LanguageTower
-from qformer.backbones.vision import FrozenTower, VisionSettings
+from qformer.backbones.vision import FrozenTower, OwnTower, VisionSettings
 from qformer.cards import Decoding
 from qformer.config import RunConfig
 from qformer.errors import ConfigError, TrainingError
@@ -42,7 +42,7 @@ class VLM(nn.Module):
 
     def __init__(
         self,
-        vision: FrozenTower,
+        vision: FrozenTower | OwnTower,
         connector: QFormerConnector,
         language: LanguageTower | None,
         instruction_tokenizer: Any | None,

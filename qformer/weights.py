@@ -48,6 +48,16 @@ SHAPE_FIELDS = {
 """`QFormerSize` fields and what BERT's config.json calls them."""
 
 
+HEADINGS = {
+    "loaded": "loaded",
+    "copied": "copied",
+    "made": "made",
+    "unused": "unused",
+    "reshaped": "shape differs",
+}
+"""What the table calls each kind of tensor."""
+
+
 @dataclass(frozen=True)
 class LoadReport:
     """Where each tensor of a started Q-Former comes from, and what of the source was not needed."""
@@ -61,13 +71,15 @@ class LoadReport:
     """Drawn anew: queries and cross-attention."""
     unused: tuple[str, ...]
     """Left in the source, by the source's names."""
+    reshaped: tuple[str, ...] = ()
+    """In the source with another shape, so made anew: the name, the shape found and the shape wanted."""
 
     def table(self) -> str:
         """The report in lines; tensors that differ only in a number or in weight and bias share one."""
         lines = [f"Q-Former from {self.source}"]
-        for kind in ("loaded", "copied", "made", "unused"):
+        for kind in HEADINGS:
             names = getattr(self, kind)
-            lines.append(f"  {kind}: {len(names) or 'nothing'}")
+            lines.append(f"  {HEADINGS[kind]}: {len(names) or 'nothing'}")
             for group, count in Counter(map(_group, names)).items():
                 lines.append(f"    {group}" + (f" ×{count}" if count > 1 else ""))
         return "\n".join(lines)
@@ -210,6 +222,28 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
         told = "; ".join(f"{kind}: {_shortened(names)}" for kind, names in faults.items() if names)
         raise ConfigError(f"{where}: the weights do not fit. {told}.")
     module.load_state_dict(tensors)
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: str, unused: Iterable[str] = ()) -> LoadReport:
+    """Fill a module with what a source has of its tensors; the others stay as they were drawn.
+
+    Args:
+        module: is changed in place; types and devices stay its own.
+        tensors: by the module's names.
+        source: for the report.
+        unused: what else the source holds.
+    """
+    own = module.state_dict()
+    loaded = [name for name in own if name in tensors and tensors[name].shape == own[name].shape]
+    reshaped = [
+        f"{name} {tuple(tensors[name].shape)}, wanted {tuple(own[name].shape)}"
+        for name in own
+        if name in tensors and name not in loaded
+    ]
+    made = [name for name in own if name not in tensors]
+    module.load_state_dict({**own, **{name: tensors[name] for name in loaded}})
+    left = [*(name for name in tensors if name not in own), *unused]
+    return LoadReport(source, tuple(loaded), (), tuple(made), tuple(left), tuple(reshaped))
 
 
 def _take_bert(qformer: QFormer, weights: Mapping[str, Tensor], source: str) -> LoadReport:
