@@ -74,10 +74,12 @@ class VisionConfig:
 class ProfileConfig:
     """What to change in the profile that is read off the LLM's tokenizer; null keeps what was read."""
 
+    name: str | None = None
+    """A shipped profile (`profiles/`) or a YAML file of that form, in place of what is read off the tokenizer."""
     layout: Literal["plain", "chat"] | None = None
     system: str | None = None
     """The system turn of a chat layout; null: none is given, though some templates then put in one of their own;
-    empty: an empty one, which keeps theirs out."""
+    empty: an empty one, which keeps theirs out.  A named profile has one of its own, and with an empty one none."""
     separator: str | None = None
     """Text between prompt and target."""
     opening: list[int] | None = None
@@ -97,6 +99,9 @@ class LanguageConfig:
     pretrained: bool = True
     """False takes the architecture and the tokenizer, and leaves the weights random (tests, timing)."""
     dtype: str = "float32"
+    quantization: dict[str, Any] | None = None
+    """Values of one of transformers' quantisation configs, such as {load_in_4bit: true} (bitsandbytes) or
+    {quant_method: quanto, weights: int8}; null: none.  The adapter stays as it is."""
     gradient_checkpointing: bool = False
     architecture: dict[str, Any] = field(default_factory=dict)
     """Values that take the place of those in the model's config.json (dense_act_fn …)."""

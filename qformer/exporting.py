@@ -159,6 +159,8 @@ def _refuse_rows(model: VLM) -> None:
     profile, transform = model.language.profile, model.settings.vision.eval_transform
     if profile.layout != "plain" or not profile.slots_first:
         _refuse("its processor puts soft tokens before everything, and here they stand inside the user's turn")
+    if profile.decoder_opening:
+        _refuse(f"it starts a decoder with one id, and the profile's decoder_opening is {profile.decoder_opening}")
     if transform.mode != "squash":
         _refuse(f"its processor squashes pictures, and vision.eval_transform.mode is '{transform.mode}'")
 
@@ -180,7 +182,7 @@ def _qformer_config(size: QFormerSize) -> dict[str, Any]:
 
 def _vision(model: VLM) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Config and tensors of transformers' own encoder, without the last norm."""
-    tower: Any = model.vision.model
+    tower: Any = getattr(model.vision, "model", model.vision)
     settings = model.settings.vision
     kind = type(tower).__name__
     if kind not in ("InstructBlipVisionModel", "Blip2VisionModel", "Eva"):

@@ -19,7 +19,7 @@ from qformer.backbones import inside
 from qformer.backbones import language as language_backbone
 from qformer.backbones import vision as vision_backbone
 from qformer.backbones.language import LanguageTower
-from qformer.backbones.vision import FrozenTower
+from qformer.backbones.vision import FrozenTower, OwnTower
 from qformer.checkpoints import (
     PICKLES,
     PROJECTIONS,
@@ -53,23 +53,28 @@ ENCODER_DECODERS = ("t5", "mt5", "umt5", "bart", "mbart", "pegasus")
 Tower = TypeVar("Tower", VisionConfig, LanguageConfig)
 
 
-def build(settings: RunConfig, *, report: Callable[[str], None] = print) -> VLM:
+def build(
+    settings: RunConfig, *, vision: Callable[[Tensor], Any] | None = None, report: Callable[[str], None] = print
+) -> VLM:
     """Towers and a fresh connector as the settings say; reports what the Q-Former's start was made of.
+
+    `vision` is an encoder of one's own in place of the settings', a callable with a `width` (see `OwnTower`).
 
     Raises:
         ConfigError: an unknown tower, sizes that do not fit; before any weight is read where that can be told.
     """
-    vision_backbone.check_vision(located(settings.vision))
-    vision = vision_backbone.load_vision(located(settings.vision))
+    if vision is None:
+        vision_backbone.check_vision(located(settings.vision))
+    encoder, settings = _encoder(settings, vision)
     language = language_backbone.load_language(located(settings.language))
     given = settings.qformer
     generator = torch.Generator().manual_seed(settings.seed)
     if isinstance(given.init, list | tuple):
-        return _build_from_sources(settings, vision, language, generator, report)
+        return _build_from_sources(settings, encoder, language, generator, report)
     if given.init is not None:
         qformer, table = weights.start_from_bert(
             resources.located(given.init),
-            vision_width=vision.width,
+            vision_width=encoder.width,
             queries=given.queries,
             cross_attention_every=given.cross_attention_every,
             instruction=given.instruction,
@@ -86,7 +91,7 @@ def build(settings: RunConfig, *, report: Callable[[str], None] = print) -> VLM:
     tokenizer = instruction_tokenizer(given)
     if qformer is None:
         size = QFormerSize(
-            vision_width=vision.width,
+            vision_width=encoder.width,
             hidden=given.hidden or 768,
             layers=given.layers or 12,
             heads=given.heads or 12,
@@ -102,12 +107,12 @@ def build(settings: RunConfig, *, report: Callable[[str], None] = print) -> VLM:
     connector = QFormerConnector(qformer, language.width, generator=generator)
     if given.soft_scale == "embeddings":
         _scale_soft_tokens(connector, language.embedding_norm(), generator)
-    return VLM(vision, connector, language, tokenizer, settings)
+    return VLM(encoder, connector, language, tokenizer, settings)
 
 
 def _build_from_sources(
     settings: RunConfig,
-    vision: FrozenTower,
+    vision: FrozenTower | OwnTower,
     language: LanguageTower,
     generator: torch.Generator,
     report: Callable[[str], None],
@@ -154,7 +159,7 @@ def _read_source(name: str) -> Source:
 
 def load(
     source: str | Path,
-    vision: str | VisionConfig | None = None,
+    vision: str | VisionConfig | Callable[[Tensor], Any] | None = None,
     language: str | LanguageConfig | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
@@ -171,31 +176,34 @@ def load(
         source: a directory written by `save` or a run directory; a directory or hub id of a transformers InstructBLIP
             or BLIP-2; a .pth file of LAVIS, which needs both towers named.
         vision: where the encoder is, if elsewhere than in training or in the source: a name, a file of LAVIS'
-            EVA-CLIP-g (eva_vit_g.pth), or settings.
+            EVA-CLIP-g (eva_vit_g.pth), settings, or an encoder of one's own (`OwnTower`).
         language: where the LLM is, likewise.
         device: where to put it all.
         dtype: of the frozen LLM.
-        quantization: of the frozen LLM.
+        quantization: of the frozen LLM, as `language.quantization` or one of transformers' configs; {} for none.
         instruction_tokenizer: what the Q-Former reads with, where the source does not bring it.
         revision: of a hub id.
-        strict: whether every tensor of the adapter must be in the source; otherwise the others are made anew.
-        report: is given the table of what was loaded; by default it goes to the standard error stream.
+        strict: whether every tensor of the adapter must be in the source, and the encoder as wide as in training;
+            otherwise what is missing or depends on its width (the norm behind it, the keys and values of the
+            cross-attentions) is made anew, the rest kept.
+        report: is given what was loaded from where, and what was made anew; by default it goes to standard error.
 
     Raises:
         ConfigError: nothing to load there, files that are broken, weights that do not fit, or another LLM than the
             adapter was trained with (use `qformer.plug` to carry an adapter to another LLM).
     """
-    if quantization is not None:
-        raise ConfigError("load: quantization of the LLM is not supported yet; leave it out.")
     say = report or _to_stderr
-    named = Named(vision, language, str(dtype).removeprefix("torch.") if dtype else None, revision)
+    spoken: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")} if dtype else {}
+    if quantization is not None:
+        spoken["quantization"] = language_backbone.quantization_values(quantization)
+    named = Named(vision, language, spoken, revision)
     path = place(source, revision)
     if path.is_file():
         published = read_lavis(path)
     elif _is_published(path):
         published = read_transformers(path, str(source))
     else:
-        model = _load_saved(path, named, say)
+        model = _load_saved(path, named, strict, say)
         return model.to(device).eval() if device else model.eval()
     model = _load_published(published, named, instruction_tokenizer, strict, say)
     return model.to(device).eval() if device else model.eval()
@@ -205,16 +213,22 @@ def load(
 class Named:
     """What the caller of `load` says about the towers."""
 
-    vision: str | VisionConfig | None
+    vision: str | VisionConfig | Callable[[Tensor], Any] | None
     language: str | LanguageConfig | None
-    dtype: str | None
+    changes: dict[str, Any]
+    """Of the LLM's settings."""
     revision: str | None
+
+    @property
+    def encoder(self) -> Callable[[Tensor], Any] | None:
+        """An encoder of the caller's own."""
+        return None if isinstance(self.vision, str | VisionConfig | None) else self.vision
 
     def seen(self, own: VisionConfig) -> VisionConfig:
         """The encoder's settings: the caller's own, or those around the adapter under the caller's name."""
         if isinstance(self.vision, VisionConfig):
             return self.vision
-        if self.vision is None:
+        if not isinstance(self.vision, str):
             return own
         if Path(self.vision).suffix in PICKLES:
             return dataclasses.replace(own, name=EVA_CLIP_G, checkpoint=self.vision, revision=None)
@@ -225,10 +239,10 @@ class Named:
         chosen = self.language
         if not isinstance(chosen, LanguageConfig):
             chosen = own if chosen is None else dataclasses.replace(own, name=chosen, revision=None)
-        return dataclasses.replace(chosen, dtype=self.dtype) if self.dtype else chosen
+        return dataclasses.replace(chosen, **self.changes)
 
 
-def _load_saved(path: Path, named: Named, say: Callable[[str], None]) -> VLM:
+def _load_saved(path: Path, named: Named, strict: bool, say: Callable[[str], None]) -> VLM:
     directory = adapter_directory(path)
     description = _description(directory)
     settings = config.structured(
@@ -240,14 +254,19 @@ def _load_saved(path: Path, named: Named, say: Callable[[str], None]) -> VLM:
         settings, vision=named.seen(settings.vision), language=named.spoken(settings.language), data=limits
     )
     tensors = weights.load_tensors(directory / ADAPTER_FILE)
-    towers = _towers(settings)
-    _same_language(towers[1], tensors.pop("language.fingerprint"), description["language"]["name"], settings.language)
-    towers[1].profile = Profile.from_dict(description["profile"])
-    size = QFormerSize(**description["size"])
-    _same_width(towers[0].width, size, str(directory), description["vision"]["name"], settings.vision.name)
-    connector = QFormerConnector(QFormer(size), towers[1].width, norm_eps=description.get("norm_eps", 1e-5))
+    towers, settings = _towers(settings, named.encoder)
+    encoder, language = towers
+    _same_language(language, tensors.pop("language.fingerprint"), description["language"]["name"], settings.language)
+    language.profile = Profile.from_dict(description["profile"])
+    trained, size = description["vision"]["name"], QFormerSize(**description["size"])
+    connector = QFormerConnector(QFormer(size), language.width, norm_eps=description.get("norm_eps", 1e-5))
     weights.load_strict(connector, tensors, str(directory / ADAPTER_FILE))
-    say(LoadReport(str(directory), tuple(tensors), (), (), ()).line())
+    if size.vision_width != encoder.width:
+        connector = _swapped(directory, connector, encoder.width, (trained, settings.vision.name), strict, say)
+    else:
+        if trained != settings.vision.name:
+            say(f"{directory}: the adapter was trained on '{trained}' and now reads '{settings.vision.name}'")
+        say(LoadReport(str(directory), tuple(tensors), (), (), ()).line())
     tokenizer = _own_tokenizer(directory) if size.instruction else None
     model = VLM(towers[0], connector, towers[1], tokenizer, settings)
     model.recipe = description.get("recipe", {})
@@ -275,14 +294,18 @@ def _load_published(
     published: Published, named: Named, tokenizer: str | Path | None, strict: bool, say: Callable[[str], None]
 ) -> VLM:
     size, directory = published.size, published.directory
-    if directory is None and not (named.vision and named.language):
+    if directory is None and not (named.vision is not None and named.language):
         raise ConfigError(
             f"{published.source}: a file of LAVIS holds the adapter alone; name both towers, as in "
             f"load(..., vision='eva_vit_g.pth', language='google/flan-t5-xl')."
         )
     preset = presets.load("transformers" if directory else PROJECTIONS.get(published.projection or "", "lavis_t5"))
     seen = named.seen(dataclasses.replace(preset.vision, name=published.source, revision=named.revision))
-    if not isinstance(named.vision, VisionConfig) and inside.is_whole(seen.name, seen.revision):
+    if (
+        named.encoder is None
+        and not isinstance(named.vision, VisionConfig)
+        and inside.is_whole(seen.name, seen.revision)
+    ):
         seen = dataclasses.replace(seen, block=None)
     spoken = named.spoken(dataclasses.replace(preset.language, name=published.source, revision=named.revision))
     if directory is not None and not isinstance(named.language, LanguageConfig):
@@ -302,10 +325,12 @@ def _load_published(
         instruction_limit=min(preset.qformer.instruction_limit, size.positions),
     )
     settings = RunConfig(vision=seen, language=spoken, qformer=read)
-    towers = _towers(settings)
-    _same_width(towers[0].width, size, published.source, "its own encoder", seen.name)
+    towers, settings = _towers(settings, named.encoder)
+    if strict:
+        _same_width(towers[0].width, published.source, size, settings.vision.name)
     _fits_language(published, towers[1], spoken)
     generator = torch.Generator().manual_seed(settings.seed)
+    size = dataclasses.replace(size, vision_width=towers[0].width)
     connector = QFormerConnector(QFormer(size, generator), towers[1].width, generator, published.norm_eps)
     table = weights.fill(connector, published.tensors, published.source, published.unused)
     lacking = [*table.made, *table.reshaped]
@@ -351,11 +376,11 @@ def _fits_language(published: Published, tower: LanguageTower, spoken: LanguageC
         )
 
 
-def _same_width(found: int, size: QFormerSize, where: str, trained: str, given: str) -> None:
+def _same_width(found: int, source: str, size: QFormerSize, given: str) -> None:
     if size.vision_width != found:
         raise ConfigError(
-            f"{where}: the adapter was trained on '{trained}' of width {size.vision_width}, and '{given}' is {found} "
-            f"wide; name the encoder it was trained on."
+            f"{source}: its adapter reads an encoder of width {size.vision_width}, and '{given}' is {found} wide; name "
+            f"the encoder it was trained on, or keep what fits and make the rest anew with strict=False."
         )
 
 
@@ -377,12 +402,14 @@ def _published_tokenizer(
     )
 
 
-def _towers(settings: RunConfig) -> tuple[FrozenTower, LanguageTower]:
-    vision_backbone.check_vision(located(settings.vision))
-    return (
-        vision_backbone.load_vision(located(settings.vision)),
-        language_backbone.load_language(located(settings.language)),
-    )
+def _towers(
+    settings: RunConfig, own: Callable[[Tensor], Any] | None = None
+) -> tuple[tuple[FrozenTower | OwnTower, LanguageTower], RunConfig]:
+    """Both towers, and the settings with the name of an encoder that was brought."""
+    if own is None:
+        vision_backbone.check_vision(located(settings.vision))
+    encoder, settings = _encoder(settings, own)
+    return (encoder, language_backbone.load_language(located(settings.language))), settings
 
 
 def _is_published(path: Path) -> bool:
@@ -418,6 +445,37 @@ def read_adapter(source: str | Path) -> tuple[dict[str, Tensor], QFormerSize, st
     if lacking:
         raise ConfigError(f"{source}: the adapter is not whole; missing: {weights.shortened(lacking)}.")
     return tensors, size, given or lavis_projection(encoder_decoder=writes, instruction=size.instruction), eps
+
+
+def _swapped(
+    directory: Path,
+    saved: QFormerConnector,
+    width: int,
+    names: tuple[str, str],
+    strict: bool,
+    say: Callable[[str], None],
+) -> QFormerConnector:
+    """A saved connector behind an encoder of another width: what fits of it, and a report of what was made anew."""
+    size = saved.size
+    told = f"was trained on '{names[0]}' of width {size.vision_width}, and '{names[1]}' is {width} wide"
+    if strict:
+        raise ConfigError(
+            f"{directory}: the adapter {told}; name the encoder it was trained on, or keep what fits and make the rest "
+            f"anew with strict=False."
+        )
+    generator = torch.Generator().manual_seed(0)
+    wanted = dataclasses.replace(size, vision_width=width)
+    connector = QFormerConnector(QFormer(wanted, generator), saved.language_width, generator, saved.norm.eps)
+    say(weights.fill(connector, saved.state_dict(), f"{directory}, which {told}").table())
+    return connector
+
+
+def _encoder(settings: RunConfig, own: Callable[[Tensor], Any] | None) -> tuple[FrozenTower | OwnTower, RunConfig]:
+    """The encoder that the settings name, or one that was brought, under whose name the settings then go."""
+    if own is None:
+        return vision_backbone.load_vision(located(settings.vision)), settings
+    tower = OwnTower(own)
+    return tower, dataclasses.replace(settings, vision=VisionConfig(name=tower.name))
 
 
 def adapter_directory(source: Path) -> Path:

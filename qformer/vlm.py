@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qformer import __version__, exporting, modelcard, weights
 from qformer.assemble import Assembler, Item
 from qformer.backbones.language import LanguageTower
-from qformer.backbones.vision import FrozenTower, VisionSettings
+from qformer.backbones.vision import FrozenTower, OwnTower, VisionSettings
 from qformer.cards import Decoding
 from qformer.config import RunConfig
 from qformer.errors import ConfigError, TrainingError
@@ -46,7 +46,7 @@ class VLM(nn.Module):
 
     def __init__(
         self,
-        vision: FrozenTower,
+        vision: FrozenTower | OwnTower,
         connector: QFormerConnector,
         language: LanguageTower | None,
         instruction_tokenizer: Any | None,

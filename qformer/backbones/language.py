@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -30,7 +31,6 @@ FINGERPRINT_ROWS = 64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 LEAST_SHARE = 0.9
 """Of a table of embeddings, what the ids of its own tokenizer fill; tables are padded, by a few hundred rows."""
-OVERFLOWS_IN_HALF = ("t5", "mt5", "umt5")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +141,14 @@ class LanguageTower(nn.Module):
             labels=_padded(labels, -1, left).to(self.device),
         )
 
+    def _check_length(self, length: int) -> None:
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if limit is not None and length > limit:
+            raise DataError(
+                f"a row takes {length} positions (soft tokens, prompt and answer), and the LLM has {limit}; lower "
+                f"language.instruction_limit, language.target_limit, qformer.queries or decoding.max_new_tokens."
+            )
+
     # -- scoring ------------------------------------------------------------------------------------------------------
 
     def log_likelihood(self, soft: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
@@ -197,11 +205,11 @@ class LanguageTower(nn.Module):
     def ranks(self) -> str:
         """How candidates are scored: "packed", "behind" or "apart", see `qformer.backbones.ranking`.
 
-        The first way that scores two prompts of unlike length, with candidates that begin alike, as whole rows do:
-        asked of the model, since some masks, positions and caches allow no more.
+        The first way that scores two prompts of unlike length, with candidates that begin alike and then branch, as
+        whole rows do: asked of the model, since some masks, positions and caches allow no more.
         """
         soft = self._embeddings(torch.arange(2, device=self.device)[None])
-        candidates = ((7,), (8, 9, 10), (8, 9, 11))
+        candidates = ((7,), (8, 9, 10), (8, 11, 12, 13))
         groups = [Group((Slot(0), Text(ids)), candidates) for ids in ((3, 4, 5), (6,))]
         wanted = self._apart(soft, groups)
         near = 1e-3 if self.dtype in (torch.float32, torch.float64) else 0.05
@@ -391,14 +399,6 @@ class DecoderOnly(LanguageTower):
             given["position_ids"] = positions
         return given
 
-    def _check_length(self, length: int) -> None:
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        if limit is not None and length > limit:
-            raise DataError(
-                f"a row takes {length} positions (soft tokens, prompt and answer), and the LLM has {limit}; lower "
-                f"language.instruction_limit, language.target_limit, qformer.queries or decoding.max_new_tokens."
-            )
-
     def _logits(self, given: dict[str, Any], predicting: Tensor) -> Tensor:
         """Which positions (R, S) predict a token that is wanted -> their logits (…, vocabulary), row by row."""
         if self._head_stands_alone:
@@ -440,7 +440,7 @@ class EncoderDecoder(LanguageTower):
         """Soft tokens (N, Q, L) -> (R,) sums and (R,) counts.
 
         Raises:
-            DataError: a row with another number of trained spans than one, at its end.
+            DataError: a row with another number of trained spans than one, at its end, or too long for the LLM.
         """
         for row in rows:
             trained = [isinstance(piece, Text) and piece.trained for piece in row]
@@ -453,12 +453,19 @@ class EncoderDecoder(LanguageTower):
         return self._decoded(read, mask, targets), torch.tensor([len(ids) for ids in targets], device=self.device)
 
     def generate(self, soft: Tensor, rows: Sequence[Row], **decoding: Any) -> list[str]:
-        """One answer per row; `decoding`: the fields of `qformer.cards.Decoding`."""
+        """One answer per row; `decoding`: the fields of `qformer.cards.Decoding`.
+
+        Raises:
+            DataError: a prompt, or what is to be written, is too long for the LLM.
+        """
+        settings = self._decoding(decoding)
+        starts = self._starts(len(rows))
         joined = self._join(soft, self._closed(rows))
-        given = {"inputs_embeds": joined.inputs, "attention_mask": joined.mask}
+        self._check_length(max(joined.mask.shape[1], starts.shape[1] + settings["max_new_tokens"]))
+        given = {"inputs_embeds": joined.inputs, "attention_mask": joined.mask, "decoder_input_ids": starts}
         with self._answering():
-            generated = self.model.generate(**given, **self._decoding(decoding))
-        return self._answers(generated[:, 1:])  # column 0 is the decoder's start
+            generated = self.model.generate(**given, **settings)
+        return self._answers(generated[:, starts.shape[1] :])
 
     def _behind(self, soft: Tensor, groups: Sequence[Group]) -> Tensor:
         from transformers import DynamicCache, EncoderDecoderCache
@@ -484,6 +491,7 @@ class EncoderDecoder(LanguageTower):
     def _encoded(self, soft: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         """What the encoder makes of prompts (R, S, L), padded on the right, and the mask (R, S)."""
         joined = self._join(soft, self._closed(rows))
+        self._check_length(joined.mask.shape[1])
         encoder = self.model.get_encoder()
         return encoder(inputs_embeds=joined.inputs, attention_mask=joined.mask).last_hidden_state, joined.mask
 
@@ -491,17 +499,19 @@ class EncoderDecoder(LanguageTower):
         """(R,) sums of log p of targets, written behind the decoder's start as `generate` does."""
         labels = _padded(targets, -1).to(self.device)
         fed = torch.cat([self._starts(len(labels)), labels[:, :-1].clamp(min=0)], dim=1)
-        logits = self._written(read, mask, fed)
+        logits = self._written(read, mask, fed)[:, -labels.shape[1] :]
         return (token_log_likelihood(logits, labels.clamp(min=0)) * (labels >= 0)).sum(1)
 
     def _starts(self, rows: int) -> Tensor:
-        """(R, 1) of the id that a decoder starts with."""
-        return torch.full((rows, 1), self.model.generation_config.decoder_start_token_id, device=self.device)
+        """(R, D) ids that a decoder is given: the one it starts with, and what the profile has behind it."""
+        ids = (self.model.generation_config.decoder_start_token_id, *self.profile.decoder_opening)
+        return torch.tensor([ids] * rows, device=self.device)
 
     def _written(self, read: Tensor, mask: Tensor, fed: Tensor, cache: Any | None = None) -> Tensor:
         """Logits (R, T, vocabulary) of the decoder behind ids (R, T), and behind what the cache holds."""
         from transformers.modeling_outputs import BaseModelOutput
 
+        self._check_length(fed.shape[1])
         return self.model(
             encoder_outputs=BaseModelOutput(last_hidden_state=read),
             attention_mask=mask,
@@ -549,8 +559,8 @@ def load_language(settings: LanguageConfig) -> LanguageTower:
     """The LLM that the settings name, frozen.
 
     Raises:
-        ConfigError: no such model, weights that are not all there, a tokenizer of another model, an unknown dtype, or
-            T5 in float16 (it overflows).
+        ConfigError: no such model, weights that are not all there, a tokenizer of another model, an unknown dtype, T5
+            in float16 (it overflows), or a quantisation that cannot be had here.
     """
     import transformers
 
@@ -560,18 +570,24 @@ def load_language(settings: LanguageConfig) -> LanguageTower:
     tower = inside.language(config)
     config = config if tower is None else tower.config
     _rebuilt(config, settings)
-    if config.model_type in OVERFLOWS_IN_HALF and settings.dtype == "float16":
+    if settings.dtype == "float16" and _overflows_in_half(config):
         raise ConfigError(
             "language.dtype is float16, and T5 overflows in it (it was trained in bfloat16); use bfloat16 or float32."
         )
     tokenizer, profile = load_profile(settings)
     auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+    if settings.quantization and not settings.pretrained:
+        raise ConfigError(
+            "language.quantization is set and language.pretrained is false; quantise weights that are read."
+        )
     if settings.pretrained:
-        more = {"config": config} if tower is None else tower.arguments
-        with nullcontext() if tower is None else inside.unreported():
-            model, loaded = _read(
-                settings, auto.__name__, dtype=DTYPES[settings.dtype], output_loading_info=True, **more
-            )
+        dtype, more = DTYPES[settings.dtype], {"config": config} if tower is None else tower.arguments
+        more = {**more, **_quantized(settings)}
+        try:
+            with nullcontext() if tower is None else inside.unreported():
+                model, loaded = _read(settings, auto.__name__, dtype=dtype, output_loading_info=True, **more)
+        except ImportError as error:
+            raise _no_quantization(settings, error) from None
         if loaded["missing_keys"]:
             raise ConfigError(
                 f"language.name is '{settings.name}', and its weights lack {len(loaded['missing_keys'])} of "
@@ -604,6 +620,55 @@ def _rebuilt(config: Any, settings: LanguageConfig) -> None:
                 f"one that is there."
             )
         setattr(config, name, value)
+
+
+def quantization_values(given: Any) -> dict[str, Any] | None:
+    """What `language.quantization` holds of a dict or one of transformers' quantisation configs; None for an empty one.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    values = given.to_dict() if hasattr(given, "to_dict") else given
+    try:
+        plain = json.loads(json.dumps(values))
+    except (TypeError, ValueError):
+        plain = None
+    if not isinstance(plain, dict):
+        raise ConfigError(
+            f"quantization is {given!r}; it takes one of transformers' quantisation configs, or its values, such as "
+            f"{{'load_in_4bit': True}} or {{'quant_method': 'quanto', 'weights': 'int8'}}."
+        )
+    return plain or None
+
+
+def _quantized(settings: LanguageConfig) -> dict[str, Any]:
+    """The argument that has transformers quantise weights as it reads them."""
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    if not settings.quantization:
+        return {}
+    try:
+        return {"quantization_config": AutoQuantizationConfig.from_dict(dict(settings.quantization))}
+    except (ImportError, ValueError, TypeError, AttributeError) as error:
+        raise _no_quantization(settings, error) from None
+
+
+def _no_quantization(settings: LanguageConfig, error: Exception) -> ConfigError:
+    asked = "has weights quantised already" if settings.quantization is None else f"asks for {settings.quantization}"
+    return ConfigError(
+        f"language.quantization: '{settings.name}' {asked}, which cannot be had here "
+        f"({str(error).strip().splitlines()[0]}); install what is named there, or take another quantisation or none."
+    )
+
+
+def _overflows_in_half(config: Any) -> bool:
+    """Whether transformers itself keeps the feed-forwards' outputs of such a model out of float16, as T5's, which were
+    trained in bfloat16 and grow beyond it.
+    """
+    from transformers import AutoModelForSeq2SeqLM
+
+    kind = AutoModelForSeq2SeqLM._model_mapping.get(type(config), None) if config.is_encoder_decoder else None
+    return "wo" in (getattr(kind, "_keep_in_fp32_modules", None) or ())
 
 
 def same_language(first: Tensor, second: Tensor) -> bool:

@@ -48,6 +48,66 @@ class VisionSettings:
     patch: int = 1
 
 
+OWN = "callable:"
+"""What the name of an encoder begins with that was given as a callable."""
+
+
+class OwnTower(nn.Module):
+    """An encoder that a user brings, frozen if it has weights: pictures, audio, sensors, anything.
+
+    A callable with `width` (V) that takes B signals, as they stand in `Batch.pixels`, and gives `Tokens` or a tensor
+    (B, P, V).  For pictures out of files it also has `settings`, a `VisionSettings`.
+    """
+
+    def __init__(self, encoder: Any):
+        super().__init__()
+        kind = getattr(encoder, "name", None) or getattr(encoder, "__qualname__", type(encoder).__qualname__)
+        width = getattr(encoder, "width", None)
+        if not isinstance(width, int):
+            raise ConfigError(
+                f"the encoder '{kind}' was given as a callable, and its width is {width}; give it an attribute "
+                f"`width`, the length of its tokens."
+            )
+        self.encoder, self.width, self.name, self.revision = encoder, width, f"{OWN}{kind}", None
+        self.requires_grad_(False)
+        self.eval()
+
+    @property
+    def settings(self) -> VisionSettings:
+        """How its pictures are to be made.
+
+        Raises:
+            ConfigError: it does not say.
+        """
+        found = getattr(self.encoder, "settings", None)
+        if found is None:
+            raise ConfigError(
+                f"the encoder '{self.name}' does not say how pictures are made for it; give it an attribute `settings` "
+                f"(a VisionSettings), or make batches of its signals by hand."
+            )
+        return cast(VisionSettings, found)
+
+    def train(self, mode: bool = True) -> OwnTower:
+        """Frozen in mode too."""
+        return super().train(False)
+
+    def forward(self, signals: Tensor) -> Tokens:
+        """Signals (B, …) -> tokens (B, P, V).
+
+        Raises:
+            ConfigError: it gives something else.
+        """
+        found = self.encoder(signals)
+        tokens = found if isinstance(found, Tokens) else Tokens(found)
+        shape = tuple(getattr(tokens.values, "shape", ()))
+        if len(shape) != 3 or shape[0] != len(signals) or shape[2] != self.width:
+            raise ConfigError(
+                f"the encoder '{self.name}' gave {shape or type(found).__name__} for {len(signals)} signals; it is to "
+                f"give tokens ({len(signals)}, P, {self.width}), as its width says."
+            )
+        return tokens
+
+
 class FrozenTower(nn.Module):
     """A frozen model and the way to its tokens; stays in evaluation mode.  `settings`: the pictures it wants."""
 
@@ -83,6 +143,11 @@ def kind_of(config: VisionConfig) -> Literal["timm", "transformers"]:
     import timm
 
     name = config.name
+    if name.startswith(OWN):
+        raise ConfigError(
+            f"vision.name is '{name}', an encoder that was given as a callable; give it again, as in "
+            f"load(..., vision=encoder)."
+        )
     folder = Path(name)
     if folder.is_dir():
         file = folder / "config.json"
