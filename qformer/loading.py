@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from qformer import config, modelcard, presets, resources, starting, weights
+from qformer import config, presets, resources, starting, weights
 from qformer.backbones import inside
 from qformer.backbones import language as language_backbone
 from qformer.backbones import vision as vision_backbone
@@ -271,7 +271,7 @@ def _load_saved(path: Path, named: Named, strict: bool, say: Callable[[str], Non
     model = VLM(towers[0], connector, towers[1], tokenizer, settings)
     model.recipe = description.get("recipe", {})
     if directory.parent.name == "checkpoints":
-        model.scores = modelcard.read_scores(directory.parent.parent)
+        model.run = directory.parent.parent
     return model
 
 

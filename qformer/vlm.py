@@ -60,8 +60,8 @@ class VLM(nn.Module):
         self.objective: Objective = objective or AnswerLikelihood()
         self.recipe: dict[str, Any] = modelcard.trained(settings)
         """Data and recipe of its tuning, as the model card tells them; carried from save to load."""
-        self.scores: list[dict[str, Any]] = []
-        """Of the run it was loaded from."""
+        self.run: Path | None = None
+        """The run it was loaded from; its scores go into the model card."""
 
     # -- one forward pass ---------------------------------------------------------------------------------------------
 
@@ -310,7 +310,8 @@ class VLM(nn.Module):
             "recipe": self.recipe,
         }
         (directory / CONFIG_FILE).write_text(json.dumps(description, indent=2), encoding="utf-8")
-        card = modelcard.text(self.settings, self.connector.size, self.recipe, self.scores)
+        scores = modelcard.read_scores(self.run) if self.run is not None else []
+        card = modelcard.text(self.settings, self.connector.size, self.recipe, scores)
         (directory / CARD_FILE).write_text(card, encoding="utf-8")
         if self.instruction_tokenizer is not None and not isinstance(self.instruction_tokenizer, MissingTokenizer):
             self.instruction_tokenizer.save_pretrained(directory / TOKENIZER_FOLDER)

@@ -243,15 +243,17 @@ def test_lavis_here_and_back_is_tensor_equal(folder: Path, tmp_path: Path) -> No
         assert torch.equal(back[name], tensor), name
 
 
-def test_an_exported_model_answers_alike_through_the_processor(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "projection"), [("llama", "llm_proj"), ("t5", "t5_proj")])
+def test_an_exported_model_answers_alike_through_the_processor(
+    folder: Path, tmp_path: Path, family: str, projection: str
+) -> None:
     from PIL import Image
     from transformers import InstructBlipForConditionalGeneration, InstructBlipProcessor
 
-    file = write(tmp_path / "x.pth", {"model": lavis(connector())})
     reader = tiny_published(folder, "llama") / "qformer_tokenizer"
     size = QFormerSize(**{**vars(SIZE), "vocabulary": len(loading._tokenizer(reader))})
-    file = write(tmp_path / "x.pth", {"model": lavis(connector(size))})
-    ours = loaded(file, **towers(folder), instruction_tokenizer=reader)
+    file = write(tmp_path / "x.pth", {"model": lavis(connector(size), projection)})
+    ours = loaded(file, **towers(folder, family), instruction_tokenizer=reader)
     notes = ours.export_transformers(tmp_path / "whole")
     assert ["epsilon 1e-06" in note for note in notes] == [True]
     theirs = InstructBlipForConditionalGeneration.from_pretrained(tmp_path / "whole").eval()
@@ -259,12 +261,14 @@ def test_an_exported_model_answers_alike_through_the_processor(folder: Path, tmp
     picture, prompt = Image.new("RGB", (50, 41), (200, 30, 90)), "what colour is it"
     given = processor(images=picture, text=prompt, return_tensors="pt")
     assert (given["input_ids"] == theirs.config.image_token_id).sum() == QUERIES
+    front = given["input_ids"].shape[1] if family == "llama" else 1
     for decoding in ({}, {"num_beams": 3}):
         with torch.no_grad():
             ids = theirs.generate(**given, max_new_tokens=8, min_new_tokens=1, do_sample=False, **decoding)
-        new = ids[0, given["input_ids"].shape[1] :]
         [answer] = ours.generate([picture], [prompt], max_new_tokens=8, **decoding)
-        assert processor.tokenizer.decode(new, skip_special_tokens=True).strip() == answer and answer
+        assert processor.tokenizer.decode(ids[0, front:], skip_special_tokens=True).strip() == answer and answer
+    if family == "t5":
+        assert theirs.language_model.config.dense_act_fn == "gelu"
     assert loaded(tmp_path / "whole").connector.norm.eps == 1e-5
 
 
@@ -383,6 +387,20 @@ def test_a_tokenizer_with_fewer_ids_than_the_embedding_is_refused(folder: Path, 
         ConfigError, match=r"has \d+ words and the Q-Former 3000 word embeddings; use the tokenizer that"
     ):
         loaded(file, **towers(folder), instruction_tokenizer=reader)
+
+
+def test_an_llm_with_the_tokenizer_of_another_is_refused(folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    directory = tiny_llm(tmp_path / "llm", "llama")
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    model.resize_token_embeddings(600, mean_resizing=False)
+    model.save_pretrained(directory)
+    file = write(tmp_path / "x.pth", {"model": lavis(connector())})
+    with pytest.raises(
+        ConfigError, match=r"its tokenizer has \d+ words and the model 600 embeddings, so it is another"
+    ):
+        loaded(file, vision=towers(folder)["vision"], language=str(directory))
 
 
 def test_a_hub_id_without_network_is_refused(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_the_card_names_towers_data_recipe_and_scores(model: qformer.VLM, tmp_pa
     assert "base_model: [google/flan-t5-xl]" in modelcard.text(named, model.connector.size, {}, [])
     (tmp_path / "run" / "eval" / "colours.json").write_text("{")
     with pytest.raises(DataError, match="cannot be read as JSON"):
-        qformer.load(tmp_path / "run", report=str)
+        again.save(tmp_path / "adapter")
 
 
 def test_the_export_command_writes_both_forms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
