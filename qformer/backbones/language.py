@@ -665,9 +665,9 @@ def _overflows_in_half(config: Any) -> bool:
     """Whether transformers itself keeps the feed-forwards' outputs of such a model out of float16, as T5's, which were
     trained in bfloat16 and grow beyond it.
     """
-    from transformers import AutoModelForSeq2SeqLM
+    from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
-    kind = AutoModelForSeq2SeqLM._model_mapping.get(type(config), None) if config.is_encoder_decoder else None
+    kind = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING.get(type(config), None)
     return "wo" in (getattr(kind, "_keep_in_fp32_modules", None) or ())
 
 
