@@ -150,9 +150,9 @@ def read_transformers(directory: Path, source: str) -> Published:
     described = read_config(directory, source)
     form: Form = described["model_type"]
     theirs = {
-        name.removeprefix("model."): tensor
+        re.sub(r"^(model\.)?(embeddings\.|)", lambda found: "qformer." * bool(found[2]) + found[2], name): tensor
         for name, tensor in weights.read_weights(directory, source, _is_of_adapter).items()
-    }
+    }  # the model for retrieval (stage 1) keeps its words outside its Q-Former
     if "query_tokens" not in theirs:
         raise ConfigError(f"{source}: its weights hold no query_tokens, so they are of no {form} model.")
     size = _agreed(_measured(theirs, form, source), described, source)

@@ -47,8 +47,6 @@ EVA_CLIP_G = "eva_giant_patch14_clip_224"
 
 DESCRIBED = ("vision", "language", "qformer", "max_pixels", "size", "profile")
 """What an adapter's config.json must say."""
-ENCODER_DECODERS = ("t5", "mt5", "umt5", "bart", "mbart", "pegasus")
-"""Whose config.json may leave out is_encoder_decoder."""
 
 Tower = TypeVar("Tower", VisionConfig, LanguageConfig)
 
@@ -153,7 +151,7 @@ def _read_source(name: str) -> Source:
         )
     directory = adapter_directory(path)
     tensors, size, _, eps = read_adapter(directory)
-    fingerprint = weights.load_tensors(directory / ADAPTER_FILE, "language.fingerprint".__eq__)["language.fingerprint"]
+    fingerprint = _saved_tensors(directory)[1]
     return Source(name, tensors, dataclasses.asdict(size), norm_eps=eps, fingerprint=fingerprint)
 
 
@@ -253,10 +251,10 @@ def _load_saved(path: Path, named: Named, strict: bool, say: Callable[[str], Non
     settings = dataclasses.replace(
         settings, vision=named.seen(settings.vision), language=named.spoken(settings.language), data=limits
     )
-    tensors = weights.load_tensors(directory / ADAPTER_FILE)
+    tensors, fingerprint = _saved_tensors(directory)
     towers, settings = _towers(settings, named.encoder)
     encoder, language = towers
-    _same_language(language, tensors.pop("language.fingerprint"), description["language"]["name"], settings.language)
+    _same_language(language, fingerprint, description["language"]["name"], settings.language)
     language.profile = Profile.from_dict(description["profile"])
     trained, size = description["vision"]["name"], QFormerSize(**description["size"])
     connector = QFormerConnector(QFormer(size), language.width, norm_eps=description.get("norm_eps", 1e-5))
@@ -284,6 +282,14 @@ def _description(directory: Path) -> dict[str, Any]:
     return described
 
 
+def _saved_tensors(directory: Path) -> tuple[dict[str, Tensor], Tensor]:
+    """An adapter's tensors, and the fingerprint of the LLM it was trained with."""
+    tensors = weights.load_tensors(directory / ADAPTER_FILE)
+    if "language.fingerprint" not in tensors:
+        raise ConfigError(f"{directory / ADAPTER_FILE}: it lacks language.fingerprint; save the adapter again.")
+    return tensors, tensors.pop("language.fingerprint")
+
+
 def _own_tokenizer(directory: Path) -> Any:
     if (directory / TOKENIZER_FOLDER).is_dir():
         return _tokenizer(directory / TOKENIZER_FOLDER)
@@ -299,7 +305,7 @@ def _load_published(
             f"{published.source}: a file of LAVIS holds the adapter alone; name both towers, as in "
             f"load(..., vision='eva_vit_g.pth', language='google/flan-t5-xl')."
         )
-    preset = presets.load("transformers" if directory else PROJECTIONS.get(published.projection or "", "lavis_t5"))
+    preset = presets.load("transformers" if directory else PROJECTIONS.get(published.projection or "", "lavis"))
     seen = named.seen(dataclasses.replace(preset.vision, name=published.source, revision=named.revision))
     if (
         named.encoder is None
@@ -432,13 +438,11 @@ def read_adapter(source: str | Path) -> tuple[dict[str, Tensor], QFormerSize, st
     if path.is_file() or _is_published(path):
         published = read_lavis(path) if path.is_file() else read_transformers(path, str(source))
         tensors, size, eps, given = dict(published.tensors), published.size, published.norm_eps, published.projection
-        text = (published.config or {}).get("text_config") or {}
-        writes = bool(text.get("is_encoder_decoder", text.get("model_type") in ENCODER_DECODERS))
+        writes = published.directory is not None and inside.writes_apart(published.directory)
     else:
         directory = adapter_directory(path)
         description = _description(directory)
-        tensors, given = weights.load_tensors(directory / ADAPTER_FILE), None
-        del tensors["language.fingerprint"]
+        (tensors, _), given = _saved_tensors(directory), None
         size, eps = QFormerSize(**description["size"]), description.get("norm_eps", 1e-5)
         writes = description["profile"]["encoder_decoder"]
     lacking = [name for name in own_names(size) if name not in tensors]

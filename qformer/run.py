@@ -91,7 +91,9 @@ def score(
         if isinstance(source, vlm.VLM):
             raise ConfigError("score: a loaded model has no directory of its own; give output.")
         output = run_directory(Path(source)) / "eval"
-    model = source if isinstance(source, vlm.VLM) else loading.load(source, vision=vision, language=language)
+    model = (
+        source if isinstance(source, vlm.VLM) else loading.load(source, vision=vision, language=language, report=say)
+    )
     return score_cards(
         model,
         chosen,

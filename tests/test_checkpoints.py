@@ -18,7 +18,7 @@ from qformer import checkpoints, exporting, loading, presets
 from qformer.errors import ConfigError
 from qformer.nn.qformer import QFormer, QFormerConnector, QFormerSize
 from qformer.sample import Slot, Text
-from tests.published import QUERIES, tiny_published
+from tests.published import QFORMER, QUERIES, VISION, tiny_published
 from tests.tiny import redraw, tiny_llm
 
 IDS = torch.tensor([[2, 8, 9, 3]])
@@ -94,6 +94,27 @@ def test_shards_pickles_and_older_layouts_load_the_same(folder: Path, source: Pa
     (source / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"names model-00002-of-00003\.safetensors, which is not there"):
         loaded(source)
+
+
+def test_blip_2_for_retrieval_gives_the_text_half(tmp_path: Path) -> None:
+    from transformers import Blip2Config, Blip2ForImageTextRetrieval
+
+    inner = {**QFORMER, "vocab_size": 50, "use_qformer_text_input": True}
+    model = Blip2ForImageTextRetrieval(
+        Blip2Config(vision_config=VISION, qformer_config=inner, num_query_tokens=QUERIES)
+    )
+    redraw(model, 1)
+    model.save_pretrained(tmp_path / "itm")
+    found = checkpoints.read_transformers(tmp_path / "itm", "itm")
+    assert found.size.instruction and (found.size.vocabulary, found.size.positions) == (50, 40)
+    assert found.language_width is None and "itm_head.weight" in found.unused
+    theirs = model.state_dict()
+    for ours, name in {
+        "qformer.word_embeddings.weight": "embeddings.word_embeddings.weight",
+        "qformer.norm.weight": "qformer.layernorm.weight",
+        "qformer.blocks.1.text_feed_forward.inner.weight": "qformer.encoder.layer.1.intermediate.dense.weight",
+    }.items():
+        assert torch.equal(found.tensors[ours], theirs[name])
 
 
 def test_without_tokenizers_tensor_calls_work_and_text_calls_say_what_is_missing(source: Path, tmp_path: Path) -> None:
@@ -377,6 +398,22 @@ def test_a_config_that_lies_about_sizes_is_refused(
     (source / "config.json").write_text(json.dumps(described))
     with pytest.raises(ConfigError, match=message):
         loaded(source)
+
+
+def test_a_saved_adapter_that_lacks_something_is_named(source: Path, tmp_path: Path) -> None:
+    loaded(source).save(tmp_path / "adapter")
+    file, described = tmp_path / "adapter" / "adapter.safetensors", tmp_path / "adapter" / "config.json"
+    tensors = load_file(file)
+    del tensors["language.fingerprint"]
+    save_file(tensors, file)
+    with pytest.raises(ConfigError, match=r"adapter\.safetensors: it lacks language\.fingerprint"):
+        loaded(tmp_path / "adapter")
+    described.write_text(json.dumps({"format": 1, "vision": {}, "language": {}}))
+    with pytest.raises(ConfigError, match=r"config\.json: it lacks qformer, max_pixels, size, profile; save"):
+        loaded(tmp_path / "adapter")
+    described.write_text("{")
+    with pytest.raises(ConfigError, match=r"config\.json: it cannot be read"):
+        loaded(tmp_path / "adapter")
 
 
 def test_a_tokenizer_with_fewer_ids_than_the_embedding_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Its own arithmetic is written out here by hand, on rows laid out as its code lay
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -201,3 +202,15 @@ def test_the_encoder_is_read_one_block_early_without_its_norm() -> None:
 def test_opt_ends_an_answer_with_a_line_break() -> None:
     preset = presets.load("lavis_opt")
     assert preset.language.profile.end == [50118] and not preset.qformer.instruction
+
+
+def test_the_comparison_says_not_run_until_both_sides_have_run(tmp_path: Path) -> None:
+    script = Path(__file__).parent.parent / "benchmarks" / "against_lavis.py"
+    table = runpy.run_path(str(script))["table"]
+    assert table(tmp_path).count("not run | not run | not run | not run") == 3
+    values = {"soft prompts": torch.ones(1, 4, 8), "loss": torch.tensor([2.0]), "greedy tokens": ["a dog"]}
+    torch.save(values, tmp_path / "lavis.pt")
+    torch.save({**values, "loss": torch.tensor([2.1])}, tmp_path / "qformer.pt")
+    lines = table(tmp_path).splitlines()
+    assert lines[2].endswith("| 0.0e+00 | True |") and lines[3].endswith("| 5.0e-02 | False |")
+    assert lines[4].endswith("| a dog | a dog | | True |")

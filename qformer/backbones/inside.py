@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 VISION_CLASSES = {"instructblip": "InstructBlipVisionModel", "blip-2": "Blip2VisionModel"}
@@ -46,6 +47,14 @@ def is_whole(name: str, revision: str | None = None) -> bool:
         return AutoConfig.from_pretrained(name, revision=revision).model_type in VISION_CLASSES
     except (OSError, ValueError):
         return False
+
+
+def writes_apart(directory: Path) -> bool:
+    """Whether the LLM inside a whole model's directory is an encoder–decoder."""
+    from transformers import AutoConfig
+
+    tower = language(AutoConfig.from_pretrained(directory))
+    return tower is not None and bool(tower.config.is_encoder_decoder)
 
 
 def embedding_names(config: Any) -> set[str]:
