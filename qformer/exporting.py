@@ -99,7 +99,7 @@ def to_transformers(model: VLM, directory: Path) -> tuple[str, ...]:
 
     notes: list[str] = []
     form: Form = "instructblip" if model.connector.size.instruction else "blip-2"
-    names = ("InstructBlip", "Blip2")[form == "blip-2"]
+    names = "InstructBlip" if form == "instructblip" else "Blip2"
     _refuse_rows(model)
     vision_config, vision = _vision(model)
     tokenizer, image = _tokenizer(model)
@@ -242,11 +242,10 @@ def _tokenizer(model: VLM) -> tuple[Any | None, int]:
     if tuple(tokenizer("a").input_ids) != wanted:
         from tokenizers.processors import TemplateProcessing
 
-        marks = [(token, id_) for id_ in (*profile.opening, *profile.closing) if (token := _token(tokenizer, id_))]
-        single = [*(_token(tokenizer, each) for each in profile.opening), "$A"]
-        single += [_token(tokenizer, each) for each in profile.closing]
+        opening, closing = ([_token(tokenizer, each) for each in ids] for ids in (profile.opening, profile.closing))
+        marks = dict(zip([*opening, *closing], [*profile.opening, *profile.closing], strict=True))
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-            single=" ".join(single), special_tokens=list(dict(marks).items())
+            single=" ".join([*opening, "$A", *closing]), special_tokens=list(marks.items())
         )
         if len(profile.opening) == 1:
             tokenizer.bos_token = _token(tokenizer, profile.opening[0])
