@@ -61,6 +61,13 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("-n", type=int, default=5, dest="count", help="how many samples")
     command.add_argument("--ids", action="store_true", help="every token with its id")
 
+    command = commands.add_parser("export", help="write an adapter in the form of transformers or LAVIS")
+    command.add_argument("source", help="a run, a saved adapter, a published model, or a .pth file of LAVIS")
+    command.add_argument("directory", help="where it goes")
+    command.add_argument("--to", required=True, choices=("transformers", "lavis"))
+    command.add_argument("--vision", help="where the image encoder is now, if it moved")
+    command.add_argument("--language", help="where the LLM is now, if it moved")
+
     command = commands.add_parser("tasks", help="the cards: role, size, reader, prompt, metric, p_d")
     command.add_argument("name", nargs="?", help="one card, whole")
     return top
@@ -141,6 +148,14 @@ def _render(options: argparse.Namespace) -> None:
         console.print(block)
 
 
+def _export(options: argparse.Namespace) -> None:
+    from qformer.run import export
+
+    towers = {"vision": options.vision, "language": options.language}
+    for line in export(options.source, options.directory, options.to, **towers):
+        _say(line)
+
+
 def _tasks(options: argparse.Namespace) -> None:
     from rich.console import Console
 
@@ -157,7 +172,15 @@ def _say(line: object) -> None:
     Console(highlight=False, soft_wrap=True).print(line, markup=False)
 
 
-COMMANDS = {"demo": _demo, "train": _train, "eval": _eval, "ask": _ask, "render": _render, "tasks": _tasks}
+COMMANDS = {
+    "demo": _demo,
+    "train": _train,
+    "eval": _eval,
+    "ask": _ask,
+    "render": _render,
+    "export": _export,
+    "tasks": _tasks,
+}
 
 
 if __name__ == "__main__":

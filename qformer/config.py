@@ -74,10 +74,12 @@ class VisionConfig:
 class ProfileConfig:
     """What to change in the profile that is read off the LLM's tokenizer; null keeps what was read."""
 
+    name: str | None = None
+    """A shipped profile (`profiles/`) or a YAML file of that form, in place of what is read off the tokenizer."""
     layout: Literal["plain", "chat"] | None = None
     system: str | None = None
     """The system turn of a chat layout; null: none is given, though some templates then put in one of their own;
-    empty: an empty one, which keeps theirs out."""
+    empty: an empty one, which keeps theirs out.  A named profile has one of its own, and with an empty one none."""
     separator: str | None = None
     """Text between prompt and target."""
     opening: list[int] | None = None
@@ -97,7 +99,12 @@ class LanguageConfig:
     pretrained: bool = True
     """False takes the architecture and the tokenizer, and leaves the weights random (tests, timing)."""
     dtype: str = "float32"
+    quantization: dict[str, Any] | None = None
+    """Values of one of transformers' quantisation configs, such as {load_in_4bit: true} (bitsandbytes) or
+    {quant_method: quanto, weights: int8}; null: none.  The adapter stays as it is."""
     gradient_checkpointing: bool = False
+    architecture: dict[str, Any] = field(default_factory=dict)
+    """Values that take the place of those in the model's config.json (dense_act_fn …)."""
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     instruction_limit: int = 128
     """Token ids of an instruction that are kept, from its right end."""
@@ -105,12 +112,64 @@ class LanguageConfig:
     """Token ids of a target that are kept, from its left end, the end mark among them."""
 
 
+INIT_PARTS = (
+    "norm", "queries", "embeddings", "self_attention", "cross_attention", "query_feed_forward", "text_feed_forward",
+    "text", "projection",
+)  # fmt: skip
+"""Parts of an adapter that a source may give; `text` is embeddings and text_feed_forward together."""
+
+
+@dataclass(frozen=True)
+class InitSource:
+    """One source of an adapter's start."""
+
+    source: str
+    """An adapter in any form `load` takes, a BERT checkpoint, `new` (drawn anew) or `copied` (from the other half)."""
+    parts: tuple[str, ...] = ()
+    """Which parts it gives; none: whatever it has that no source before it gave."""
+    strict: bool = True
+    """Whether what it is to give must be there in the right shape; otherwise it is made anew, and listed."""
+
+
+def init_sources(given: Any) -> tuple[InitSource, ...]:
+    """`qformer.init` as a list of sources.
+
+    Raises:
+        ConfigError: it is no list of `{from, parts, strict}`, or names an unknown part.
+    """
+    form = "a BERT checkpoint's name, or a list of sources like {from: stage1.pth, parts: [text]}"
+    if isinstance(given, bool):
+        raise ConfigError(
+            f"qformer.init is the YAML boolean {str(given).lower()}; it takes {form}, the name in quotes where YAML "
+            f"reads it as a boolean."
+        )
+    if not isinstance(given, list | tuple) or not given:
+        raise ConfigError(f"qformer.init is {given!r}; it takes {form}.")
+    sources = []
+    for number, entry in enumerate(given):
+        where = f"qformer.init[{number}]"
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("from"), str):
+            raise ConfigError(f"{where} is {entry!r}; it takes a mapping with 'from', like {{from: stage1.pth}}.")
+        for key in entry:
+            if key not in ("from", "parts", "strict"):
+                raise ConfigError(f"{where}: unknown key '{key}'.{did_you_mean(str(key), ('from', 'parts', 'strict'))}")
+        parts, strict = entry.get("parts") or (), entry.get("strict", True)
+        if not isinstance(parts, list | tuple) or not isinstance(strict, bool):
+            raise ConfigError(f"{where}: parts is {parts!r} and strict {strict!r}; they take a list and true or false.")
+        for part in parts:
+            if part not in INIT_PARTS:
+                raise ConfigError(f"{where}: unknown part '{part}'.{did_you_mean(str(part), INIT_PARTS)}")
+        sources.append(InitSource(entry["from"], tuple(parts), strict))
+    return tuple(sources)
+
+
 @dataclass(frozen=True)
 class QFormerConfig:
     """The trainable part between the two towers."""
 
-    init: str | None = None
-    """A directory or hub id of a BERT checkpoint to start from; its depth and widths are taken over. null: random."""
+    init: Any = None
+    """A directory or hub id of a BERT checkpoint to start from; its depth and widths are taken over. null: random.
+    Or a list of sources, each `{from: SOURCE, parts: [...], strict: true}`: the first that covers a part gives it."""
     tokenizer: str | None = None
     """Where the instruction's tokenizer is read from; null: from `init`."""
     queries: int = 32
@@ -126,10 +185,14 @@ class QFormerConfig:
     instruction_limit: int = 128
     """Ids of an instruction that are kept for the Q-Former, [CLS] and [SEP] among them."""
     dropout: float = 0.1
+    norm_eps: float = 1e-5
+    """Epsilon of the norm behind the encoder; a source that says another one wins."""
     soft_scale: Literal["none", "embeddings"] = "none"
     """embeddings: at the start the projection is scaled so that soft tokens are as long as the LLM's embeddings."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.init, str | None):
+            init_sources(self.init)
         if self.hidden and self.heads and self.hidden % self.heads:
             raise ConfigError(f"qformer.hidden ({self.hidden}) must divide evenly by qformer.heads ({self.heads}).")
         if self.queries < 1 or self.cross_attention_every < 1:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from qformer import cards, config, loading, vlm
 from qformer.config import RunConfig
 from qformer.errors import ConfigError
+from qformer.exporting import LAVIS_FILE, to_lavis
 from qformer.report import write_report
 
 METRICS_FILE = "metrics.jsonl"
@@ -103,7 +104,8 @@ def score(
     if isinstance(source, vlm.VLM):
         model, run = source, None
     else:
-        model = loading.load(source, vision=vision, language=language, device=device or best_device())
+        device = device or best_device()
+        model = loading.load(source, vision=vision, language=language, device=device, report=say)
         run = run_directory(Path(source))
     try:
         return score_cards(
@@ -129,6 +131,31 @@ def best_device() -> str:
     from accelerate import PartialState
 
     return str(PartialState().device)
+
+
+def export(source: str | Path, directory: str | Path, to: Literal["transformers", "lavis"], **towers: Any) -> list[str]:
+    """Write an adapter in the form of others.
+
+    Args:
+        source: whatever `load` takes.
+        directory: where it goes: a whole model (transformers), or `adapter.pth` in it (lavis), which takes no tower.
+        to: the form.
+        towers: `vision` and `language` for `load`, where the towers are needed and are elsewhere.
+
+    Returns:
+        What was written, and what the other library will do otherwise, in sentences.
+
+    Raises:
+        ConfigError: the other form cannot express the adapter; says why.
+    """
+    directory = Path(directory)
+    if to == "transformers":
+        return [str(directory), *loading.load(source, **towers).export_transformers(directory)]
+    if to != "lavis":
+        raise ConfigError(f"export: '{to}' is not known; it takes 'transformers' or 'lavis'.")
+    tensors, size, projection, eps = loading.read_adapter(source)
+    file = directory / LAVIS_FILE
+    return [str(file), *to_lavis(tensors, size, projection, eps, file)]
 
 
 def run_directory(source: Path) -> Path:

@@ -6,18 +6,20 @@ import dataclasses
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from qformer import __version__, weights
+from qformer import __version__, exporting, modelcard, weights
 from qformer.assemble import Assembler, Item
 from qformer.backbones.language import LanguageTower
-from qformer.backbones.vision import FrozenTower, VisionSettings
+from qformer.backbones.vision import FrozenTower, OwnTower, VisionSettings
 from qformer.cards import Decoding
 from qformer.config import RunConfig
 from qformer.errors import ConfigError, TrainingError
@@ -27,11 +29,13 @@ from qformer.nn.tokens import Tokens
 from qformer.objectives import AnswerLikelihood, Objective
 from qformer.sample import Batch, Sample
 from qformer.text import Joiner, Rendered
+from qformer.untokenized import MissingTokenizer
 
 ADAPTER_FILE = "adapter.safetensors"
 CONFIG_FILE = "config.json"
 TOKENIZER_FOLDER = "instruction_tokenizer"
-ADAPTER_FILES = (ADAPTER_FILE, CONFIG_FILE, TOKENIZER_FOLDER)
+CARD_FILE = "README.md"
+ADAPTER_FILES = (ADAPTER_FILE, CONFIG_FILE, TOKENIZER_FOLDER, CARD_FILE)
 FORMAT = 1
 
 
@@ -43,7 +47,7 @@ class VLM(nn.Module):
 
     def __init__(
         self,
-        vision: FrozenTower,
+        vision: FrozenTower | OwnTower,
         connector: QFormerConnector,
         language: LanguageTower | None,
         instruction_tokenizer: Any | None,
@@ -55,6 +59,10 @@ class VLM(nn.Module):
         self.language = cast(LanguageTower, language)  # None where an objective needs no LLM
         self.instruction_tokenizer, self.settings = instruction_tokenizer, settings
         self.objective: Objective = objective or AnswerLikelihood()
+        self.recipe: dict[str, Any] = modelcard.trained(settings)
+        """Data and recipe of its tuning, as the model card tells them; carried from save to load."""
+        self.run: Path | None = None
+        """The run it was loaded from; its scores go into the model card."""
 
     # -- one forward pass ---------------------------------------------------------------------------------------------
 
@@ -210,7 +218,8 @@ class VLM(nn.Module):
     # -- saving -------------------------------------------------------------------------------------------------------
 
     def save(self, directory: str | Path) -> None:
-        """Write the adapter alone: weights, settings, the LLM's profile and fingerprint, the instruction tokenizer.
+        """Write the adapter alone: weights, settings, the LLM's profile and fingerprint, the instruction tokenizer, and
+        a model card.
 
         The towers are named, never copied.  The directory appears whole or not at all; an adapter that is there is
         replaced.
@@ -225,6 +234,74 @@ class VLM(nn.Module):
         with whole_directory(directory) as work:
             self.write(work)
 
+    def save_pretrained(
+        self, save_directory: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None, **hub: Any
+    ) -> None:
+        """What `save` does, under the name that transformers has for it; `push_to_hub` uploads it as well.
+
+        `repo_id`: OWNER/NAME on the hub, by default the directory's name; `hub`: further arguments of `push_to_hub`.
+        """
+        self.save(save_directory)
+        if push_to_hub:
+            self.push_to_hub(repo_id or Path(save_directory).name, **hub)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> VLM:
+        """What `qformer.load` does, under the name that transformers has for it."""
+        loading = import_module("qformer.loading")  # which stands on this module
+        return cast(VLM, loading.load(source, **options))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload a Q-Former adapter",
+    ) -> str:
+        """Upload what `save` writes to a model repository of the hub, made if need be; the commit's address.
+
+        Raises:
+            ConfigError: the hub cannot be reached or refuses; says why.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(Path(folder) / "adapter")
+            try:
+                place = api.create_repo(repo_id, private=private, exist_ok=True)
+                commit = api.upload_folder(
+                    repo_id=place.repo_id,
+                    folder_path=Path(folder) / "adapter",
+                    revision=revision,
+                    commit_message=commit_message,
+                )
+            except Exception as error:  # the hub's client raises many kinds
+                reason = str(error).strip().partition("\n")[0]
+                raise ConfigError(
+                    f"{repo_id}: the hub does not take the adapter ({reason}); log in (hf auth login), or save it here."
+                ) from None
+        return str(commit.commit_url)
+
+    def export_transformers(self, directory: str | Path) -> tuple[str, ...]:
+        """Write the whole model, towers and all, as transformers' InstructBLIP (BLIP-2 where no instruction is read).
+
+        It loads with `InstructBlipForConditionalGeneration.from_pretrained` and `InstructBlipProcessor`.  The
+        directory appears whole or not at all.
+
+        Returns:
+            What transformers will do otherwise, in sentences; nothing in most cases.
+
+        Raises:
+            ConfigError: transformers cannot express the model; says why.
+        """
+        directory = Path(directory)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with whole_directory(directory) as work:
+            return exporting.to_transformers(self, work)
+
     def write(self, directory: Path) -> None:
         """The adapter's files into a directory that is there."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.connector.state_dict().items()}
@@ -238,10 +315,15 @@ class VLM(nn.Module):
             "qformer": dataclasses.asdict(self.settings.qformer),
             "max_pixels": self.settings.data.max_pixels,
             "size": dataclasses.asdict(self.connector.size),
+            "norm_eps": self.connector.norm.eps,
             "profile": self.language.profile.as_dict(),
+            "recipe": self.recipe,
         }
         (directory / CONFIG_FILE).write_text(json.dumps(description, indent=2), encoding="utf-8")
-        if self.instruction_tokenizer is not None:
+        scores = modelcard.read_scores(self.run) if self.run is not None else []
+        card = modelcard.text(self.settings, self.connector.size, self.recipe, scores)
+        (directory / CARD_FILE).write_text(card, encoding="utf-8")
+        if self.instruction_tokenizer is not None and not isinstance(self.instruction_tokenizer, MissingTokenizer):
             self.instruction_tokenizer.save_pretrained(directory / TOKENIZER_FOLDER)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-KINDS = ("tasks", "templates", "configs")
+KINDS = ("tasks", "templates", "configs", "profiles")
 NOT_SOURCE = (
     ".git",
     ".venv*",
@@ -32,7 +32,7 @@ LOOK = """
 import json, pathlib, qformer
 from qformer import resources
 weights = pathlib.Path(resources.__file__).parent / "demo" / "weights"
-found = {kind: resources.names(kind) for kind in ("tasks", "templates", "configs")}
+found = {kind: resources.names(kind) for kind in ("tasks", "templates", "configs", "profiles")}
 found["weights"] = sorted(str(path.relative_to(weights)) for path in weights.rglob("*") if path.is_file())
 print(json.dumps({"home": qformer.__file__, **found}))
 """
