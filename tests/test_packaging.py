@@ -144,7 +144,8 @@ def test_an_editable_install_finds_them_from_anywhere(clone: Path, tmp_path: Pat
     paths = [str(tmp_path / "site"), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     [finder] = (tmp_path / "site").glob("__editable___*_finder.py")
     code = f"import sys; sys.path += {paths!r}; import {finder.stem}; {finder.stem}.install()\n{LOOK}"
-    ran = subprocess.run([sys.executable, "-S", "-c", code], cwd="/", capture_output=True, text=True, check=False)
+    command = [sys.executable, "-S", "-c", code]
+    ran = subprocess.run(command, cwd="/", capture_output=True, text=True, env=clean_environment(), check=False)
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout)
     assert Path(found.pop("home")) == clone / "qformer" / "__init__.py"

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import transformers
 
-from qformer import resources, text
+from qformer import config, resources, text
+from qformer.backbones import language
 from qformer.config import ProfileConfig
 from qformer.errors import ConfigError
 from qformer.sample import Row, Slot, Turn
@@ -219,6 +220,19 @@ def test_a_profile_of_ones_own_is_a_file(tmp_path: Path) -> None:
         "Q: <image>what colour is it A:{it is red<|endoftext|>}"
     )
     assert profile.stop == ("Q:",)
+
+
+def test_a_config_names_a_profile_and_changes_it(tmp_path: Path) -> None:
+    SPEAKERS["smollm2"]().save_pretrained(tmp_path / "llm")
+    transformers.LlamaConfig().save_pretrained(tmp_path / "llm")
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"vision: {{name: vit}}\nlanguage: {{name: '{tmp_path / 'llm'}', profile: {{name: smollm2, stop: ['Q:']}}}}"
+    )
+    tokenizer, profile = language.load_profile(config.load(file).language)
+    assert profile == speak("smollm2", tokenizer, stop=["Q:"])[1]
+    changed = config.load(file, ["language.profile.name=plain"]).language
+    assert language.load_profile(changed)[1].layout == "plain"
 
 
 def test_a_profile_that_cannot_be_is_refused_with_what_would_work() -> None:
