@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 
@@ -95,6 +96,9 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
+    from qformer.config import EvaluateConfig
+
+    EvaluateConfig(limit=options.limit, batch_size=options.batch_size)  # refused before any library is loaded
     from qformer.run import score
 
     score(
@@ -113,13 +117,13 @@ def _eval(options: argparse.Namespace) -> None:
 
 
 def _ask(options: argparse.Namespace) -> None:
+    from qformer.cards import Decoding
+
+    decoding = Decoding(max_new_tokens=options.max_new_tokens, num_beams=options.beams)
     from qformer.loading import load
 
     model = load(options.source, vision=options.vision, language=options.language)
-    answers = model.generate(
-        [options.picture], [options.instruction], max_new_tokens=options.max_new_tokens, num_beams=options.beams
-    )
-    _say(answers[0])
+    _say(model.generate([options.picture], [options.instruction], **dataclasses.asdict(decoding))[0])
 
 
 def _render(options: argparse.Namespace) -> None:

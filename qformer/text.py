@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qformer import config, keyed, resources
-from qformer.cards import EvalCard, TrainCard
+from qformer.cards import EvalCard, TrainCard, check_template
 from qformer.config import ProfileConfig
 from qformer.errors import ConfigError, DataError, did_you_mean
 from qformer.sample import Row, Sample, Slot, Text, Turn
@@ -36,12 +36,16 @@ class Templates:
     source: str
     templates: list[str]
 
+    def __post_init__(self) -> None:
+        for template in self.templates:
+            check_template(template, "templates")
+
 
 def load_templates(name: str) -> Templates:
     """A shipped templates file, or a YAML file of the same form.
 
     Raises:
-        ConfigError: no such file, a wrong key or type, or no template in it.
+        ConfigError: no such file, a wrong key or type, no template in it, or one that cannot be filled.
     """
     path = resources.find("templates", name, "template")
     loaded = config.structured(Templates, [(str(path), config.read_yaml(path))])

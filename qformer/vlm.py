@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from qformer import __version__, weights
+from qformer import __version__, config, weights
 from qformer.assemble import Assembler, Item
 from qformer.backbones.language import LanguageTower
 from qformer.backbones.vision import FrozenTower, VisionSettings
@@ -154,14 +154,11 @@ class VLM(nn.Module):
         `decoding` takes the fields of `qformer.cards.Decoding`; what is not given has its defaults.
 
         Raises:
-            ConfigError: an unknown decoding setting, or another number of images than prompts.
+            ConfigError: an unknown decoding setting or one out of range, or another number of images than prompts.
         """
-        unknown = set(decoding) - {entry.name for entry in dataclasses.fields(Decoding)}
-        if unknown:
-            known = ", ".join(entry.name for entry in dataclasses.fields(Decoding))
-            raise ConfigError(f"generate: unknown decoding setting '{sorted(unknown)[0]}'. Known: {known}.")
+        settings = config.structured(Decoding, [("generate", decoding)])
         batch = self._prompts(_listed(images, prompts), prompts)
-        return self.language.generate(self.read(batch), batch.rows, **dataclasses.asdict(Decoding(**decoding)))
+        return self.language.generate(self.read(batch), batch.rows, **dataclasses.asdict(settings))
 
     @torch.inference_mode()
     def rank(

@@ -90,6 +90,15 @@ def test_a_template_file_without_templates_is_refused(tmp_path):
         text.load_templates(str(file))
 
 
+@pytest.mark.parametrize("words", ["{question", "say } {x}", "{x!z}", "{x:>5d}", "{}", "{0}", "{a.b}", "{a[0]}"])
+def test_a_template_that_cannot_be_filled_is_refused_when_it_is_loaded(tmp_path, words):
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"name: mine\nversion: 1\nsource: ''\ntemplates: ['{{{{fine}}}}', '{words}']\n")
+    with pytest.raises(ConfigError, match="a field is a name in braces") as caught:
+        text.load_templates(str(file))
+    assert f"{file}: templates: '{words}' cannot be filled" in str(caught.value)
+
+
 # -- rows -------------------------------------------------------------------------------------------------------------
 
 

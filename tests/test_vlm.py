@@ -157,7 +157,7 @@ def test_soft_tokens_start_as_long_as_embeddings_where_asked(model, towers, tmp_
 
 def test_contract_errors_say_what_would_work(model, tmp_path):
     whole = model()
-    with pytest.raises(ConfigError, match=r"unknown decoding setting 'beams'. Known: .*num_beams"):
+    with pytest.raises(ConfigError, match=r"generate: unknown key 'beams'\..*Known: .*num_beams"):
         whole.generate(pictures(1), PROMPTS[:1], beams=3)
     with pytest.raises(ConfigError, match="2 images for 1 prompts"):
         whole.generate(pictures(2), PROMPTS[:1])
