@@ -20,7 +20,7 @@ from qformer.config import LanguageConfig, QFormerConfig, RunConfig, VisionConfi
 from qformer.errors import ConfigError
 from qformer.nn.qformer import QFormer, QFormerConnector, QFormerSize
 from qformer.text import Profile
-from qformer.vlm import ADAPTER_FILE, CONFIG_FILE, TOKENIZER_FOLDER, VLM
+from qformer.vlm import ADAPTER_FILE, CONFIG_FILE, FINGERPRINT, TOKENIZER_FOLDER, VLM
 
 Tower = TypeVar("Tower", VisionConfig, LanguageConfig)
 
@@ -95,7 +95,7 @@ def load(
     if quantization is not None:
         raise ConfigError("load: quantization of the LLM is not supported yet; leave it out.")
     directory = adapter_directory(Path(source))
-    description = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    description, size, profile = _described(directory / CONFIG_FILE)
     settings = config.structured(
         RunConfig,
         [(str(directory / CONFIG_FILE), {name: description[name] for name in ("vision", "language", "qformer")})],
@@ -109,14 +109,13 @@ def load(
         spoken = dataclasses.replace(spoken, dtype=str(dtype).removeprefix("torch."))
     limits = dataclasses.replace(settings.data, max_pixels=description["max_pixels"])
     settings = dataclasses.replace(settings, vision=seen, language=spoken, data=limits)
-    tensors = weights.load_tensors(directory / ADAPTER_FILE)
+    tensors, fingerprint = adapter_tensors(directory)
     towers = (
         vision_backbone.load_vision(located(settings.vision)),
         language_backbone.load_language(located(settings.language)),
     )
-    _same_language(towers[1], tensors.pop("language.fingerprint"), description["language"]["name"], settings.language)
-    towers[1].profile = Profile.from_dict(description["profile"])
-    size = QFormerSize(**description["size"])
+    _same_language(towers[1], fingerprint, description["language"]["name"], settings.language)
+    towers[1].profile = profile
     if size.vision_width != towers[0].width:
         raise ConfigError(
             f"{directory}: the adapter was trained on '{description['vision']['name']}' of width {size.vision_width}, "
@@ -147,10 +146,46 @@ def adapter_directory(source: Path) -> Path:
     )
 
 
+def adapter_tensors(directory: Path) -> tuple[dict[str, Tensor], Tensor]:
+    """The connector's tensors in an adapter's directory, and the fingerprint of its LLM.
+
+    Raises:
+        ConfigError: the file is not there, not whole, or holds no fingerprint.
+    """
+    tensors = weights.load_tensors(directory / ADAPTER_FILE)
+    if FINGERPRINT not in tensors:
+        raise ConfigError(f"{directory / ADAPTER_FILE}: it lacks '{FINGERPRINT}'; give a directory written by save().")
+    fingerprint = tensors.pop(FINGERPRINT)
+    return tensors, fingerprint
+
+
 def checkpoints(run: Path) -> list[Path]:
     """The whole checkpoints of a run directory, oldest first."""
     found = [path for path in (run / "checkpoints").glob("step-*") if (path / ADAPTER_FILE).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted((path for path in found if _step(path).isdecimal()), key=lambda path: int(_step(path)))
+
+
+def _step(checkpoint: Path) -> str:
+    return checkpoint.name.removeprefix("step-")
+
+
+def _described(path: Path) -> tuple[dict[str, Any], QFormerSize, Profile]:
+    """An adapter's description, and the connector's size and the LLM's profile in it.
+
+    Raises:
+        ConfigError: it is not there, not whole, or not of the form that save() gives it.
+    """
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        missing = [name for name in ("vision", "language", "qformer", "max_pixels") if name not in description]
+        if missing:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        return description, QFormerSize(**description["size"]), Profile.from_dict(description["profile"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise ConfigError(
+            f"{path}: it does not describe an adapter ({reason}); save the adapter again, or use another checkpoint."
+        ) from None
 
 
 def _same_language(tower: LanguageTower, fingerprint: Tensor, trained: str, given: LanguageConfig) -> None:
@@ -188,7 +223,7 @@ def _tokenizer(source: str | Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(str(source))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a file that is not whole raises bare exceptions
         raise ConfigError(f"{source}: no tokenizer can be read from there: {str(error).splitlines()[0]}") from None
 
 

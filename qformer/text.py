@@ -192,7 +192,8 @@ def profile_from_tokenizer(
     """The profile that a tokenizer speaks for: its chat template if it has one, plain text otherwise.
 
     Raises:
-        ConfigError: the tokenizer has no end mark, or a chat layout is asked for and it has no chat template.
+        ConfigError: the tokenizer has no end mark, a chat layout is asked for and it has no chat template, or the
+            template refuses a turn.
     """
     overrides = overrides or ProfileConfig()
     has_template = bool(getattr(tokenizer, "chat_template", None)) and not encoder_decoder
@@ -412,7 +413,13 @@ def _chat_frame(tokenizer: Any, system: str | None) -> dict[str, str]:
     ]
     if system is not None:
         turns.insert(0, {"role": "system", "content": system})
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program of its own, and may raise anything
+        mend = "language.profile.layout: plain" if system is None else "language.profile.system: null or layout: plain"
+        raise ConfigError(
+            f"the LLM's chat template refuses the turns it is given ({' '.join(str(error).split())}); set {mend}."
+        ) from None
     found = re.fullmatch(f"(.*?){first}(.*?){answer}(.*?){second}(.*)", text, flags=re.DOTALL)
     if found is None:
         raise ConfigError(

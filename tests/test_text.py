@@ -240,6 +240,19 @@ def test_profile_errors_say_what_would_work():
         text.profile_from_tokenizer(broken)
 
 
+def test_a_chat_template_that_refuses_a_turn_says_what_would_work():
+    strict = Words(template="yes")
+
+    def refuse(turns):
+        raise RuntimeError("System role not supported")
+
+    strict.template_text = refuse
+    with pytest.raises(ConfigError, match=r"\(System role not.*\); set language\.profile\.system: null or layout"):
+        text.profile_from_tokenizer(strict, ProfileConfig(system="be brief"))
+    with pytest.raises(ConfigError, match=r"not supported\); set language\.profile\.layout: plain"):
+        text.profile_from_tokenizer(strict)
+
+
 def test_neighbouring_texts_are_one_piece():
     row = text._merged([Text((1,)), Text(()), Text((2,)), Slot(0), Text((3,), True), Text((4,), True)])
     assert row == (Text((1, 2)), Slot(0), Text((3, 4), True))

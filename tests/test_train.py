@@ -279,6 +279,29 @@ def test_more_steps_may_be_asked_for_and_other_data_or_model_may_not(make):
         run(make("qformer.queries=5"))
 
 
+def test_fewer_steps_than_were_done_are_refused(make):
+    directory = run(make("train.steps=3"))
+    with pytest.raises(ConfigError, match=r"train\.steps is 2, and .*run has done 3; set it to at least 3"):
+        run(make("train.steps=2"))
+    assert [path.name for path in (directory / "checkpoints").iterdir()] == ["step-3"]
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "state.json"])
+def test_a_damaged_checkpoint_is_named_and_left_as_it_is(make, file):
+    directory = run(make("train.steps=2"))
+    (directory / "checkpoints" / "step-foo").mkdir()
+    (directory / "checkpoints" / "step-foo" / "adapter.safetensors").touch()
+    damaged = directory / "checkpoints" / "step-2" / file
+    damaged.write_bytes(damaged.read_bytes()[:-10])
+    before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    for _ in range(2):
+        with pytest.raises(TrainingError, match=rf"step-2/{file}: it is missing or not whole .*remove .*step-2"):
+            run(make("train.steps=3"))
+        assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
+        damaged.unlink(missing_ok=True)
+        before.pop(damaged, None)
+
+
 def test_a_checkpoint_of_another_llm_is_refused(make, towers, tmp_path):
     from tests.tiny import tiny_llm
 

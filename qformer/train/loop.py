@@ -52,6 +52,8 @@ def train(settings: RunConfig, *, say: Callable[[str], None] = print, quiet: boo
     last = loading.checkpoints(run)[-1:]
     if (run / CONFIG_FILE).exists() and last:
         checkpoint.same_run(run / CONFIG_FILE, settings)
+    if last:
+        checkpoint.enough_steps(last[0], settings.train.steps)
 
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
