@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from qformer import __version__
 from qformer.errors import QFormerError
 
 INTERRUPTED = 130
+TRAINING = ("train", "demo")
+"""Commands that leave checkpoints to go on from."""
 NARROWEST_TABLE = 130
 """Columns a table is given at least: it reads better cut off on the right than folded into slivers."""
 
@@ -71,16 +77,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parser().parse_args(arguments)
     except SystemExit as stop:
         return int(stop.code or 0)
+    with _watching_for_ctrl_c() as interrupted:
+        try:
+            return int(COMMANDS[options.command](options) or 0)
+        except (Exception, KeyboardInterrupt) as error:
+            # A library that is being imported may turn the interruption into an error of its own.
+            if interrupted() or isinstance(error, KeyboardInterrupt):
+                goes_on = "; the last checkpoint is whole, the same command goes on from it"
+                print(f"qformer: interrupted{goes_on if options.command in TRAINING else ''}.", file=sys.stderr)
+                return INTERRUPTED
+            if isinstance(error, BrokenPipeError):
+                return 0
+            if not isinstance(error, QFormerError):
+                raise
+            print(f"qformer: {error}", file=sys.stderr)
+            return error.exit_code
+
+
+@contextmanager
+def _watching_for_ctrl_c() -> Iterator[Callable[[], bool]]:
+    """Remembers that Ctrl-C was pressed; where Python does not answer to it (nohup, a thread), nothing changes."""
+    pressed = threading.Event()
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        pressed.set()
+        signal.default_int_handler(number, frame)
+
+    before = signal.getsignal(signal.SIGINT)
+    ours = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, remember)
     try:
-        return int(COMMANDS[options.command](options) or 0)
-    except QFormerError as error:
-        print(f"qformer: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("qformer: interrupted; the last checkpoint is whole, the same command goes on from it.", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        return 0
+        yield pressed.is_set
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -1,7 +1,9 @@
 """The command line as a user types it: what works, and one sentence for every mistake."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -231,6 +233,46 @@ def test_ctrl_c_exits_with_130_and_keeps_the_last_checkpoint(place, type_in, mon
     monkeypatch.setattr(checkpoint, "save", save)
     assert type_in("train", place / "run.yaml", "train.checkpoint_every=2")[0] == 0
     assert [path.name for path in sorted((place / "run" / "checkpoints").iterdir())] == ["step-2", "step-4"]
+
+
+def test_ctrl_c_that_a_library_hides_still_exits_with_130(type_in, monkeypatch):
+    def hides(options):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            raise ImportError("cannot import name 'Tensor'") from None
+
+    before = signal.getsignal(signal.SIGINT)
+    for command, words in (("tasks", ()), ("train", ("demo",))):
+        monkeypatch.setitem(cli.COMMANDS, command, hides)
+        code, _, said = type_in(command, *words)
+        assert code == 130 and said.startswith("qformer: interrupted") and said.count("\n") == 1
+        assert ("goes on from it" in said) == (command == "train")
+    assert signal.getsignal(signal.SIGINT) is before
+    monkeypatch.setitem(cli.COMMANDS, "tasks", lambda options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["tasks"])
+
+
+CTRL_C_AT_AN_IMPORT = """
+import os, signal, sys
+from qformer import cli
+
+class CtrlC:
+    def find_spec(self, name, *rest):
+        if name == sys.argv[1]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, CtrlC())
+sys.exit(cli.main(["ask", "nowhere", "picture.png", "what is it"]))
+"""
+
+
+def test_ctrl_c_while_libraries_are_imported_leaves_no_traceback():
+    command = [sys.executable, "-c", CTRL_C_AT_AN_IMPORT, "torch.nn"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (130, "qformer: interrupted.\n")
 
 
 def test_loading_with_an_encoder_of_another_width_is_refused(place, type_in, tmp_path):
