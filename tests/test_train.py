@@ -458,3 +458,35 @@ def test_two_processes_equal_one(make, tmp_path):
         if not name.endswith("key.bias"):
             for rank in pair:
                 assert (rank["gradients"][name] - expected).norm() <= 1e-4 * expected.norm(), name
+
+
+TRAIN = """
+import os, sys
+from accelerate import PartialState
+from qformer import config
+from qformer.train.loop import train
+
+train(config.load(sys.argv[1], sys.argv[2:]), say=lambda _: None, quiet=True)
+assert PartialState().num_processes == int(os.environ["WORLD_SIZE"])
+"""
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_has_the_losses_of_one(make, tmp_path):
+    """Whole runs under torchrun: the same losses and rates, step by step."""
+    script = tmp_path / "train.py"
+    script.write_text(TRAIN)
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    changes = ["train.steps=6", "train.batch_size=7", "train.micro_batch_tokens=60"]
+    lines = []
+    for ranks in (1, 2):
+        directory = make(*changes, name=f"ranks{ranks}").directory
+        launch = ["torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={28900 + os.getpid() % 500}"]
+        command = [sys.executable, "-m", *launch, str(script), f"{directory}.yaml", *changes]
+        subprocess.run(command, check=True, env=environment, capture_output=True)
+        lines.append([json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()])
+    one, pair = lines
+    assert [line["step"] for line in pair] == [line["step"] for line in one] == list(range(1, 7))
+    for alone, shared in zip(one, pair, strict=True):
+        assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+        assert shared["learning_rate"] == alone["learning_rate"]
