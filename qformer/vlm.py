@@ -307,7 +307,7 @@ def _choices(candidates: Sequence[str] | Sequence[Sequence[str]], prompts: int) 
     if not isinstance(candidates, list | tuple):
         raise ConfigError(f"rank: candidates is a {type(candidates).__name__}; it takes a list of texts, or of lists.")
     shared = bool(candidates) and all(isinstance(each, str) for each in candidates)
-    lists = [candidates] * prompts if shared else candidates
+    lists: Sequence[Any] = [candidates] * prompts if shared else candidates
     if len(lists) != prompts:
         raise ConfigError(f"rank: {len(lists)} lists of candidates for {prompts} prompts; give one each.")
     for number, each in enumerate(lists):
