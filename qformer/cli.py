@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from qformer import __version__
 from qformer.errors import QFormerError
 
 INTERRUPTED = 130
+TRAINING = ("train", "demo")
+"""Commands that leave checkpoints to go on from."""
 NARROWEST_TABLE = 130
 """Columns a table is given at least: it reads better cut off on the right than folded into slivers."""
 
@@ -79,16 +86,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parser().parse_args(arguments)
     except SystemExit as stop:
         return int(stop.code or 0)
+    with _watching_for_ctrl_c() as interrupted:
+        try:
+            return int(COMMANDS[options.command](options) or 0)
+        except (Exception, KeyboardInterrupt) as error:
+            # A library that is being imported may turn the interruption into an error of its own.
+            if interrupted() or isinstance(error, KeyboardInterrupt):
+                goes_on = "; the last checkpoint is whole, the same command goes on from it"
+                print(f"qformer: interrupted{goes_on if options.command in TRAINING else ''}.", file=sys.stderr)
+                return INTERRUPTED
+            if isinstance(error, BrokenPipeError):
+                return 0
+            if not isinstance(error, QFormerError):
+                raise
+            print(f"qformer: {error}", file=sys.stderr)
+            return error.exit_code
+
+
+@contextmanager
+def _watching_for_ctrl_c() -> Iterator[Callable[[], bool]]:
+    """Remembers that Ctrl-C was pressed; where Python does not answer to it (nohup, a thread), nothing changes."""
+    pressed = threading.Event()
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        pressed.set()
+        signal.default_int_handler(number, frame)
+
+    before = signal.getsignal(signal.SIGINT)
+    ours = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, remember)
     try:
-        return int(COMMANDS[options.command](options) or 0)
-    except QFormerError as error:
-        print(f"qformer: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("qformer: interrupted; the last checkpoint is whole, the same command goes on from it.", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        return 0
+        yield pressed.is_set
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -104,6 +136,9 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
+    from qformer.config import EvaluateConfig
+
+    EvaluateConfig(limit=options.limit, batch_size=options.batch_size)  # refused before any library is loaded
     from qformer.run import score
 
     score(
@@ -123,18 +158,19 @@ def _eval(options: argparse.Namespace) -> None:
 
 
 def _ask(options: argparse.Namespace) -> None:
+    from qformer.cards import Decoding
+
+    decoding = Decoding(max_new_tokens=options.max_new_tokens, num_beams=options.beams)
     from qformer.loading import load
     from qformer.run import best_device
 
     device = options.device or best_device()
     model = load(options.source, vision=options.vision, language=options.language, device=device)
-    answers = model.generate(
-        [options.picture], [options.instruction], max_new_tokens=options.max_new_tokens, num_beams=options.beams
-    )
+    [answer] = model.generate([options.picture], [options.instruction], **dataclasses.asdict(decoding))
     cut = model.language.truncations
     if cut.texts:
         sys.stderr.write(f"qformer: the instruction was cut on the left to its limit, by {cut.ids} ids in all.\n")
-    _say(answers[0])
+    _say(answer)
 
 
 def _render(options: argparse.Namespace) -> None:

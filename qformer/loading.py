@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -39,14 +40,11 @@ from qformer.nn.qformer import QFormer, QFormerConnector, QFormerSize
 from qformer.starting import Source
 from qformer.text import Profile
 from qformer.untokenized import MissingTokenizer
-from qformer.vlm import ADAPTER_FILE, CONFIG_FILE, TOKENIZER_FOLDER, VLM
+from qformer.vlm import ADAPTER_FILE, CONFIG_FILE, FINGERPRINT, TOKENIZER_FOLDER, VLM
 from qformer.weights import LoadReport
 
 EVA_CLIP_G = "eva_giant_patch14_clip_224"
 """timm's name of the encoder whose weights LAVIS calls eva_vit_g.pth."""
-
-DESCRIBED = ("vision", "language", "qformer", "max_pixels", "size", "profile")
-"""What an adapter's config.json must say."""
 
 Tower = TypeVar("Tower", VisionConfig, LanguageConfig)
 
@@ -151,7 +149,7 @@ def _read_source(name: str) -> Source:
         )
     directory = adapter_directory(path)
     tensors, size, _, eps = read_adapter(directory)
-    fingerprint = _saved_tensors(directory)[1]
+    fingerprint = adapter_tensors(directory)[1]
     return Source(name, tensors, dataclasses.asdict(size), norm_eps=eps, fingerprint=fingerprint)
 
 
@@ -242,7 +240,7 @@ class Named:
 
 def _load_saved(path: Path, named: Named, strict: bool, say: Callable[[str], None]) -> VLM:
     directory = adapter_directory(path)
-    description = _description(directory)
+    description, size, profile = _described(directory / CONFIG_FILE)
     settings = config.structured(
         RunConfig,
         [(str(directory / CONFIG_FILE), {name: description[name] for name in ("vision", "language", "qformer")})],
@@ -251,12 +249,11 @@ def _load_saved(path: Path, named: Named, strict: bool, say: Callable[[str], Non
     settings = dataclasses.replace(
         settings, vision=named.seen(settings.vision), language=named.spoken(settings.language), data=limits
     )
-    tensors, fingerprint = _saved_tensors(directory)
+    tensors, fingerprint = adapter_tensors(directory)
     towers, settings = _towers(settings, named.encoder)
     encoder, language = towers
     _same_language(language, fingerprint, description["language"]["name"], settings.language)
-    language.profile = Profile.from_dict(description["profile"])
-    trained, size = description["vision"]["name"], QFormerSize(**description["size"])
+    language.profile, trained = profile, description["vision"]["name"]
     connector = QFormerConnector(QFormer(size), language.width, norm_eps=description.get("norm_eps", 1e-5))
     weights.load_strict(connector, tensors, str(directory / ADAPTER_FILE))
     if size.vision_width != encoder.width:
@@ -271,23 +268,6 @@ def _load_saved(path: Path, named: Named, strict: bool, say: Callable[[str], Non
     if directory.parent.name == "checkpoints":
         model.run = directory.parent.parent
     return model
-
-
-def _description(directory: Path) -> dict[str, Any]:
-    """What an adapter's config.json says, all of it there."""
-    described = read_config(directory, str(directory))
-    lacking = [name for name in DESCRIBED if name not in described]
-    if lacking:
-        raise ConfigError(f"{directory / CONFIG_FILE}: it lacks {', '.join(lacking)}; save the adapter again.")
-    return described
-
-
-def _saved_tensors(directory: Path) -> tuple[dict[str, Tensor], Tensor]:
-    """An adapter's tensors, and the fingerprint of the LLM it was trained with."""
-    tensors = weights.load_tensors(directory / ADAPTER_FILE)
-    if "language.fingerprint" not in tensors:
-        raise ConfigError(f"{directory / ADAPTER_FILE}: it lacks language.fingerprint; save the adapter again.")
-    return tensors, tensors.pop("language.fingerprint")
 
 
 def _own_tokenizer(directory: Path) -> Any:
@@ -441,10 +421,9 @@ def read_adapter(source: str | Path) -> tuple[dict[str, Tensor], QFormerSize, st
         writes = published.directory is not None and inside.writes_apart(published.directory)
     else:
         directory = adapter_directory(path)
-        description = _description(directory)
-        (tensors, _), given = _saved_tensors(directory), None
-        size, eps = QFormerSize(**description["size"]), description.get("norm_eps", 1e-5)
-        writes = description["profile"]["encoder_decoder"]
+        description, size, profile = _described(directory / CONFIG_FILE)
+        (tensors, _), given = adapter_tensors(directory), None
+        eps, writes = description.get("norm_eps", 1e-5), profile.encoder_decoder
     lacking = [name for name in own_names(size) if name not in tensors]
     if lacking:
         raise ConfigError(f"{source}: the adapter is not whole; missing: {weights.shortened(lacking)}.")
@@ -498,10 +477,46 @@ def adapter_directory(source: Path) -> Path:
     )
 
 
+def adapter_tensors(directory: Path) -> tuple[dict[str, Tensor], Tensor]:
+    """The connector's tensors in an adapter's directory, and the fingerprint of its LLM.
+
+    Raises:
+        ConfigError: the file is not there, not whole, or holds no fingerprint.
+    """
+    tensors = weights.load_tensors(directory / ADAPTER_FILE)
+    if FINGERPRINT not in tensors:
+        raise ConfigError(f"{directory / ADAPTER_FILE}: it lacks '{FINGERPRINT}'; give a directory written by save().")
+    fingerprint = tensors.pop(FINGERPRINT)
+    return tensors, fingerprint
+
+
 def checkpoints(run: Path) -> list[Path]:
     """The whole checkpoints of a run directory, oldest first."""
     found = [path for path in (run / "checkpoints").glob("step-*") if (path / ADAPTER_FILE).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted((path for path in found if _step(path).isdecimal()), key=lambda path: int(_step(path)))
+
+
+def _step(checkpoint: Path) -> str:
+    return checkpoint.name.removeprefix("step-")
+
+
+def _described(path: Path) -> tuple[dict[str, Any], QFormerSize, Profile]:
+    """An adapter's description, and the connector's size and the LLM's profile in it.
+
+    Raises:
+        ConfigError: it is not there, not whole, or not of the form that save() gives it.
+    """
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        missing = [name for name in ("vision", "language", "qformer", "max_pixels") if name not in description]
+        if missing:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        return description, QFormerSize(**description["size"]), Profile.from_dict(description["profile"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise ConfigError(
+            f"{path}: it does not describe an adapter ({reason}); save the adapter again, or use another checkpoint."
+        ) from None
 
 
 def _same_language(tower: LanguageTower, fingerprint: Tensor, trained: str, given: LanguageConfig) -> None:
@@ -539,7 +554,7 @@ def _tokenizer(source: str | Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(str(source))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a file that is not whole raises bare exceptions
         raise ConfigError(f"{source}: no tokenizer can be read from there: {str(error).splitlines()[0]}") from None
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from qformer import config, keyed, resources
-from qformer.cards import EvalCard, TrainCard
+from qformer.cards import EvalCard, TrainCard, check_template
 from qformer.config import ProfileConfig
 from qformer.errors import ConfigError, DataError, did_you_mean
 from qformer.sample import Row, Sample, Slot, Text, Turn
@@ -36,12 +36,16 @@ class Templates:
     source: str
     templates: list[str]
 
+    def __post_init__(self) -> None:
+        for template in self.templates:
+            check_template(template, "templates")
+
 
 def load_templates(name: str) -> Templates:
     """A shipped templates file, or a YAML file of the same form.
 
     Raises:
-        ConfigError: no such file, a wrong key or type, or no template in it.
+        ConfigError: no such file, a wrong key or type, no template in it, or one that cannot be filled.
     """
     path = resources.find("templates", name, "template")
     loaded = config.structured(Templates, [(str(path), config.read_yaml(path))])
@@ -248,7 +252,7 @@ def profile_from_tokenizer(
 
     Raises:
         ConfigError: the tokenizer has no end mark, a chat layout is asked for and it has no chat template, or the
-            profile that is named is not there or not this tokenizer's.
+            profile that is named is not there or not this tokenizer's, or the template refuses a turn.
     """
     overrides = overrides or ProfileConfig()
     named = read_profile(overrides.name) if overrides.name is not None else None
@@ -508,7 +512,13 @@ def _chat_frame(tokenizer: Any, system: str | None) -> dict[str, str]:
     ]
     if system is not None:
         turns.insert(0, {"role": "system", "content": system})
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program of its own, and may raise anything
+        mend = "language.profile.layout: plain" if system is None else "language.profile.system: null or layout: plain"
+        raise ConfigError(
+            f"the LLM's chat template refuses the turns it is given ({' '.join(str(error).split())}); set {mend}."
+        ) from None
     found = re.fullmatch(f"(.*?){first}(.*?){answer}(.*?){second}(.*)", text, flags=re.DOTALL)
     if found is None:
         raise ConfigError(

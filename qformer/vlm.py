@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 
-from qformer import __version__, exporting, modelcard, weights
+from qformer import __version__, config, exporting, modelcard, weights
 from qformer.assemble import Assembler, Item
 from qformer.backbones.language import LanguageTower
 from qformer.backbones.vision import FrozenTower, OwnTower, VisionSettings
@@ -36,6 +37,8 @@ CONFIG_FILE = "config.json"
 TOKENIZER_FOLDER = "instruction_tokenizer"
 CARD_FILE = "README.md"
 ADAPTER_FILES = (ADAPTER_FILE, CONFIG_FILE, TOKENIZER_FOLDER, CARD_FILE)
+FINGERPRINT = "language.fingerprint"
+"""The tensor of an adapter file by which its LLM is known again."""
 FORMAT = 1
 
 
@@ -166,14 +169,15 @@ class VLM(nn.Module):
         `decoding` takes the fields of `qformer.cards.Decoding`; what is not given has its defaults.
 
         Raises:
-            ConfigError: an unknown decoding setting, or another number of images than prompts.
+            ConfigError: an unknown decoding setting or one out of range, another number of images than prompts, or
+                what is no picture or no text.
         """
-        unknown = set(decoding) - {entry.name for entry in dataclasses.fields(Decoding)}
-        if unknown:
-            known = ", ".join(entry.name for entry in dataclasses.fields(Decoding))
-            raise ConfigError(f"generate: unknown decoding setting '{sorted(unknown)[0]}'. Known: {known}.")
-        batch = self._prompts(_listed(images, prompts), prompts)
-        return self.language.generate(self.read(batch), batch.rows, **dataclasses.asdict(Decoding(**decoding)))
+        settings = config.structured(Decoding, [("generate", decoding)])
+        pictures = _listed("generate", images, prompts)
+        if not prompts:
+            return []
+        batch = self._prompts(pictures, prompts)
+        return self.language.generate(self.read(batch), batch.rows, **dataclasses.asdict(settings))
 
     @torch.inference_mode()
     def rank(
@@ -190,15 +194,14 @@ class VLM(nn.Module):
         end mark is scored.
 
         Raises:
-            ConfigError: another number of images or lists than prompts, an empty list, an unknown `normalize`.
+            ConfigError: another number of images or lists than prompts, an empty list, an unknown `normalize`, or what
+                is no picture or no text.
         """
-        if candidates and isinstance(candidates[0], str):
-            lists = [list(map(str, candidates))] * len(prompts)
-        else:
-            lists = [list(each) for each in candidates]
-        if len(lists) != len(prompts):
-            raise ConfigError(f"rank: {len(lists)} lists of candidates for {len(prompts)} prompts; give one each.")
-        batch = self._prompts(_listed(images, prompts), prompts)
+        pictures = _listed("rank", images, prompts)
+        lists = _choices(candidates, len(prompts))
+        if not prompts:
+            return []
+        batch = self._prompts(pictures, prompts)
         return self.language.rank(self.read(batch), batch.rows, lists, normalize=normalize, end=end)
 
     def _prompts(
@@ -305,7 +308,7 @@ class VLM(nn.Module):
     def write(self, directory: Path) -> None:
         """The adapter's files into a directory that is there."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.connector.state_dict().items()}
-        tensors["language.fingerprint"] = self.language.fingerprint().cpu().contiguous()
+        tensors[FINGERPRINT] = self.language.fingerprint().cpu().contiguous()
         weights.save_tensors(directory / ADAPTER_FILE, tensors, {"format": str(FORMAT)})
         description = {
             "format": FORMAT,
@@ -392,7 +395,39 @@ def assembler(
     )
 
 
-def _listed(images: Sequence[Any], prompts: Sequence[str]) -> list[Sequence[Any]]:
+def _listed(call: str, images: Sequence[Any], prompts: Sequence[str]) -> list[Sequence[Any]]:
+    """The pictures of each prompt, checked as the prompts are: both come from a user's own code."""
+    for name, given in (("images", images), ("prompts", prompts)):
+        if not isinstance(given, list | tuple):
+            raise ConfigError(f"{call}: {name} is a {type(given).__name__}; it takes a list, even of one.")
     if len(images) != len(prompts):
-        raise ConfigError(f"{len(images)} images for {len(prompts)} prompts; give one each, or a list of several.")
-    return [image if isinstance(image, list | tuple) else [image] for image in images]
+        raise ConfigError(
+            f"{call}: {len(images)} images for {len(prompts)} prompts; give one each, or lists of several."
+        )
+    listed: list[Sequence[Any]] = [list(each) if isinstance(each, list | tuple) else [each] for each in images]
+    for number, (pictures, prompt) in enumerate(zip(listed, prompts, strict=True)):
+        if not isinstance(prompt, str):
+            raise ConfigError(f"{call}: prompts[{number}] is a {type(prompt).__name__}; it takes text.")
+        if not pictures:
+            raise ConfigError(f"{call}: images[{number}] is an empty list; give at least one picture to a prompt.")
+        for picture in pictures:
+            if not isinstance(picture, str | Path | bytes | Image):
+                raise ConfigError(
+                    f"{call}: images[{number}] holds a {type(picture).__name__}; it takes a path, the bytes of a file, "
+                    f"or a PIL image."
+                )
+    return listed
+
+
+def _choices(candidates: Sequence[str] | Sequence[Sequence[str]], prompts: int) -> list[list[str]]:
+    """A list of candidates for each prompt, from one list for all or one per prompt."""
+    if not isinstance(candidates, list | tuple):
+        raise ConfigError(f"rank: candidates is a {type(candidates).__name__}; it takes a list of texts, or of lists.")
+    shared = bool(candidates) and all(isinstance(each, str) for each in candidates)
+    lists: Sequence[Any] = [candidates] * prompts if shared else candidates
+    if len(lists) != prompts:
+        raise ConfigError(f"rank: {len(lists)} lists of candidates for {prompts} prompts; give one each.")
+    for number, each in enumerate(lists):
+        if not isinstance(each, list | tuple) or not all(isinstance(text, str) for text in each):
+            raise ConfigError(f"rank: candidates[{number}] is no list of texts; give one list for all, or one each.")
+    return [[str(text) for text in each] for each in lists]

@@ -348,10 +348,10 @@ def _bert_config(directory: Path, source: str) -> dict[str, Any]:
             f"({described['num_attention_heads']}); correct config.json."
         )
     activation, positions = described.get("hidden_act", "gelu"), described.get("position_embedding_type", "absolute")
-    if not str(activation).startswith("gelu") or positions != "absolute":
+    if activation != "gelu" or positions != "absolute":  # gelu_new and the like are approximations of another value
         raise ConfigError(
             f"{path}: hidden_act is '{activation}' and position_embedding_type '{positions}'; the Q-Former computes "
-            f"with gelu and absolute positions."
+            f"with the exact 'gelu' and 'absolute' positions."
         )
     return described
 

@@ -331,6 +331,14 @@ def test_a_card_that_cannot_be_scored_fails_before_anything_is_asked(
     assert not (tmp_path / "eval").exists()
 
 
+def test_a_subset_that_cannot_be_shuffled_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
+    model = Namer()
+    with pytest.raises(DataError, match="all samples to score are about one picture"):
+        scores(tmp_path, model, limit=1)
+    assert model.batches == []
+    assert scores(tmp_path, model, limit=1, shuffled=False)["samples"] == 1
+
+
 def test_a_question_type_that_records_lack_is_said(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"'r0': no field 'kinds' \(eval\.question_type of the card\)\. Did you mean"):
         scores(tmp_path, section="answer: generate, metric: exact_match, question_type: kinds")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -162,6 +163,15 @@ def test_setup_cfg_names_every_folder_of_the_package() -> None:
     listed = set(settings()["options"]["packages"].split())
     folders = {file.parent.relative_to(ROOT) for file in (ROOT / "qformer").rglob("*.py")}
     assert listed == {".".join(folder.parts) for folder in folders} | {f"qformer.{kind}" for kind in KINDS}
+
+
+def test_every_requirement_is_imported_somewhere() -> None:
+    """What nothing imports is a download for nothing."""
+    modules = {"pillow": "PIL"}
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "qformer").rglob("*.py"))
+    for requirement in settings()["options"]["install_requires"].split():
+        name = requirement.split(">=")[0]
+        assert re.search(rf"^\s*(import|from) {modules.get(name, name)}\b", code, flags=re.MULTILINE), name
 
 
 def test_the_oldest_versions_are_the_lower_bounds() -> None:

@@ -96,6 +96,15 @@ def test_a_template_file_without_templates_is_refused(tmp_path):
         text.load_templates(str(file))
 
 
+@pytest.mark.parametrize("words", ["{question", "say } {x}", "{x!z}", "{x:>5d}", "{}", "{0}", "{a.b}", "{a[0]}"])
+def test_a_template_that_cannot_be_filled_is_refused_when_it_is_loaded(tmp_path, words):
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"name: mine\nversion: 1\nsource: ''\ntemplates: ['{{{{fine}}}}', '{words}']\n")
+    with pytest.raises(ConfigError, match="a field is a name in braces") as caught:
+        text.load_templates(str(file))
+    assert f"{file}: templates: '{words}' cannot be filled" in str(caught.value)
+
+
 # -- rows -------------------------------------------------------------------------------------------------------------
 
 
@@ -235,6 +244,19 @@ def test_profile_errors_say_what_would_work():
     broken.template_text = lambda turns: "nothing of it"
     with pytest.raises(ConfigError, match=r"language\.profile\.layout: plain"):
         text.profile_from_tokenizer(broken)
+
+
+def test_a_chat_template_that_refuses_a_turn_says_what_would_work():
+    strict = Words(template="yes")
+
+    def refuse(turns):
+        raise RuntimeError("System role not supported")
+
+    strict.template_text = refuse
+    with pytest.raises(ConfigError, match=r"\(System role not.*\); set language\.profile\.system: null or layout"):
+        text.profile_from_tokenizer(strict, ProfileConfig(system="be brief"))
+    with pytest.raises(ConfigError, match=r"not supported\); set language\.profile\.layout: plain"):
+        text.profile_from_tokenizer(strict)
 
 
 def test_neighbouring_texts_are_one_piece():

@@ -315,6 +315,29 @@ def test_more_steps_may_be_asked_for_and_other_data_or_model_may_not(make):
         run(make("qformer.queries=5"))
 
 
+def test_fewer_steps_than_were_done_are_refused(make):
+    directory = run(make("train.steps=3"))
+    with pytest.raises(ConfigError, match=r"train\.steps is 2, and .*run has done 3; set it to at least 3"):
+        run(make("train.steps=2"))
+    assert [path.name for path in (directory / "checkpoints").iterdir()] == ["step-3"]
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "state.json"])
+def test_a_damaged_checkpoint_is_named_and_left_as_it_is(make, file):
+    directory = run(make("train.steps=2"))
+    (directory / "checkpoints" / "step-foo").mkdir()
+    (directory / "checkpoints" / "step-foo" / "adapter.safetensors").touch()
+    damaged = directory / "checkpoints" / "step-2" / file
+    damaged.write_bytes(damaged.read_bytes()[:-10])
+    before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    for _ in range(2):
+        with pytest.raises(TrainingError, match=rf"step-2/{file}: it is missing or not whole .*remove .*step-2"):
+            run(make("train.steps=3"))
+        assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
+        damaged.unlink(missing_ok=True)
+        before.pop(damaged, None)
+
+
 def test_a_checkpoint_of_another_llm_is_refused(make, towers, tmp_path):
     from tests.tiny import tiny_llm
 
@@ -543,3 +566,35 @@ def test_two_processes_equal_one(make, tmp_path):
         if not name.endswith("key.bias"):
             for rank in pair:
                 assert (rank["gradients"][name] - expected).norm() <= 1e-4 * expected.norm(), name
+
+
+TRAIN = """
+import os, sys
+from accelerate import PartialState
+from qformer import config
+from qformer.train.loop import train
+
+train(config.load(sys.argv[1], sys.argv[2:]), say=lambda _: None, quiet=True)
+assert PartialState().num_processes == int(os.environ["WORLD_SIZE"])
+"""
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_has_the_losses_of_one(make, tmp_path):
+    """Whole runs under torchrun: the same losses and rates, step by step."""
+    script = tmp_path / "train.py"
+    script.write_text(TRAIN)
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    changes = ["train.steps=6", "train.batch_size=7", "train.micro_batch_tokens=60"]
+    lines = []
+    for ranks in (1, 2):
+        directory = make(*changes, name=f"ranks{ranks}").directory
+        launch = ["torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={28900 + os.getpid() % 500}"]
+        command = [sys.executable, "-m", *launch, str(script), f"{directory}.yaml", *changes]
+        subprocess.run(command, check=True, env=environment, capture_output=True)
+        lines.append([json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()])
+    one, pair = lines
+    assert [line["step"] for line in pair] == [line["step"] for line in one] == list(range(1, 7))
+    for alone, shared in zip(one, pair, strict=True):
+        assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+        assert shared["learning_rate"] == alone["learning_rate"]

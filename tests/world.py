@@ -60,13 +60,6 @@ def write_pictures(folder: Path, count: int = 24, **changes: Any) -> Path:
     return card
 
 
-def settings_file(file: Path, tasks: dict[str, float]) -> None:
-    """Give a run's file another mixture (overrides add to a mapping; they do not replace it)."""
-    values = json.loads(file.read_text())
-    values["data"]["tasks"] = tasks
-    file.write_text(json.dumps(values))
-
-
 def settings(
     towers_folder: Path, data: Path, output: Path, *changes: str, family: str = "llama", **more: Any
 ) -> RunConfig:

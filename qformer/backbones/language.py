@@ -546,7 +546,7 @@ def load_profile(settings: LanguageConfig) -> tuple[Any, Profile]:
     """Tokenizer and profile of an LLM, without its weights.
 
     Raises:
-        ConfigError: no such model, or a profile that its tokenizer cannot give.
+        ConfigError: no such model, a profile that its tokenizer cannot give, or one with ids that the model lacks.
     """
     config = _read(settings, "AutoConfig")
     if (tower := inside.language(config)) is not None:
@@ -554,6 +554,14 @@ def load_profile(settings: LanguageConfig) -> tuple[Any, Profile]:
         if not _has_tokenizer(settings):
             return _untokenized(settings, config)
     tokenizer = _read(settings, "AutoTokenizer")
+    words = getattr(config.get_text_config(), "vocab_size", None) or len(tokenizer)
+    for name in ("opening", "end"):
+        for number in getattr(settings.profile, name) or ():
+            if not 0 <= number < words:
+                raise ConfigError(
+                    f"language.profile.{name} holds the id {number}, and '{settings.name}' has the ids 0 to "
+                    f"{words - 1}; give ids of its own tokenizer."
+                )
     profile = profile_from_tokenizer(
         tokenizer,
         settings.profile,

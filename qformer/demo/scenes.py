@@ -28,7 +28,7 @@ COLOURS = {
     "purple": (140, 58, 178),
     "orange": (245, 136, 22),
 }
-SIZES = {"small": 7, "large": 11}                          # half the extent in pixels
+SIZES = {"small": 7, "large": 11}  # half the extent in pixels
 MATERIALS = ("rubber", "metal", "wood")
 WORDS = ("sun", "map", "key", "fox", "owl", "ice")
 COLUMNS = ("left", "centre", "right")

@@ -200,6 +200,9 @@ def _answered(
                 raise
             found.broken.append({"record": task.records.key(place), "id": None, "error": str(error)})
 
+    if shuffled:
+        baselines.shuffled_pictures([each.sample for _, each in asked], seed, key)  # fails before an hour of answering
+
     def ask(questions: Sequence[Question], what: str) -> list[Answer | DataError]:
         advance = track(what, len(questions))
         return predict(model, task.section, questions, batch_size=batch_size, on_error=on_error, advance=advance)

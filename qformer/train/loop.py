@@ -57,6 +57,8 @@ def train(settings: RunConfig, *, say: Callable[[str], None] = print, quiet: boo
     if (run / CONFIG_FILE).exists() and last:
         checkpoint.same_run(run / CONFIG_FILE, settings)
         checkpoint.same_data(run / DATA_FILE, described)
+    if last:
+        checkpoint.enough_steps(last[0], settings.train.steps)
 
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
