@@ -78,13 +78,14 @@ class Assembler:
             if name not in pixels:
                 pixels[name] = self.transform(images.load_image(picture, self.max_pixels, item.name), (*key, name))
             names.append(name)
+        instruction = self.joiner.read_ids(_read_instruction(item.rendered))
         row = self.joiner.row(item.rendered, range(len(names)), answered=answered)
         if self.room is not None and row_length(row, self.room[1]) > self.room[0]:
             raise DataError(
                 f"{item.name}: its row takes {row_length(row, self.room[1])} positions, and the LLM has "
                 f"{self.room[0]}; lower language.instruction_limit or qformer.queries, or split the dialogue."
             )
-        return Prepared(item.name, tuple(names), self.joiner.read_ids(_read_instruction(item.rendered)), row)
+        return Prepared(item.name, tuple(names), instruction, row)
 
     def batch(self, prepared: Sequence[Prepared], pixels: Pixels) -> Batch:
         """Prepared items as one batch: their distinct pictures stacked, their distinct reads numbered."""

@@ -406,10 +406,10 @@ def test_a_saved_adapter_that_lacks_something_is_named(source: Path, tmp_path: P
     tensors = load_file(file)
     del tensors["language.fingerprint"]
     save_file(tensors, file)
-    with pytest.raises(ConfigError, match=r"adapter\.safetensors: it lacks language\.fingerprint"):
+    with pytest.raises(ConfigError, match=r"adapter\.safetensors: it lacks 'language\.fingerprint'"):
         loaded(tmp_path / "adapter")
     described.write_text(json.dumps({"format": 1, "vision": {}, "language": {}}))
-    with pytest.raises(ConfigError, match=r"config\.json: it lacks qformer, max_pixels, size, profile; save"):
+    with pytest.raises(ConfigError, match=r"config\.json: it lacks qformer, max_pixels\)"):
         loaded(tmp_path / "adapter")
     described.write_text("{")
     with pytest.raises(ConfigError, match=r"config\.json: it cannot be read"):

@@ -66,9 +66,9 @@ def test_train_eval_ask_render_and_report(place, type_in):
     assert code == 0 and "loaded" in out and "8 of 24, partial" in out
     run = place / "run"
     page = (run / "report.html").read_text()
-    assert "colours" in page and "8 of 24" in page and not re.search(r"(src|href)=.https?:", page)
+    assert "colours" in page and ">partial<" in page and not re.search(r"(src|href)=.https?:", page)
     code, out, _ = type_in("eval", run, "--tasks", place / "colours.yaml", "--data", place, "--device", "cpu")
-    assert "8 of 24" not in (run / "report.html").read_text()
+    assert ">partial<" not in (run / "report.html").read_text()
     assert code == 0 and json.loads((run / "eval" / "colours.json").read_text())["samples"] == 24
     code, out, _ = type_in("ask", run, place / "pictures" / "0.png", "what colour is it", "--max-new-tokens", 4)
     assert code == 0
