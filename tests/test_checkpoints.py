@@ -409,7 +409,7 @@ def test_a_saved_adapter_that_lacks_something_is_named(source: Path, tmp_path: P
     with pytest.raises(ConfigError, match=r"adapter\.safetensors: it lacks 'language\.fingerprint'"):
         loaded(tmp_path / "adapter")
     described.write_text(json.dumps({"format": 1, "vision": {}, "language": {}}))
-    with pytest.raises(ConfigError, match=r"config\.json: it lacks qformer, max_pixels\)"):
+    with pytest.raises(ConfigError, match=r"config\.json: .*it lacks qformer, max_pixels\)"):
         loaded(tmp_path / "adapter")
     described.write_text("{")
     with pytest.raises(ConfigError, match=r"config\.json: it cannot be read"):
