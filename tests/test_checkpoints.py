@@ -412,7 +412,7 @@ def test_a_saved_adapter_that_lacks_something_is_named(source: Path, tmp_path: P
     with pytest.raises(ConfigError, match=r"config\.json: .*it lacks qformer, max_pixels\)"):
         loaded(tmp_path / "adapter")
     described.write_text("{")
-    with pytest.raises(ConfigError, match=r"config\.json: it cannot be read"):
+    with pytest.raises(ConfigError, match=r"config\.json: it does not describe an adapter"):
         loaded(tmp_path / "adapter")
 
 
