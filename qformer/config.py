@@ -100,8 +100,8 @@ class ProfileConfig:
     """A shipped profile (`profiles/`) or a YAML file of that form, in place of what is read off the tokenizer."""
     layout: Literal["plain", "chat"] | None = None
     system: str | None = None
-    """The system turn of a chat layout; null: none is given, though some templates then put in one of their own;
-    empty: an empty one, which keeps theirs out.  A named profile has one of its own, and with an empty one none."""
+    """The system turn of a chat layout.  Null and empty: none, or an empty one where the LLM's own template would put
+    one in by itself; but a named profile has one of its own, and null keeps it."""
     separator: str | None = None
     """Text between prompt and target."""
     opening: list[int] | None = None

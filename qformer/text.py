@@ -275,7 +275,7 @@ def profile_from_tokenizer(
         system = spoken.system if system is None else system
         frame = _published_frame(spoken, system)
     elif layout == "chat":
-        frame = _chat_frame(tokenizer, system)
+        frame = _chat_frame(tokenizer, system or "")
         ends = _ids(tokenizer, frame["between"])
         if overrides.end is None and spoken is None and ends:
             end = (ends[0],)  # the mark that closes an assistant's turn
@@ -499,25 +499,37 @@ def _published_frame(spoken: NamedProfile, system: str) -> dict[str, str]:
     return {"head": head, "middle": spoken.middle, "between": spoken.between, "answer": spoken.answer}
 
 
-def _chat_frame(tokenizer: Any, system: str | None) -> dict[str, str]:
+def _chat_frame(tokenizer: Any, system: str) -> dict[str, str]:
     """The literal texts of a chat template around the words, found by rendering marks and splitting at them.
 
-    `system` None gives no system turn, and the template may put in one of its own; an empty one keeps it out.
+    Without a system text there is no system turn, or an empty one where that leaves less in front of the words: it
+    keeps out the one that some templates put in by themselves.
     """
+    if system:
+        return _rendered_frame(tokenizer, [{"role": "system", "content": system}])
+    frame = _rendered_frame(tokenizer, [])
+    try:
+        emptied = _rendered_frame(tokenizer, [{"role": "system", "content": ""}])
+    except ConfigError:  # a template that knows no system turns has none to keep out
+        return frame
+    return emptied if len(emptied["head"]) < len(frame["head"]) else frame
+
+
+def _rendered_frame(tokenizer: Any, opening: list[dict[str, str]]) -> dict[str, str]:
     first, answer, second = "\u0001first\u0001", "\u0001answer\u0001", "\u0001second\u0001"
     turns = [
+        *opening,
         {"role": "user", "content": first},
         {"role": "assistant", "content": answer},
         {"role": "user", "content": second},
     ]
-    if system is not None:
-        turns.insert(0, {"role": "system", "content": system})
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program of its own, and may raise anything
-        mend = "language.profile.layout: plain" if system is None else "language.profile.system: null or layout: plain"
+        mend = "leave language.profile.system out, or set layout: plain" if opening else "set layout: plain"
         raise ConfigError(
-            f"the LLM's chat template refuses the turns it is given ({' '.join(str(error).split())}); set {mend}."
+            f"the LLM's chat template refuses the turns it is given ({' '.join(str(error).split())}); in "
+            f"language.profile {mend}."
         ) from None
     found = re.fullmatch(f"(.*?){first}(.*?){answer}(.*?){second}(.*)", text, flags=re.DOTALL)
     if found is None:

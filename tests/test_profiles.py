@@ -190,7 +190,7 @@ TEMPLATES = {
 def test_a_named_profile_and_the_tokenizers_own_template_make_the_same_ids(name: str) -> None:
     tokenizer, named = speak(name)
     tokenizer.chat_template = TEMPLATES[name]
-    read = text.profile_from_tokenizer(tokenizer)
+    read = text.profile_from_tokenizer(tokenizer, ProfileConfig(system=named.system))
     assert read.layout == "chat"
     assert row_of(tokenizer, read, TALKED) == row_of(tokenizer, named, TALKED)
 

@@ -253,10 +253,30 @@ def test_a_chat_template_that_refuses_a_turn_says_what_would_work():
         raise RuntimeError("System role not supported")
 
     strict.template_text = refuse
-    with pytest.raises(ConfigError, match=r"\(System role not.*\); set language\.profile\.system: null or layout"):
+    with pytest.raises(ConfigError, match=r"\(System role not.*\); in language\.profile leave .*system out"):
         text.profile_from_tokenizer(strict, ProfileConfig(system="be brief"))
-    with pytest.raises(ConfigError, match=r"not supported\); set language\.profile\.layout: plain"):
+    with pytest.raises(ConfigError, match=r"not supported\); in language\.profile set layout: plain"):
         text.profile_from_tokenizer(strict)
+
+
+def test_a_template_gets_an_empty_system_turn_only_where_it_would_bring_words_of_its_own():
+    written = Words.template_text
+
+    def wordy(turns):
+        own = [] if turns[0]["role"] == "system" else [{"role": "system", "content": "be good"}]
+        return written(Words(), [*own, *turns])
+
+    def refusing(turns):
+        if turns[0]["role"] == "system":
+            raise RuntimeError("System role not supported")
+        return written(Words(), turns)
+
+    heads = {}
+    for name, template in {"bare": None, "wordy": wordy, "refusing": refusing}.items():
+        tokenizer = Words(template="yes")
+        tokenizer.template_text = template or tokenizer.template_text
+        heads[name] = text.profile_from_tokenizer(tokenizer).head
+    assert heads == {"bare": "<|user> ", "wordy": "<|system>  <|end> <|user> ", "refusing": "<|user> "}
 
 
 def test_neighbouring_texts_are_one_piece():
