@@ -101,6 +101,39 @@ def test_a_phrase_is_one_position_or_a_position_a_word(writer: towers.Writer):
     assert apart.groups.shape[2] == 1
 
 
+@pytest.mark.parametrize("form", [form for form in scenes.FORMS if form not in ("exists", "count")])
+def test_mentions_end_where_their_words_do(writer: towers.Writer, form: str):
+    found = 0
+    for number in range(12):
+        scene, dice = towers.text_scene(towers.TEXT_SEED, number, (3, 4)), Dice("mentions", number)
+        for ask in list(scenes.FORMS[form](scene, dice))[:6]:
+            exchange = towers.asked(ask, dice)
+            tokens = writer.exchange(exchange)[0]
+            last, depth = -1, 0
+            pointed = list(writer.mentions(exchange))
+            for (words, thing), (place, deep, pointed_at) in zip(ask.mentions, pointed, strict=False):
+                assert writer.tokenizer.decode(tokens[1 : place + 1]).endswith(words)
+                depth = depth + 1 if place == last else 0
+                last = place
+                assert (deep, pointed_at) == (depth, thing)
+                found += 1
+            assert len(pointed) == min(len(ask.mentions), 2)
+    assert found > 4
+
+
+def test_a_mention_becomes_the_values_of_its_thing(writer: towers.Writer):
+    told = described(3)
+    texts = writer.rows([told], words=False)
+    assert texts.mentions[:, 2].max() < towers.DEPTHS
+    things = {tuple(values) for values in texts.things.tolist()}
+    of_scene = {
+        tuple(values.index(getattr(thing, point)) for point, values in towers.POINTS.items())
+        for thing in towers.text_scene(towers.TEXT_SEED, 3, (3, 4)).things
+    }
+    assert things
+    assert things <= of_scene
+
+
 def test_rows_are_a_function_of_the_step(writer: towers.Writer):
     steps = towers.Steps(writer, 100)
     for one, two in zip(vars(steps[60]).values(), vars(steps[60]).values(), strict=True):
