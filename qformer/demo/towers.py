@@ -347,7 +347,7 @@ class Reader:
 
 READERS = {"language": Reader("Llama", 128, 768), "other": Reader("Qwen2", 160, 640)}
 """By folder.  The second is what a tuned Q-Former is carried to."""
-TEXT_STEPS, TEXT_BATCH, TEXT_LENGTH = 5000, 24, 88
+TEXT_STEPS, TEXT_BATCH, TEXT_LENGTH = 6000, 24, 88
 GROUP_WORDS = 8
 QUESTION_WEIGHT = 0.02
 ANSWER_TOKENS = 4
@@ -373,9 +373,9 @@ class Stage:
 
 
 STAGES = (
-    Stage(0.06, (2, 3), ("attribute", "place", "at"), 5, 0.0, terse=1.0, plain=1.0),
-    Stage(0.12, (2, 3), ("attribute", "place", "at", "is"), 3, 0.0, terse=0.4, plain=1.0),
-    Stage(0.4, (2, 3, 4), JUDGING, 3, 0.1, terse=0.1, plain=0.8),
+    Stage(0.1, (2, 3), ("attribute", "place", "at"), 5, 0.0, terse=1.0, plain=1.0),
+    Stage(0.16, (2, 3), ("attribute", "place", "at", "is"), 3, 0.0, terse=0.4, plain=1.0),
+    Stage(0.5, (2, 3, 4), JUDGING, 3, 0.1, terse=0.1, plain=0.8),
     Stage(1.0, (3, 4), FORMS, 2, 0.2, plain=0.2),
 )
 
