@@ -28,7 +28,7 @@ T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 
 def run(folder: Path, seed: int, overrides: tuple[str, ...], steps: int | None, limit: int | None) -> dict[str, float]:
     """Scores of one demo by task; made unless they are there."""
-    files = {task: folder / "eval" / f"{task}.json" for task in TASKS}
+    files = {task: folder / "eval" / f"{task}{'.partial' if limit else ''}.json" for task in TASKS}
     if not all(file.exists() for file in files.values()):
         demo(folder, seed=seed, steps=steps, limit=limit, overrides=overrides)
     return {task: json.loads(file.read_text(encoding="utf-8"))["score"] for task, file in files.items()}

@@ -10,11 +10,12 @@ __version__ = "0.1.0"
 _HOMES = {
     "VLM": "qformer.vlm",
     "build": "qformer.loading",
+    "export": "qformer.run",
     "load": "qformer.loading",
     "fit": "qformer.run",
     "score": "qformer.run",
 }
-__all__ = ["VLM", "build", "fit", "load", "score"]
+__all__ = ["VLM", "build", "export", "fit", "load", "score"]
 
 
 def __getattr__(name: str) -> Any:

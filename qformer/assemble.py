@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qformer import images
-from qformer.sample import Batch, Read, Row, Slot, Text
+from qformer.errors import DataError
+from qformer.sample import Batch, Read, Row, Slot, Text, row_length
 from qformer.text import Joiner, Rendered
 
 Pixels = dict[str, Tensor]
@@ -39,9 +41,27 @@ class Prepared:
 class Assembler:
     """Opens and transforms pictures and joins ids; holds tokenizers and no weights, so that workers can have it."""
 
-    def __init__(self, joiner: Joiner, transform: Callable[[Any, tuple[object, ...]], Tensor], max_pixels: int):
-        """`transform` takes a PIL image and the key of its random choices, and gives (3, H, W)."""
+    def __init__(
+        self,
+        joiner: Joiner,
+        transform: Callable[[Any, tuple[object, ...]], Tensor],
+        max_pixels: int,
+        *,
+        root: Path = Path(),
+        room: tuple[int, int] | None = None,
+    ):
+        """How items are made.
+
+        Args:
+            joiner: makes ids of words.
+            transform: takes a PIL image and the key of its random choices, and gives (3, H, W).
+            max_pixels: of a picture, before it is opened.
+            root: the data root; pictures below it are known by their path from there, so that moving it changes no
+                crop.
+            room: positions of the LLM and those that a slot takes; null where nothing is to be held against them.
+        """
         self.joiner, self.transform, self.max_pixels = joiner, transform, max_pixels
+        self.root, self.room = root, room
 
     def prepare(self, item: Item, pixels: Pixels, *, answered: bool, key: tuple[object, ...] = ()) -> Prepared:
         """One item in ids; pictures that `pixels` lacks are opened and put there.
@@ -49,20 +69,23 @@ class Assembler:
         Pictures are told apart by path or content and cropped by (key, picture): rows of a step share one encoding.
 
         Raises:
-            DataError: a picture cannot be opened, or an instruction's marks do not fit its pictures.
+            DataError: a picture cannot be opened, an instruction's marks do not fit its pictures, or the row is too
+                long for the LLM.
         """
         names = []
         for picture in item.pictures:
-            name = images.picture_key(picture)
+            name = images.picture_key(picture, self.root)
             if name not in pixels:
                 pixels[name] = self.transform(images.load_image(picture, self.max_pixels, item.name), (*key, name))
             names.append(name)
-        return Prepared(
-            item.name,
-            tuple(names),
-            self.joiner.read_ids(_read_instruction(item.rendered)),
-            self.joiner.row(item.rendered, range(len(names)), answered=answered),
-        )
+        instruction = self.joiner.read_ids(_read_instruction(item.rendered))
+        row = self.joiner.row(item.rendered, range(len(names)), answered=answered)
+        if self.room is not None and row_length(row, self.room[1]) > self.room[0]:
+            raise DataError(
+                f"{item.name}: its row takes {row_length(row, self.room[1])} positions, and the LLM has "
+                f"{self.room[0]}; lower language.instruction_limit or qformer.queries, or split the dialogue."
+            )
+        return Prepared(item.name, tuple(names), instruction, row)
 
     def batch(self, prepared: Sequence[Prepared], pixels: Pixels) -> Batch:
         """Prepared items as one batch: their distinct pictures stacked, their distinct reads numbered."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import string
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -25,6 +27,29 @@ class Decoding:
     temperature: float = 1.0
     top_p: float = 1.0
 
+    def __post_init__(self) -> None:
+        config.check_numbers("decoding", self, "max_new_tokens", "num_beams", least=1)
+        config.check_numbers("decoding", self, "min_new_tokens", most=self.max_new_tokens)
+        config.check_numbers("decoding", self, "length_penalty", least=-math.inf)
+        config.check_numbers("decoding", self, "repetition_penalty", "temperature", above=True)
+        config.check_numbers("decoding", self, "top_p", above=True, most=1)
+
+
+def check_template(template: str, where: str) -> None:
+    """Refuse a text whose fields cannot be filled by name.
+
+    Raises:
+        ConfigError: braces that do not pair, or a field that is more than a name in braces.
+    """
+    hint = "a field is a name in braces, as {question}, and a brace itself is written twice"
+    try:
+        pieces = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ConfigError(f"{where}: '{template}' cannot be filled ({error}); {hint}.") from None
+    for _, name, form, conversion in pieces:
+        if name is not None and (form or conversion or not name or name.isdigit() or set(name) & set(".[]")):
+            raise ConfigError(f"{where}: '{template}' cannot be filled by name; {hint}.")
+
 
 @dataclass(frozen=True)
 class TrainCard:
@@ -46,6 +71,10 @@ class TrainCard:
     """What the LLM learns to write, over the sample's fields and the drawn `answer`."""
     turns: Literal["each", "whole"] = "each"
     """Dialogues: one row per turn, or one row with every answer trained."""
+
+    def __post_init__(self) -> None:
+        config.check_numbers("train", self, "size", least=1)
+        check_template(self.target, "train.target")
 
 
 @dataclass(frozen=True)
@@ -70,6 +99,9 @@ class EvalCard:
     question_type: str | None = None
     """The field that the most-frequent-answer baseline is counted by."""
     decoding: Decoding = field(default_factory=Decoding)
+
+    def __post_init__(self) -> None:
+        config.check_numbers("eval", self, "size", least=1)
 
 
 @dataclass(frozen=True)
@@ -108,11 +140,13 @@ def load(name: str) -> TaskCard:
     base, _, variant = name.partition(":")
     path = resources.find("tasks", base, "task card")
     raw = config.read_yaml(path)
+    config.check_shape(TaskCard, raw, str(path))
     if variant:
         known = raw.get("variants") or {}
         if variant not in known:
             raise ConfigError(f"{path}: no variant '{variant}'.{did_you_mean(variant, known)}")
-        raw = OmegaConf.to_container(OmegaConf.merge(raw, known[variant]))  # type: ignore[assignment]
+        config.check_shape(TaskCard, known[variant], f"{path}: variant '{variant}'")
+        raw = OmegaConf.to_container(OmegaConf.merge(raw, known[variant] or {}))  # type: ignore[assignment]
     for section, kind in (("train", TrainCard), ("eval", EvalCard)):
         missing = [
             key

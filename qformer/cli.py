@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from qformer import __version__
 from qformer.errors import QFormerError
 
 INTERRUPTED = 130
+TRAINING = ("train", "demo")
+"""Commands that leave checkpoints to go on from."""
 NARROWEST_TABLE = 130
 """Columns a table is given at least: it reads better cut off on the right than folded into slivers."""
 
@@ -43,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--output", help="where scores go (default: eval/ in the run directory)")
     command.add_argument("--vision", help="where the image encoder is now, if it moved")
     command.add_argument("--language", help="where the LLM is now, if it moved")
+    command.add_argument("--device", help="cpu, cuda, cuda:1 … (the accelerator, if there is one)")
 
     command = commands.add_parser("ask", help="one picture, one instruction, one answer")
     command.add_argument("source", help="a run directory or a saved adapter")
@@ -52,12 +60,20 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--beams", type=int, default=1)
     command.add_argument("--vision", help="where the image encoder is now, if it moved")
     command.add_argument("--language", help="where the LLM is now, if it moved")
+    command.add_argument("--device", help="cpu, cuda, cuda:1 … (the accelerator, if there is one)")
 
     command = commands.add_parser("render", help="what the model would be shown, and which tokens are trained on")
     command.add_argument("config", help="a shipped config's name or a YAML file")
     command.add_argument("changes", nargs="*", metavar="key=value", help="settings to change")
     command.add_argument("-n", type=int, default=5, dest="count", help="how many samples")
     command.add_argument("--ids", action="store_true", help="every token with its id")
+
+    command = commands.add_parser("export", help="write an adapter in the form of transformers or LAVIS")
+    command.add_argument("source", help="a run, a saved adapter, a published model, or a .pth file of LAVIS")
+    command.add_argument("directory", help="where it goes")
+    command.add_argument("--to", required=True, choices=("transformers", "lavis"))
+    command.add_argument("--vision", help="where the image encoder is now, if it moved")
+    command.add_argument("--language", help="where the LLM is now, if it moved")
 
     command = commands.add_parser("tasks", help="the cards: role, size, reader, prompt, metric, p_d")
     command.add_argument("name", nargs="?", help="one card, whole")
@@ -70,16 +86,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parser().parse_args(arguments)
     except SystemExit as stop:
         return int(stop.code or 0)
+    with _watching_for_ctrl_c() as interrupted:
+        try:
+            return int(COMMANDS[options.command](options) or 0)
+        except (Exception, KeyboardInterrupt) as error:
+            # A library that is being imported may turn the interruption into an error of its own.
+            if interrupted() or isinstance(error, KeyboardInterrupt):
+                goes_on = "; the last checkpoint is whole, the same command goes on from it"
+                print(f"qformer: interrupted{goes_on if options.command in TRAINING else ''}.", file=sys.stderr)
+                return INTERRUPTED
+            if isinstance(error, BrokenPipeError):
+                return 0
+            if not isinstance(error, QFormerError):
+                raise
+            print(f"qformer: {error}", file=sys.stderr)
+            return error.exit_code
+
+
+@contextmanager
+def _watching_for_ctrl_c() -> Iterator[Callable[[], bool]]:
+    """Remembers that Ctrl-C was pressed; where Python does not answer to it (nohup, a thread), nothing changes."""
+    pressed = threading.Event()
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        pressed.set()
+        signal.default_int_handler(number, frame)
+
+    before = signal.getsignal(signal.SIGINT)
+    ours = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, remember)
     try:
-        return int(COMMANDS[options.command](options) or 0)
-    except QFormerError as error:
-        print(f"qformer: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("qformer: interrupted; the last checkpoint is whole, the same command goes on from it.", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        return 0
+        yield pressed.is_set
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -95,6 +136,9 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
+    from qformer.config import EvaluateConfig
+
+    EvaluateConfig(limit=options.limit, batch_size=options.batch_size)  # refused before any library is loaded
     from qformer.run import score
 
     score(
@@ -108,18 +152,25 @@ def _eval(options: argparse.Namespace) -> None:
         output=options.output,
         vision=options.vision,
         language=options.language,
+        device=options.device,
         say=_say,
     )
 
 
 def _ask(options: argparse.Namespace) -> None:
-    from qformer.loading import load
+    from qformer.cards import Decoding
 
-    model = load(options.source, vision=options.vision, language=options.language)
-    answers = model.generate(
-        [options.picture], [options.instruction], max_new_tokens=options.max_new_tokens, num_beams=options.beams
-    )
-    _say(answers[0])
+    decoding = Decoding(max_new_tokens=options.max_new_tokens, num_beams=options.beams)
+    from qformer.loading import load
+    from qformer.run import best_device
+
+    device = options.device or best_device()
+    model = load(options.source, vision=options.vision, language=options.language, device=device)
+    [answer] = model.generate([options.picture], [options.instruction], **dataclasses.asdict(decoding))
+    cut = model.language.truncations
+    if cut.texts:
+        sys.stderr.write(f"qformer: the instruction was cut on the left to its limit, by {cut.ids} ids in all.\n")
+    _say(answer)
 
 
 def _render(options: argparse.Namespace) -> None:
@@ -131,6 +182,14 @@ def _render(options: argparse.Namespace) -> None:
     console = Console(highlight=False, soft_wrap=True)
     for block in render(config.load(options.config, options.changes), options.count, ids=options.ids):
         console.print(block)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from qformer.run import export
+
+    towers = {"vision": options.vision, "language": options.language}
+    for line in export(options.source, options.directory, options.to, **towers):
+        _say(line)
 
 
 def _tasks(options: argparse.Namespace) -> None:
@@ -149,7 +208,15 @@ def _say(line: object) -> None:
     Console(highlight=False, soft_wrap=True).print(line, markup=False)
 
 
-COMMANDS = {"demo": _demo, "train": _train, "eval": _eval, "ask": _ask, "render": _render, "tasks": _tasks}
+COMMANDS = {
+    "demo": _demo,
+    "train": _train,
+    "eval": _eval,
+    "ask": _ask,
+    "render": _render,
+    "export": _export,
+    "tasks": _tasks,
+}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,24 @@ from qformer import resources
 from qformer.errors import ConfigError, did_you_mean
 
 Config = TypeVar("Config")
+
+
+def check_numbers(
+    section: str, settings: object, *names: str, least: float = 0, above: bool = False, most: float = math.inf
+) -> None:
+    """Refuse settings that are not finite or out of range; null is left alone.
+
+    Raises:
+        ConfigError: a value below `least` (or equal to it, with `above`) or beyond `most`.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if value is None or (math.isfinite(value) and least <= value <= most and not (above and value == least)):
+            continue
+        needed = f"{'above' if above else 'at least'} {least}" + (f" and at most {most}" if most < math.inf else "")
+        if not math.isfinite(value):
+            needed = f"a finite number{f', {needed}' if least > -math.inf else ''}"
+        raise ConfigError(f"{section}.{name} is {value}; it must be {needed}.")
 
 
 @dataclass(frozen=True)
@@ -69,15 +88,20 @@ class VisionConfig:
     train_transform: TransformConfig = field(default_factory=lambda: TransformConfig(mode="random_crop"))
     eval_transform: TransformConfig = field(default_factory=TransformConfig)
 
+    def __post_init__(self) -> None:
+        check_numbers("vision", self, "image_size", least=1)
+
 
 @dataclass(frozen=True)
 class ProfileConfig:
     """What to change in the profile that is read off the LLM's tokenizer; null keeps what was read."""
 
+    name: str | None = None
+    """A shipped profile (`profiles/`) or a YAML file of that form, in place of what is read off the tokenizer."""
     layout: Literal["plain", "chat"] | None = None
     system: str | None = None
     """The system turn of a chat layout; null: none is given, though some templates then put in one of their own;
-    empty: an empty one, which keeps theirs out."""
+    empty: an empty one, which keeps theirs out.  A named profile has one of its own, and with an empty one none."""
     separator: str | None = None
     """Text between prompt and target."""
     opening: list[int] | None = None
@@ -85,6 +109,12 @@ class ProfileConfig:
     stop: list[str] | None = None
     slots_first: bool | None = None
     """Plain layout: soft tokens before the opening ids (as the paper's code) or behind them."""
+
+    def __post_init__(self) -> None:
+        if self.end is not None and not self.end:
+            raise ConfigError(
+                "language.profile.end is []; it takes at least one token id, or null for the tokenizer's own end mark."
+            )
 
 
 @dataclass(frozen=True)
@@ -97,20 +127,81 @@ class LanguageConfig:
     pretrained: bool = True
     """False takes the architecture and the tokenizer, and leaves the weights random (tests, timing)."""
     dtype: str = "float32"
+    quantization: dict[str, Any] | None = None
+    """Values of one of transformers' quantisation configs, such as {load_in_4bit: true} (bitsandbytes) or
+    {quant_method: quanto, weights: int8}; null: none.  The adapter stays as it is."""
     gradient_checkpointing: bool = False
+    architecture: dict[str, Any] = field(default_factory=dict)
+    """Values that take the place of those in the model's config.json (dense_act_fn …)."""
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     instruction_limit: int = 128
     """Token ids of an instruction that are kept, from its right end."""
     target_limit: int = 256
     """Token ids of a target that are kept, from its left end, the end mark among them."""
 
+    def __post_init__(self) -> None:
+        check_numbers("language", self, "instruction_limit", least=1)
+        check_numbers("language", self, "target_limit", least=1 + len(self.profile.end or [0]))
+
+
+INIT_PARTS = (
+    "norm", "queries", "embeddings", "self_attention", "cross_attention", "query_feed_forward", "text_feed_forward",
+    "text", "projection",
+)  # fmt: skip
+"""Parts of an adapter that a source may give; `text` is embeddings and text_feed_forward together."""
+
+
+@dataclass(frozen=True)
+class InitSource:
+    """One source of an adapter's start."""
+
+    source: str
+    """An adapter in any form `load` takes, a BERT checkpoint, `new` (drawn anew) or `copied` (from the other half)."""
+    parts: tuple[str, ...] = ()
+    """Which parts it gives; none: whatever it has that no source before it gave."""
+    strict: bool = True
+    """Whether what it is to give must be there in the right shape; otherwise it is made anew, and listed."""
+
+
+def init_sources(given: Any) -> tuple[InitSource, ...]:
+    """`qformer.init` as a list of sources.
+
+    Raises:
+        ConfigError: it is no list of `{from, parts, strict}`, or names an unknown part.
+    """
+    form = "a BERT checkpoint's name, or a list of sources like {from: stage1.pth, parts: [text]}"
+    if isinstance(given, bool):
+        raise ConfigError(
+            f"qformer.init is the YAML boolean {str(given).lower()}; it takes {form}, the name in quotes where YAML "
+            f"reads it as a boolean."
+        )
+    if not isinstance(given, list | tuple) or not given:
+        raise ConfigError(f"qformer.init is {given!r}; it takes {form}.")
+    sources = []
+    for number, entry in enumerate(given):
+        where = f"qformer.init[{number}]"
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("from"), str):
+            raise ConfigError(f"{where} is {entry!r}; it takes a mapping with 'from', like {{from: stage1.pth}}.")
+        for key in entry:
+            if key not in ("from", "parts", "strict"):
+                raise ConfigError(f"{where}: unknown key '{key}'.{did_you_mean(str(key), ('from', 'parts', 'strict'))}")
+        parts, strict = entry.get("parts") or (), entry.get("strict", True)
+        if not isinstance(parts, list | tuple) or not isinstance(strict, bool):
+            raise ConfigError(f"{where}: parts is {parts!r} and strict {strict!r}; they take a list and true or false.")
+        for part in parts:
+            if part not in INIT_PARTS:
+                raise ConfigError(f"{where}: unknown part '{part}'.{did_you_mean(str(part), INIT_PARTS)}")
+        sources.append(InitSource(entry["from"], tuple(parts), strict))
+    return tuple(sources)
+
 
 @dataclass(frozen=True)
 class QFormerConfig:
     """The trainable part between the two towers."""
 
-    init: str | None = None
-    """A directory or hub id of a BERT checkpoint to start from; its depth and widths are taken over. null: random."""
+    init: Any = None
+    """A directory or hub id of a BERT checkpoint to start from; its depth and widths are taken over. null: random.
+    Or a list of sources, each `{from: SOURCE, parts: [...], strict: true}`: the first that covers a part gives it."""
     tokenizer: str | None = None
     """Where the instruction's tokenizer is read from; null: from `init`."""
     queries: int = 32
@@ -126,14 +217,19 @@ class QFormerConfig:
     instruction_limit: int = 128
     """Ids of an instruction that are kept for the Q-Former, [CLS] and [SEP] among them."""
     dropout: float = 0.1
+    norm_eps: float = 1e-5
+    """Epsilon of the norm behind the encoder; a source that says another one wins."""
     soft_scale: Literal["none", "embeddings"] = "none"
     """embeddings: at the start the projection is scaled so that soft tokens are as long as the LLM's embeddings."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.init, str | None):
+            init_sources(self.init)
+        names = ("queries", "cross_attention_every", "hidden", "layers", "heads", "intermediate")
+        check_numbers("qformer", self, *names, least=1)
+        check_numbers("qformer", self, "instruction_limit", least=3)
         if self.hidden and self.heads and self.hidden % self.heads:
             raise ConfigError(f"qformer.hidden ({self.hidden}) must divide evenly by qformer.heads ({self.heads}).")
-        if self.queries < 1 or self.cross_attention_every < 1:
-            raise ConfigError("qformer.queries and qformer.cross_attention_every must be at least 1.")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"qformer.dropout is {self.dropout}; it is a chance, at least 0 and below 1.")
 
@@ -153,6 +249,16 @@ class DataConfig:
     """Processes that read and transform pictures beside the training process."""
     max_pixels: int = 100_000_000
     """A picture beyond this many pixels is refused before it is decoded."""
+
+    def __post_init__(self) -> None:
+        check_numbers("data", self, "workers")
+        check_numbers("data", self, "max_pixels", least=1)
+        for name, multiplier in self.tasks.items():
+            if not (math.isfinite(multiplier) and multiplier > 0):
+                raise ConfigError(
+                    f"data.tasks: the multiplier of '{name}' is {multiplier}; it must be above 0 (a card that is not "
+                    f"to be drawn from is left out)."
+                )
 
 
 @dataclass(frozen=True)
@@ -185,15 +291,12 @@ class TrainConfig:
     """Trackers of accelerate (tensorboard, wandb …) beside metrics.jsonl."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"train.{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.micro_batch_tokens is not None and self.micro_batch_tokens < 1:
-            raise ConfigError(f"train.micro_batch_tokens is {self.micro_batch_tokens}; it must be at least 1, or null.")
-        if self.rate <= 0 or self.warmup_steps < 0 or self.weight_decay < 0:
-            raise ConfigError("train.rate must be above 0, train.warmup_steps and train.weight_decay at least 0.")
-        if self.max_norm is not None and self.max_norm <= 0:
-            raise ConfigError(f"train.max_norm is {self.max_norm}; it must be above 0, or null for no clipping.")
+        counts = ("steps", "batch_size", "micro_batch_tokens", "log_every", "checkpoint_every", "keep_checkpoints")
+        check_numbers("train", self, *counts, least=1)
+        check_numbers("train", self, "rate", "max_norm", above=True)
+        check_numbers("train", self, "warmup_rate", "warmup_steps", "final_rate", "weight_decay", "monitor_every")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"train.betas is {list(self.betas)}; it takes two numbers, each at least 0 and below 1.")
 
 
 @dataclass(frozen=True)
@@ -206,6 +309,9 @@ class EvaluateConfig:
     batch_size: int = 32
     shuffled: bool = True
     """Whether each score is repeated with shuffled pictures."""
+
+    def __post_init__(self) -> None:
+        check_numbers("evaluate", self, "limit", "batch_size", least=1)
 
 
 @dataclass(frozen=True)
@@ -223,6 +329,10 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 1 << 63:
+            raise ConfigError(f"seed is {self.seed}; it must be at least 0 and below 2^63.")
+
     @property
     def directory(self) -> Path:
         """The run directory."""
@@ -233,21 +343,19 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The settings of a shipped config name or a YAML file, with `key=value` overrides on top.
 
     A file may name a parent with `extends: NAME`; its own values win.  Cards given as files are looked for beside the
-    config first.
+    config first.  `data.tasks={…}` takes the place of the file's mixture, `data.tasks.CARD=2.0` changes one card of it.
 
     Raises:
         ConfigError: no such file, an unknown key, a wrong type, a value that cannot work; says file and key.
     """
     path = resources.find("configs", str(source), "config")
     layers = _with_parents(path, seen=())
-    try:
-        changes = typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides))))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"command line: {_first_line(error)}") from None
-    for text in overrides:
-        if "=" not in text:
-            raise ConfigError(f"command line: '{text}' is not of the form key=value.")
-    config = structured(RunConfig, [*layers, ("command line", changes)])
+    changes, mixture, whole = _command_line(overrides)
+    if whole:
+        layers = [(where, _without_mixture(raw)) for where, raw in layers]
+    if mixture is not None:
+        changes = [*changes, {"data": {"tasks": mixture}}]
+    config = structured(RunConfig, [*layers, *(("command line", change) for change in changes)])
     for section, key in (("vision", "name"), ("language", "name")):
         if not getattr(getattr(config, section), key):
             raise ConfigError(f"{path}: {section}.{key} is not set; it takes a name or a directory.")
@@ -289,7 +397,7 @@ def structured(cls: type[Config], layers: Sequence[tuple[str, Mapping[str, Any]]
     """
     merged = OmegaConf.structured(cls)
     for where, raw in layers:
-        _refuse_booleans_for_words(cls, raw, where, "")
+        check_shape(cls, raw, where)
         try:
             merged = OmegaConf.merge(merged, OmegaConf.create(dict(raw)))
         except OmegaConfBaseException as error:
@@ -299,7 +407,7 @@ def structured(cls: type[Config], layers: Sequence[tuple[str, Mapping[str, Any]]
     except OmegaConfBaseException as error:
         raise ConfigError(f"{layers[-1][0]}: {_first_line(error)}") from None
     except ConfigError as error:
-        raise ConfigError(f"{' + '.join(where for where, raw in layers if raw)}: {error}") from None
+        raise ConfigError(f"{' + '.join(dict.fromkeys(where for where, raw in layers if raw))}: {error}") from None
 
 
 def _with_parents(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, Mapping[str, Any]]]:
@@ -322,35 +430,98 @@ def _card_beside(config: Path, name: str) -> str:
     return name
 
 
-def _refuse_booleans_for_words(kind: Any, raw: Any, where: str, key: str) -> None:
-    """YAML reads a bare no, off or yes as a boolean, and a text field would silently hold 'False'."""
+def _command_line(overrides: Sequence[str]) -> tuple[list[dict[str, Any]], Any, bool]:
+    """Changes in their order, what they say of the mixture (None: nothing), and whether it is said as a whole."""
+    changes: list[dict[str, Any]] = []
+    mixture: Any = None
+    whole = False
+    for text in overrides:
+        key, equals, _ = text.partition("=")
+        if not equals or not all(key.split(".")):
+            raise ConfigError(f"command line: '{text}' is not of the form key=value.")
+        card = key.removeprefix("data.tasks.") if key.startswith("data.tasks.") else None
+        try:
+            # A card's name may hold dots of its own, as files do.
+            change = OmegaConf.from_dotlist([text if card is None else f"data.tasks{text[len(key) :]}"])
+            raw = typing.cast(dict[str, Any], OmegaConf.to_container(change))
+        except Exception as error:  # the YAML library raises many kinds
+            raise ConfigError(
+                f"command line: '{text}' has no value that YAML can read ({' '.join(str(error).split())})."
+            ) from None
+        if card is not None:
+            mixture = {**(mixture if isinstance(mixture, dict) else {}), card: raw["data"]["tasks"]}
+        elif key == "data.tasks":
+            mixture, whole = raw["data"]["tasks"], True
+        else:
+            changes.append(raw)
+    return changes, mixture, whole
+
+
+def _without_mixture(raw: Mapping[str, Any]) -> dict[str, Any]:
+    data = raw.get("data")
+    if not isinstance(data, Mapping):
+        return dict(raw)
+    return {**raw, "data": {name: value for name, value in data.items() if name != "tasks"}}
+
+
+def check_shape(kind: Any, raw: Any, where: str, key: str = "") -> None:
+    """Refuse what YAML may hold in the place of a setting: unknown keys, lists for mappings, booleans for words.
+
+    YAML reads a bare no, off or yes as a boolean, and a text field would silently hold 'False'.
+
+    Raises:
+        ConfigError: says where, which key, what was found, and what belongs there.
+    """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if raw is None or (isinstance(raw, str) and "${" in raw):  # null is judged by its field, ${…} when it is resolved
+        return
+    wanted = _belongs(kind, origin)
     if origin in (types.UnionType, typing.Union):
         inner = [argument for argument in arguments if argument is not type(None)]
         if len(inner) == 1 or (isinstance(raw, bool) and bool not in inner and str in inner):
-            _refuse_booleans_for_words(inner[0] if len(inner) == 1 else str, raw, where, key)
-    elif dataclasses.is_dataclass(kind) and isinstance(raw, Mapping):
+            check_shape(inner[0] if len(inner) == 1 else str, raw, where, key)
+    elif wanted is not None and not isinstance(raw, wanted[0]):
+        raise ConfigError(f"{where}: {key} is {_shown(raw)}; it takes {wanted[1]}.")
+    elif dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         for name, value in raw.items():
             if name in hints:
-                _refuse_booleans_for_words(hints[name], value, where, f"{key}.{name}" if key else str(name))
+                check_shape(hints[name], value, where, f"{key}.{name}" if key else str(name))
             else:
                 raise ConfigError(
                     f"{where}: unknown key '{f'{key}.{name}' if key else name}'.{did_you_mean(str(name), hints)}"
                 )
-    elif origin in (list, tuple) and isinstance(raw, (list, tuple)):
+    elif origin is list:
         for number, value in enumerate(raw):
-            _refuse_booleans_for_words(arguments[0], value, where, f"{key}[{number}]")
-    elif origin is dict and isinstance(raw, Mapping):
+            check_shape(arguments[0], value, where, f"{key}[{number}]")
+    elif origin is dict:
         for name, value in raw.items():
             if isinstance(name, bool):
                 raise ConfigError(f"{where}: {key} has the key {name}, a YAML boolean; put the word in quotes.")
-            _refuse_booleans_for_words(arguments[1], value, where, f"{key}.{name}")
+            check_shape(arguments[1], value, where, f"{key}.{name}")
     elif isinstance(raw, bool) and (kind is str or origin is Literal):
         raise ConfigError(
             f"{where}: {key} is the YAML boolean {str(raw).lower()} where a word belongs; put the word in quotes "
             f"(YAML reads a bare no, off, yes or on as a boolean)."
         )
+
+
+def _belongs(kind: Any, origin: Any) -> tuple[tuple[type, ...], str] | None:
+    """Python types that may stand where a kind of setting is wanted, and a name for them; None: not judged here."""
+    if dataclasses.is_dataclass(kind) or origin is dict:
+        return (Mapping,), "named values"
+    if origin is list:
+        return (list, tuple), "a list"
+    if kind in (str, int, float, bool) or origin is Literal:
+        return (str, int, float, bool), "one value"
+    return None
+
+
+def _shown(raw: Any, most: int = 60) -> str:
+    if isinstance(raw, bool):
+        return f"the YAML boolean {str(raw).lower()}"
+    text = f"'{raw}'" if isinstance(raw, str) else str(raw)
+    return text if len(text) <= most else f"{text[:most]} …"
 
 
 def _first_line(error: Exception) -> str:

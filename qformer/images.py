@@ -59,10 +59,11 @@ def load_image(source: Path | str | bytes | Image.Image, max_pixels: int, where:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def picture_key(source: Any) -> str:
-    """What tells pictures apart within a step: the path, or a hash of the content."""
+def picture_key(source: Any, root: Path = Path()) -> str:
+    """What tells pictures apart within a step: the path (from `root`, if it lies there), or a hash of the content."""
     if isinstance(source, Path | str):
-        return str(source)
+        path = Path(source)
+        return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(source)
     if isinstance(source, bytes):
         return hashlib.sha256(source).hexdigest()
     return hashlib.sha256(f"{source.mode} {source.size} ".encode() + source.tobytes()).hexdigest()

@@ -5,41 +5,72 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from qformer import config, resources, weights
+from qformer import config, presets, resources, starting, weights
+from qformer.backbones import inside
 from qformer.backbones import language as language_backbone
 from qformer.backbones import vision as vision_backbone
 from qformer.backbones.language import LanguageTower
+from qformer.backbones.vision import FrozenTower, OwnTower
+from qformer.checkpoints import (
+    PICKLES,
+    PROJECTIONS,
+    Published,
+    is_transformers,
+    own_names,
+    place,
+    read_config,
+    read_embeddings,
+    read_lavis,
+    read_transformers,
+)
 from qformer.config import LanguageConfig, QFormerConfig, RunConfig, VisionConfig
 from qformer.errors import ConfigError
+from qformer.exporting import lavis_projection
 from qformer.nn.qformer import QFormer, QFormerConnector, QFormerSize
+from qformer.starting import Source
 from qformer.text import Profile
-from qformer.vlm import ADAPTER_FILE, CONFIG_FILE, TOKENIZER_FOLDER, VLM
+from qformer.untokenized import MissingTokenizer
+from qformer.vlm import ADAPTER_FILE, CONFIG_FILE, FINGERPRINT, TOKENIZER_FOLDER, VLM
+from qformer.weights import LoadReport
+
+EVA_CLIP_G = "eva_giant_patch14_clip_224"
+"""timm's name of the encoder whose weights LAVIS calls eva_vit_g.pth."""
 
 Tower = TypeVar("Tower", VisionConfig, LanguageConfig)
 
 
-def build(settings: RunConfig, *, report: Callable[[str], None] = print) -> VLM:
+def build(
+    settings: RunConfig, *, vision: Callable[[Tensor], Any] | None = None, report: Callable[[str], None] = print
+) -> VLM:
     """Towers and a fresh connector as the settings say; reports what the Q-Former's start was made of.
+
+    `vision` is an encoder of one's own in place of the settings', a callable with a `width` (see `OwnTower`).
 
     Raises:
         ConfigError: an unknown tower, sizes that do not fit; before any weight is read where that can be told.
     """
-    vision_backbone.check_vision(located(settings.vision))
-    vision = vision_backbone.load_vision(located(settings.vision))
+    if vision is None:
+        vision_backbone.check_vision(located(settings.vision))
+    encoder, settings = _encoder(settings, vision)
     language = language_backbone.load_language(located(settings.language))
     given = settings.qformer
     generator = torch.Generator().manual_seed(settings.seed)
+    if isinstance(given.init, list | tuple):
+        return _build_from_sources(settings, encoder, language, generator, report)
     if given.init is not None:
         qformer, table = weights.start_from_bert(
             resources.located(given.init),
-            vision_width=vision.width,
+            vision_width=encoder.width,
             queries=given.queries,
             cross_attention_every=given.cross_attention_every,
             instruction=given.instruction,
@@ -56,7 +87,7 @@ def build(settings: RunConfig, *, report: Callable[[str], None] = print) -> VLM:
     tokenizer = instruction_tokenizer(given)
     if qformer is None:
         size = QFormerSize(
-            vision_width=vision.width,
+            vision_width=encoder.width,
             hidden=given.hidden or 768,
             layers=given.layers or 12,
             heads=given.heads or 12,
@@ -72,63 +103,362 @@ def build(settings: RunConfig, *, report: Callable[[str], None] = print) -> VLM:
     connector = QFormerConnector(qformer, language.width, generator=generator)
     if given.soft_scale == "embeddings":
         _scale_soft_tokens(connector, language.embedding_norm(), generator)
+    return VLM(encoder, connector, language, tokenizer, settings)
+
+
+def _build_from_sources(
+    settings: RunConfig,
+    vision: FrozenTower | OwnTower,
+    language: LanguageTower,
+    generator: torch.Generator,
+    report: Callable[[str], None],
+) -> VLM:
+    given = settings.qformer
+    chosen = config.init_sources(given.init)
+    files = {each.source for each in chosen} - {starting.NEW, starting.COPIED}
+    sources = {name: _read_source(name) for name in files}
+    connector, table = starting.start(
+        chosen, sources, given, vision.width, language.width, language.fingerprint(), generator
+    )
+    report(table.table())
+    tokenizer = instruction_tokenizer(given)
+    _check_reading(connector.size, tokenizer, given)
     return VLM(vision, connector, language, tokenizer, settings)
+
+
+def _read_source(name: str) -> Source:
+    """A source of `qformer.init`: an adapter in any form, or a BERT checkpoint."""
+    path = place(resources.located(name))
+    if (
+        path.is_dir()
+        and not (path / ADAPTER_FILE).is_file()
+        and (path / CONFIG_FILE).is_file()
+        and not _is_published(path)
+    ):
+        return starting.from_bert(name)
+    if path.is_file() or _is_published(path):
+        published = read_lavis(path) if path.is_file() else read_transformers(path, name)
+        inner = read_embeddings(published)
+        return Source(
+            name,
+            published.tensors,
+            dataclasses.asdict(published.size),
+            published.unused,
+            norm_eps=published.norm_eps,
+            fingerprint=None if inner is None else language_backbone.fingerprint(inner),
+        )
+    directory = adapter_directory(path)
+    tensors, size, _, eps = read_adapter(directory)
+    fingerprint = adapter_tensors(directory)[1]
+    return Source(name, tensors, dataclasses.asdict(size), norm_eps=eps, fingerprint=fingerprint)
 
 
 def load(
     source: str | Path,
-    vision: str | None = None,
-    language: str | None = None,
+    vision: str | VisionConfig | Callable[[Tensor], Any] | None = None,
+    language: str | LanguageConfig | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     quantization: Any | None = None,
+    *,
+    instruction_tokenizer: str | Path | None = None,
+    revision: str | None = None,
+    strict: bool = True,
+    report: Callable[[str], None] | None = None,
 ) -> VLM:
-    """A saved adapter, or a run's last checkpoint, between its towers.
+    """A saved adapter, a run's last checkpoint, or a published model or adapter, between its towers.
 
-    `vision` and `language` name the towers where they are now, if elsewhere than in training; `dtype` is that of the
-    frozen LLM.
+    Args:
+        source: a directory written by `save` or a run directory; a directory or hub id of a transformers InstructBLIP
+            or BLIP-2; a .pth file of LAVIS, which needs both towers named.
+        vision: where the encoder is, if elsewhere than in training or in the source: a name, a file of LAVIS'
+            EVA-CLIP-g (eva_vit_g.pth), settings, or an encoder of one's own (`OwnTower`).
+        language: where the LLM is, likewise.
+        device: where to put it all.
+        dtype: of the frozen LLM.
+        quantization: of the frozen LLM, as `language.quantization` or one of transformers' configs; {} for none.
+        instruction_tokenizer: what the Q-Former reads with, where the source does not bring it.
+        revision: of a hub id.
+        strict: whether every tensor of the adapter must be in the source, and the encoder as wide as in training;
+            otherwise what is missing or depends on its width (the norm behind it, the keys and values of the
+            cross-attentions) is made anew, the rest kept.
+        report: is given what was loaded from where, and what was made anew; by default it goes to standard error.
 
     Raises:
-        ConfigError: nothing to load there, weights that do not fit, or another LLM than the adapter was trained with
-            (use `qformer.plug` to carry an adapter to another LLM).
+        ConfigError: nothing to load there, files that are broken, weights that do not fit, or another LLM than the
+            adapter was trained with (use `qformer.plug` to carry an adapter to another LLM).
     """
+    say = report or _to_stderr
+    spoken: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")} if dtype else {}
     if quantization is not None:
-        raise ConfigError("load: quantization of the LLM is not supported yet; leave it out.")
-    directory = adapter_directory(Path(source))
-    description = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+        spoken["quantization"] = language_backbone.quantization_values(quantization)
+    named = Named(vision, language, spoken, revision)
+    path = place(source, revision)
+    if path.is_file():
+        published = read_lavis(path)
+    elif _is_published(path):
+        published = read_transformers(path, str(source))
+    else:
+        model = _load_saved(path, named, strict, say)
+        return model.to(device).eval() if device else model.eval()
+    model = _load_published(published, named, instruction_tokenizer, strict, say)
+    return model.to(device).eval() if device else model.eval()
+
+
+@dataclass(frozen=True)
+class Named:
+    """What the caller of `load` says about the towers."""
+
+    vision: str | VisionConfig | Callable[[Tensor], Any] | None
+    language: str | LanguageConfig | None
+    changes: dict[str, Any]
+    """Of the LLM's settings."""
+    revision: str | None
+
+    @property
+    def encoder(self) -> Callable[[Tensor], Any] | None:
+        """An encoder of the caller's own."""
+        return None if isinstance(self.vision, str | VisionConfig | None) else self.vision
+
+    def seen(self, own: VisionConfig) -> VisionConfig:
+        """The encoder's settings: the caller's own, or those around the adapter under the caller's name."""
+        if isinstance(self.vision, VisionConfig):
+            return self.vision
+        if not isinstance(self.vision, str):
+            return own
+        if Path(self.vision).suffix in PICKLES:
+            return dataclasses.replace(own, name=EVA_CLIP_G, checkpoint=self.vision, revision=None)
+        return dataclasses.replace(own, name=self.vision, checkpoint=None, revision=None)
+
+    def spoken(self, own: LanguageConfig) -> LanguageConfig:
+        """The LLM's settings, likewise."""
+        chosen = self.language
+        if not isinstance(chosen, LanguageConfig):
+            chosen = own if chosen is None else dataclasses.replace(own, name=chosen, revision=None)
+        return dataclasses.replace(chosen, **self.changes)
+
+
+def _load_saved(path: Path, named: Named, strict: bool, say: Callable[[str], None]) -> VLM:
+    directory = adapter_directory(path)
+    description, size, profile = _described(directory / CONFIG_FILE)
     settings = config.structured(
         RunConfig,
         [(str(directory / CONFIG_FILE), {name: description[name] for name in ("vision", "language", "qformer")})],
     )
-    seen, spoken = settings.vision, settings.language
-    if vision:
-        seen = dataclasses.replace(seen, name=vision, checkpoint=None)
-    if language:
-        spoken = dataclasses.replace(spoken, name=language)
-    if dtype:
-        spoken = dataclasses.replace(spoken, dtype=str(dtype).removeprefix("torch."))
     limits = dataclasses.replace(settings.data, max_pixels=description["max_pixels"])
-    settings = dataclasses.replace(settings, vision=seen, language=spoken, data=limits)
-    tensors = weights.load_tensors(directory / ADAPTER_FILE)
-    towers = (
-        vision_backbone.load_vision(located(settings.vision)),
-        language_backbone.load_language(located(settings.language)),
+    settings = dataclasses.replace(
+        settings, vision=named.seen(settings.vision), language=named.spoken(settings.language), data=limits
     )
-    _same_language(towers[1], tensors.pop("language.fingerprint"), description["language"]["name"], settings.language)
-    towers[1].profile = Profile.from_dict(description["profile"])
-    size = QFormerSize(**description["size"])
-    if size.vision_width != towers[0].width:
-        raise ConfigError(
-            f"{directory}: the adapter was trained on '{description['vision']['name']}' of width {size.vision_width}, "
-            f"and '{settings.vision.name}' is {towers[0].width} wide; name the encoder it was trained on."
-        )
-    connector = QFormerConnector(QFormer(size), towers[1].width)
+    tensors, fingerprint = adapter_tensors(directory)
+    towers, settings = _towers(settings, named.encoder)
+    encoder, language = towers
+    _same_language(language, fingerprint, description["language"]["name"], settings.language)
+    language.profile, trained = profile, description["vision"]["name"]
+    connector = QFormerConnector(QFormer(size), language.width, norm_eps=description.get("norm_eps", 1e-5))
     weights.load_strict(connector, tensors, str(directory / ADAPTER_FILE))
-    tokenizer = None
-    if size.instruction:
-        tokenizer = _tokenizer(directory / TOKENIZER_FOLDER)
+    if size.vision_width != encoder.width:
+        connector = _swapped(directory, connector, encoder.width, (trained, settings.vision.name), strict, say)
+    else:
+        if trained != settings.vision.name:
+            say(f"{directory}: the adapter was trained on '{trained}' and now reads '{settings.vision.name}'")
+        say(LoadReport(str(directory), tuple(tensors), (), (), ()).line())
+    tokenizer = _own_tokenizer(directory) if size.instruction else None
     model = VLM(towers[0], connector, towers[1], tokenizer, settings)
-    return model.to(device).eval() if device else model.eval()
+    model.recipe = description.get("recipe", {})
+    if directory.parent.name == "checkpoints":
+        model.run = directory.parent.parent
+    return model
+
+
+def _own_tokenizer(directory: Path) -> Any:
+    if (directory / TOKENIZER_FOLDER).is_dir():
+        return _tokenizer(directory / TOKENIZER_FOLDER)
+    return MissingTokenizer(f"{directory} was saved without the Q-Former's tokenizer", pad=0)
+
+
+def _load_published(
+    published: Published, named: Named, tokenizer: str | Path | None, strict: bool, say: Callable[[str], None]
+) -> VLM:
+    size, directory = published.size, published.directory
+    if directory is None and not (named.vision is not None and named.language):
+        raise ConfigError(
+            f"{published.source}: a file of LAVIS holds the adapter alone; name both towers, as in "
+            f"load(..., vision='eva_vit_g.pth', language='google/flan-t5-xl')."
+        )
+    preset = presets.load("transformers" if directory else PROJECTIONS.get(published.projection or "", "lavis"))
+    seen = named.seen(dataclasses.replace(preset.vision, name=published.source, revision=named.revision))
+    if (
+        named.encoder is None
+        and not isinstance(named.vision, VisionConfig)
+        and inside.is_whole(seen.name, seen.revision)
+    ):
+        seen = dataclasses.replace(seen, block=None)
+    spoken = named.spoken(dataclasses.replace(preset.language, name=published.source, revision=named.revision))
+    if directory is not None and not isinstance(named.language, LanguageConfig):
+        spoken = _ended_as_published(spoken, published)
+    read = dataclasses.replace(
+        preset.qformer,
+        tokenizer=str(tokenizer) if tokenizer else preset.qformer.tokenizer,
+        queries=size.queries,
+        hidden=size.hidden,
+        layers=size.layers,
+        heads=size.heads,
+        intermediate=size.intermediate,
+        cross_attention_every=size.cross_attention_every,
+        instruction=size.instruction,
+        dropout=size.dropout,
+        norm_eps=published.norm_eps,
+        instruction_limit=min(preset.qformer.instruction_limit, size.positions),
+    )
+    settings = RunConfig(vision=seen, language=spoken, qformer=read)
+    towers, settings = _towers(settings, named.encoder)
+    if strict:
+        _same_width(towers[0].width, published.source, size, settings.vision.name)
+    _fits_language(published, towers[1], spoken)
+    generator = torch.Generator().manual_seed(settings.seed)
+    size = dataclasses.replace(size, vision_width=towers[0].width)
+    connector = QFormerConnector(QFormer(size, generator), towers[1].width, generator, published.norm_eps)
+    table = weights.fill(connector, published.tensors, published.source, published.unused)
+    lacking = [*table.made, *table.reshaped]
+    if lacking and strict:
+        raise ConfigError(
+            f"{published.source}: the weights do not fit. missing or of another shape: {weights.shortened(lacking)}. "
+            f"With strict=False these are made anew."
+        )
+    say(table.table())
+    words = None
+    if size.instruction:
+        words = _published_tokenizer(published, tokenizer, read, named.revision)
+        if not isinstance(words, MissingTokenizer):
+            _check_reading(size, words, read)
+    return VLM(towers[0], connector, towers[1], words, settings)
+
+
+def _ended_as_published(spoken: LanguageConfig, published: Published) -> LanguageConfig:
+    """The id that ends an answer is what the whole model's config says (a line break in BLIP-2's OPT)."""
+    end = ((published.config or {}).get("text_config") or {}).get("eos_token_id")
+    if spoken.profile.end is not None or not isinstance(end, int):
+        return spoken
+    return dataclasses.replace(spoken, profile=dataclasses.replace(spoken.profile, end=[end]))
+
+
+def _fits_language(published: Published, tower: LanguageTower, spoken: LanguageConfig) -> None:
+    """Refuse an LLM of another width, and another one than stands inside a published model."""
+    width = published.language_width
+    if width is not None and width != tower.width:
+        raise ConfigError(
+            f"{published.source}: it projects to an LLM of width {width}, and '{spoken.name}' is {tower.width} wide; "
+            f"name the LLM it was trained with, or carry it over with qformer.plug."
+        )
+    if published.directory is None or spoken.name == published.source:
+        return
+    inner = read_embeddings(published)
+    if inner is not None and not language_backbone.same_language(
+        tower.fingerprint(), language_backbone.fingerprint(inner)
+    ):
+        raise ConfigError(
+            f"{published.source}: its adapter was trained with the LLM inside it, and '{spoken.name}' is another one "
+            f"(their embeddings differ); leave language out, or carry the adapter over with qformer.plug."
+        )
+
+
+def _same_width(found: int, source: str, size: QFormerSize, given: str) -> None:
+    if size.vision_width != found:
+        raise ConfigError(
+            f"{source}: its adapter reads an encoder of width {size.vision_width}, and '{given}' is {found} wide; name "
+            f"the encoder it was trained on, or keep what fits and make the rest anew with strict=False."
+        )
+
+
+def _published_tokenizer(
+    published: Published, named: str | Path | None, read: QFormerConfig, revision: str | None
+) -> Any:
+    """What the Q-Former reads with: the one named, or the source's own; a stand-in where neither is at hand."""
+    if named is not None:
+        return _tokenizer(resources.located(str(named)))
+    if published.directory is not None and (published.directory / "qformer_tokenizer").is_dir():
+        return _tokenizer(published.directory / "qformer_tokenizer")
+    if published.directory is None and read.tokenizer is not None:
+        with suppress(ConfigError):
+            return _tokenizer(resources.located(read.tokenizer))
+    return MissingTokenizer(
+        f"'{published.source}' came without the Q-Former's tokenizer (name one, such as "
+        f"instruction_tokenizer='bert-base-uncased')",
+        pad=0,
+    )
+
+
+def _towers(
+    settings: RunConfig, own: Callable[[Tensor], Any] | None = None
+) -> tuple[tuple[FrozenTower | OwnTower, LanguageTower], RunConfig]:
+    """Both towers, and the settings with the name of an encoder that was brought."""
+    if own is None:
+        vision_backbone.check_vision(located(settings.vision))
+    encoder, settings = _encoder(settings, own)
+    return (encoder, language_backbone.load_language(located(settings.language))), settings
+
+
+def _is_published(path: Path) -> bool:
+    if (path / ADAPTER_FILE).is_file() or not (path / CONFIG_FILE).is_file():
+        return False
+    return is_transformers(read_config(path, str(path)))
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)  # noqa: T201
+
+
+def read_adapter(source: str | Path) -> tuple[dict[str, Tensor], QFormerSize, str, float]:
+    """An adapter without its towers: tensors, size, LAVIS' name of its projection, epsilon of its norm.
+
+    Raises:
+        ConfigError: nothing to load there, or it is broken or has no projection.
+    """
+    path = place(source)
+    if path.is_file() or _is_published(path):
+        published = read_lavis(path) if path.is_file() else read_transformers(path, str(source))
+        tensors, size, eps, given = dict(published.tensors), published.size, published.norm_eps, published.projection
+        writes = published.directory is not None and inside.writes_apart(published.directory)
+    else:
+        directory = adapter_directory(path)
+        description, size, profile = _described(directory / CONFIG_FILE)
+        (tensors, _), given = adapter_tensors(directory), None
+        eps, writes = description.get("norm_eps", 1e-5), profile.encoder_decoder
+    lacking = [name for name in own_names(size) if name not in tensors]
+    if lacking:
+        raise ConfigError(f"{source}: the adapter is not whole; missing: {weights.shortened(lacking)}.")
+    return tensors, size, given or lavis_projection(encoder_decoder=writes, instruction=size.instruction), eps
+
+
+def _swapped(
+    directory: Path,
+    saved: QFormerConnector,
+    width: int,
+    names: tuple[str, str],
+    strict: bool,
+    say: Callable[[str], None],
+) -> QFormerConnector:
+    """A saved connector behind an encoder of another width: what fits of it, and a report of what was made anew."""
+    size = saved.size
+    told = f"was trained on '{names[0]}' of width {size.vision_width}, and '{names[1]}' is {width} wide"
+    if strict:
+        raise ConfigError(
+            f"{directory}: the adapter {told}; name the encoder it was trained on, or keep what fits and make the rest "
+            f"anew with strict=False."
+        )
+    generator = torch.Generator().manual_seed(0)
+    wanted = dataclasses.replace(size, vision_width=width)
+    connector = QFormerConnector(QFormer(wanted, generator), saved.language_width, generator, saved.norm.eps)
+    say(weights.fill(connector, saved.state_dict(), f"{directory}, which {told}").table())
+    return connector
+
+
+def _encoder(settings: RunConfig, own: Callable[[Tensor], Any] | None) -> tuple[FrozenTower | OwnTower, RunConfig]:
+    """The encoder that the settings name, or one that was brought, under whose name the settings then go."""
+    if own is None:
+        return vision_backbone.load_vision(located(settings.vision)), settings
+    tower = OwnTower(own)
+    return tower, dataclasses.replace(settings, vision=VisionConfig(name=tower.name))
 
 
 def adapter_directory(source: Path) -> Path:
@@ -147,10 +477,46 @@ def adapter_directory(source: Path) -> Path:
     )
 
 
+def adapter_tensors(directory: Path) -> tuple[dict[str, Tensor], Tensor]:
+    """The connector's tensors in an adapter's directory, and the fingerprint of its LLM.
+
+    Raises:
+        ConfigError: the file is not there, not whole, or holds no fingerprint.
+    """
+    tensors = weights.load_tensors(directory / ADAPTER_FILE)
+    if FINGERPRINT not in tensors:
+        raise ConfigError(f"{directory / ADAPTER_FILE}: it lacks '{FINGERPRINT}'; give a directory written by save().")
+    fingerprint = tensors.pop(FINGERPRINT)
+    return tensors, fingerprint
+
+
 def checkpoints(run: Path) -> list[Path]:
     """The whole checkpoints of a run directory, oldest first."""
     found = [path for path in (run / "checkpoints").glob("step-*") if (path / ADAPTER_FILE).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted((path for path in found if _step(path).isdecimal()), key=lambda path: int(_step(path)))
+
+
+def _step(checkpoint: Path) -> str:
+    return checkpoint.name.removeprefix("step-")
+
+
+def _described(path: Path) -> tuple[dict[str, Any], QFormerSize, Profile]:
+    """An adapter's description, and the connector's size and the LLM's profile in it.
+
+    Raises:
+        ConfigError: it is not there, not whole, or not of the form that save() gives it.
+    """
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        missing = [name for name in ("vision", "language", "qformer", "max_pixels") if name not in description]
+        if missing:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        return description, QFormerSize(**description["size"]), Profile.from_dict(description["profile"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise ConfigError(
+            f"{path}: it does not describe an adapter ({reason}); save the adapter again, or use another checkpoint."
+        ) from None
 
 
 def _same_language(tower: LanguageTower, fingerprint: Tensor, trained: str, given: LanguageConfig) -> None:
@@ -174,7 +540,7 @@ def instruction_tokenizer(given: QFormerConfig) -> Any | None:
     """
     if not given.instruction:
         return None
-    source = given.tokenizer or given.init
+    source = given.tokenizer or (given.init if isinstance(given.init, str) else None)
     if source is None:
         raise ConfigError(
             "qformer.instruction is on and there is no tokenizer to read it with; set qformer.init to a BERT "
@@ -188,14 +554,14 @@ def _tokenizer(source: str | Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(str(source))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a file that is not whole raises bare exceptions
         raise ConfigError(f"{source}: no tokenizer can be read from there: {str(error).splitlines()[0]}") from None
 
 
 def _check_reading(size: QFormerSize, tokenizer: Any | None, given: QFormerConfig) -> None:
     if tokenizer is None:
         return
-    if len(tokenizer) > size.vocabulary:
+    if not language_backbone.LEAST_SHARE * size.vocabulary <= len(tokenizer) <= size.vocabulary:
         raise ConfigError(
             f"qformer.tokenizer: '{given.tokenizer or given.init}' has {len(tokenizer)} words and the Q-Former "
             f"{size.vocabulary} word embeddings; use the tokenizer that belongs to qformer.init."

@@ -9,15 +9,16 @@ from qformer.errors import ConfigError, did_you_mean
 
 
 def folder(kind: str) -> Path:
-    """Where the shipped files of a kind ("tasks", "templates", "configs") are.
+    """Where the shipped files of a kind ("tasks", "templates", "configs", "configs/presets", "profiles") are.
 
-    An installed package maps the three top-level folders to `qformer.tasks` and so on; in a clone that was never
+    An installed package maps the four top-level folders to `qformer.tasks` and so on; in a clone that was never
     installed they stand beside the package.
     """
-    beside = Path(__file__).parent.parent / kind
+    top, _, inner = kind.partition("/")
+    beside = Path(__file__).parent.parent / top
     if (beside / "__init__.py").exists() and beside.parent.joinpath("setup.cfg").exists():
-        return beside
-    return Path(str(resources.files(f"qformer.{kind}")))
+        return beside / inner
+    return Path(str(resources.files(f"qformer.{top}"))) / inner
 
 
 def names(kind: str) -> list[str]:

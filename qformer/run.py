@@ -9,6 +9,11 @@ from typing import Any, Literal
 from qformer import cards, config, loading, vlm
 from qformer.config import RunConfig
 from qformer.errors import ConfigError
+from qformer.exporting import LAVIS_FILE, to_lavis
+from qformer.report import write_report
+
+METRICS_FILE = "metrics.jsonl"
+"""Is in every run directory."""
 
 
 def fit(
@@ -35,7 +40,9 @@ def fit(
         settings = config.load(settings, overrides)
     cards.load_all(settings.evaluate.tasks, "eval")  # a wrong name fails before an hour of training
     run = train(settings, say=say, quiet=quiet)
-    if settings.evaluate.tasks and _is_first_process():
+    if not _is_first_process():
+        return run
+    if settings.evaluate.tasks:
         score(
             run,
             settings.evaluate.tasks,
@@ -43,12 +50,12 @@ def fit(
             limit=settings.evaluate.limit,
             batch_size=settings.evaluate.batch_size,
             shuffled=settings.evaluate.shuffled,
+            seed=settings.seed,
+            on_error=settings.data.on_error,
             say=say,
             quiet=quiet,
         )
-    if _is_first_process():
-        from qformer.report import write_report
-
+    else:
         say(f"report: {write_report(run)}")
     return run
 
@@ -66,10 +73,13 @@ def score(
     output: str | Path | None = None,
     vision: str | None = None,
     language: str | None = None,
+    device: str | None = None,
     say: Callable[[str], None] = print,
     quiet: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Score an adapter, with its baselines and intervals, on the `eval` sections of cards.
+
+    A run directory gets a new report too, even where scoring fails.
 
     Args:
         source: a saved adapter, a run directory, or a loaded model.
@@ -77,6 +87,7 @@ def score(
         data: the folder the cards' paths start from.
         limit: a seeded subset of this many samples per set; the score is marked as partial.
         output: where predictions and scores go; by default `eval/` in the run directory.
+        device: where the model is put; by default the accelerator, if there is one.
 
     Returns:
         By card: score, interval, baselines, recipe id; the same that `eval/TASK.json` holds.
@@ -90,20 +101,61 @@ def score(
         if isinstance(source, vlm.VLM):
             raise ConfigError("score: a loaded model has no directory of its own; give output.")
         output = run_directory(Path(source)) / "eval"
-    model = source if isinstance(source, vlm.VLM) else loading.load(source, vision=vision, language=language)
-    return score_cards(
-        model,
-        chosen,
-        Path(data),
-        limit=limit,
-        batch_size=batch_size,
-        shuffled=shuffled,
-        seed=seed,
-        directory=Path(output),
-        on_error=on_error,
-        say=say,
-        quiet=quiet,
-    )
+    if isinstance(source, vlm.VLM):
+        model, run = source, None
+    else:
+        device = device or best_device()
+        model = loading.load(source, vision=vision, language=language, device=device, report=say)
+        run = run_directory(Path(source))
+    try:
+        return score_cards(
+            model,
+            chosen,
+            Path(data),
+            limit=limit,
+            batch_size=batch_size,
+            shuffled=shuffled,
+            seed=seed,
+            directory=Path(output),
+            on_error=on_error,
+            say=say,
+            quiet=quiet,
+        )
+    finally:
+        if run is not None and (run / METRICS_FILE).exists() and Path(output) == run / "eval":
+            say(f"report: {write_report(run)}")
+
+
+def best_device() -> str:
+    """The accelerator of this process, or the CPU."""
+    from accelerate import PartialState
+
+    return str(PartialState().device)
+
+
+def export(source: str | Path, directory: str | Path, to: Literal["transformers", "lavis"], **towers: Any) -> list[str]:
+    """Write an adapter in the form of others.
+
+    Args:
+        source: whatever `load` takes.
+        directory: where it goes: a whole model (transformers), or `adapter.pth` in it (lavis), which takes no tower.
+        to: the form.
+        towers: `vision` and `language` for `load`, where the towers are needed and are elsewhere.
+
+    Returns:
+        What was written, and what the other library will do otherwise, in sentences.
+
+    Raises:
+        ConfigError: the other form cannot express the adapter; says why.
+    """
+    directory = Path(directory)
+    if to == "transformers":
+        return [str(directory), *loading.load(source, **towers).export_transformers(directory)]
+    if to != "lavis":
+        raise ConfigError(f"export: '{to}' is not known; it takes 'transformers' or 'lavis'.")
+    tensors, size, projection, eps = loading.read_adapter(source)
+    file = directory / LAVIS_FILE
+    return [str(file), *to_lavis(tensors, size, projection, eps, file)]
 
 
 def run_directory(source: Path) -> Path:

@@ -11,11 +11,11 @@ import re
 import string
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from qformer import config, keyed, resources
-from qformer.cards import EvalCard, TrainCard
+from qformer.cards import EvalCard, TrainCard, check_template
 from qformer.config import ProfileConfig
 from qformer.errors import ConfigError, DataError, did_you_mean
 from qformer.sample import Row, Sample, Slot, Text, Turn
@@ -36,12 +36,16 @@ class Templates:
     source: str
     templates: list[str]
 
+    def __post_init__(self) -> None:
+        for template in self.templates:
+            check_template(template, "templates")
+
 
 def load_templates(name: str) -> Templates:
     """A shipped templates file, or a YAML file of the same form.
 
     Raises:
-        ConfigError: no such file, a wrong key or type, or no template in it.
+        ConfigError: no such file, a wrong key or type, no template in it, or one that cannot be filled.
     """
     path = resources.find("templates", name, "template")
     loaded = config.structured(Templates, [(str(path), config.read_yaml(path))])
@@ -52,7 +56,13 @@ def load_templates(name: str) -> Templates:
 
 def lettered(options: Sequence[str]) -> str:
     """Options as the paper writes them: `(a) blue (b) yellow (c) pink`."""
-    return " ".join(f"({string.ascii_lowercase[number]}) {option}" for number, option in enumerate(options))
+    return " ".join(f"({_letter(number)}) {option}" for number, option in enumerate(options))
+
+
+def _letter(number: int) -> str:
+    """The letters a to z, then aa, ab, …"""
+    letters = string.ascii_lowercase
+    return (_letter(number // 26 - 1) if number >= 26 else "") + letters[number % 26]
 
 
 def fill(template: str, fields: Mapping[str, Any], where: str) -> str:
@@ -100,10 +110,11 @@ def render_train(card: TrainCard, templates: Templates, sample: Sample, seed: in
         ]
     key = (seed, sample.task, sample.id, number)
     answer = choose_answer(sample.references, card.answer, key)
-    fields = {"options": lettered(sample.candidates), **sample.fields}
+    template = keyed.choose(templates.templates, *key, "template")
+    fields = _fields(sample, sample.candidates, template)
     if answer is not None:
         fields["answer"] = answer
-    instruction = fill(keyed.choose(templates.templates, *key, "template"), fields, where)
+    instruction = fill(template, fields, where)
     target = fill(card.target, fields, where)
     if not target.strip():
         raise DataError(f"{where}: the target is empty, so there is nothing to train on.")
@@ -119,9 +130,20 @@ def render_eval(card: EvalCard, templates: Templates, sample: Sample, prompt: in
     if sample.turns:
         *history, last = sample.turns
         return Rendered(last.instruction, history=tuple(history))
-    candidates = sample.candidates or tuple(card.candidates)
-    fields = {"options": lettered(candidates), **sample.fields}
-    return Rendered(fill(templates.templates[prompt], fields, f"{sample.task}, sample '{sample.id}'"))
+    template = templates.templates[prompt]
+    fields = _fields(sample, candidates_of(card, sample), template)
+    return Rendered(fill(template, fields, f"{sample.task}, sample '{sample.id}'"))
+
+
+def candidates_of(card: EvalCard, sample: Sample) -> tuple[str, ...]:
+    """What a sample is asked to choose from: the card's candidates, or the record's where the card gives none."""
+    return tuple(card.candidates) or sample.candidates
+
+
+def _fields(sample: Sample, candidates: Sequence[str], template: str) -> dict[str, Any]:
+    """What a template may name; options are written out only where it does, since there may be thousands."""
+    options = {"options": lettered(candidates)} if "{options}" in template else {}
+    return {**options, **sample.fields}
 
 
 def choose_answer(
@@ -146,7 +168,8 @@ class Profile:
 
     A plain row is  [slots] opening prompt | separator target end  (slots behind the opening where `slots_first` is
     off).  A chat row is  head [slots] words | middle, target end between words …  with the literal texts of the chat
-    template around the words.  An encoder–decoder reads  [slots] prompt closing  and writes  target end.
+    template around the words, and `answer` behind the last middle.  An encoder–decoder reads  [slots] opening prompt
+    closing  and writes  target end  behind its start id and `decoder_opening`.
     """
 
     layout: Literal["plain", "chat"]
@@ -156,9 +179,13 @@ class Profile:
     pad: int
     separator: str = ""
     closing: tuple[int, ...] = ()
+    decoder_opening: tuple[int, ...] = ()
+    """What an encoder–decoder's decoder is given behind its start id, before the target (BART's `<s>`)."""
     head: str = ""
     middle: str = ""
     between: str = ""
+    answer: str = ""
+    """What opens the last answer behind `middle`, read and not trained on (Qwen3's empty thought)."""
     system: str = ""
     stop: tuple[str, ...] = ()
     slots_first: bool = True
@@ -173,8 +200,44 @@ class Profile:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Profile:
         """A profile from the values of `as_dict`, after a trip through JSON or YAML."""
-        tuples = {name: tuple(values[name]) for name in ("opening", "end", "closing", "stop")}
+        listed = ("opening", "end", "closing", "decoder_opening", "stop")
+        tuples = {name: tuple(values[name]) for name in listed if name in values}
         return cls(**{**values, **tuples})
+
+
+@dataclass(frozen=True)
+class NamedProfile:
+    """A profile as a file has it: how an LLM was published to be spoken to, in words whose ids its tokenizer knows."""
+
+    name: str
+    version: int
+    source: str
+    layout: Literal["plain", "chat"]
+    marks: list[str] = field(default_factory=list)
+    """What the LLM's tokenizer must know as one id each."""
+    opening: str | None = None
+    """Marks before everything; null: what the tokenizer opens a text with."""
+    end: str | None = None
+    """Marks behind an answer; null: the tokenizer's end mark."""
+    system: str = ""
+    """The system text where the config gives none."""
+    head: str = ""
+    head_with_system: str | None = None
+    """The head where there is a system text, `{system}` in it; null: there can be none."""
+    middle: str = ""
+    between: str = ""
+    answer: str = ""
+    stop: list[str] = field(default_factory=list)
+
+
+def read_profile(name: str) -> NamedProfile:
+    """A shipped profile, or a YAML file of the same form.
+
+    Raises:
+        ConfigError: no such file, a wrong key or type.
+    """
+    path = resources.find("profiles", name, "profile")
+    return config.structured(NamedProfile, [(str(path), config.read_yaml(path))])
 
 
 def profile_from_tokenizer(
@@ -185,31 +248,44 @@ def profile_from_tokenizer(
     instruction_limit: int = 128,
     target_limit: int = 256,
 ) -> Profile:
-    """The profile that a tokenizer speaks for: its chat template if it has one, plain text otherwise.
+    """The profile that is named, or that a tokenizer speaks for: its chat template if it has one, plain text otherwise.
 
     Raises:
-        ConfigError: the tokenizer has no end mark, or a chat layout is asked for and it has no chat template.
+        ConfigError: the tokenizer has no end mark, a chat layout is asked for and it has no chat template, or the
+            profile that is named is not there or not this tokenizer's, or the template refuses a turn.
     """
     overrides = overrides or ProfileConfig()
+    named = read_profile(overrides.name) if overrides.name is not None else None
+    if named is not None:
+        _check_marks(tokenizer, named)
     has_template = bool(getattr(tokenizer, "chat_template", None)) and not encoder_decoder
-    layout = overrides.layout or ("chat" if has_template else "plain")
-    if layout == "chat" and not has_template:
+    layout = overrides.layout or (named.layout if named else "chat" if has_template else "plain")
+    spoken = named if named is not None and named.layout == layout else None
+    if layout == "chat" and encoder_decoder:
+        raise ConfigError("language.profile asks for a chat layout, and the LLM is an encoder–decoder; use 'plain'.")
+    if layout == "chat" and not has_template and spoken is None:
         raise ConfigError("language.profile.layout is 'chat', but the tokenizer has no chat template; use 'plain'.")
-    end = tuple(overrides.end) if overrides.end is not None else _end_mark(tokenizer)
+    end = tuple(overrides.end) if overrides.end is not None else _end_mark(tokenizer, spoken)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end[0]
-    frame = {"head": "", "middle": "", "between": ""}
+    frame: dict[str, str] = {}
     opening: tuple[int, ...] = ()
     closing: tuple[int, ...] = ()
-    if layout == "chat":
-        frame = _chat_frame(tokenizer, overrides.system)
+    system = overrides.system
+    if spoken is not None and layout == "chat":
+        system = spoken.system if system is None else system
+        frame = _published_frame(spoken, system)
+    elif layout == "chat":
+        frame = _chat_frame(tokenizer, system)
         ends = _ids(tokenizer, frame["between"])
-        if overrides.end is None and ends:
+        if overrides.end is None and spoken is None and ends:
             end = (ends[0],)  # the mark that closes an assistant's turn
     else:
         if encoder_decoder:
             closing = end
-        elif tokenizer.bos_token_id is not None and _opens_with_bos(tokenizer):
+        if tokenizer.bos_token_id is not None and _opens_with_bos(tokenizer):
             opening = (tokenizer.bos_token_id,)
+    if spoken is not None and spoken.opening is not None:
+        opening = _ids(tokenizer, spoken.opening)
     if overrides.opening is not None:
         opening = tuple(overrides.opening)
     separator = overrides.separator
@@ -222,8 +298,9 @@ def profile_from_tokenizer(
         pad=pad,
         separator=separator,
         closing=closing,
-        system=overrides.system or "",
-        stop=tuple(overrides.stop or ()),
+        decoder_opening=opening if encoder_decoder else (),
+        system=system or "",
+        stop=tuple(overrides.stop if overrides.stop is not None else spoken.stop if spoken else ()),
         slots_first=True if overrides.slots_first is None else overrides.slots_first,
         encoder_decoder=encoder_decoder,
         instruction_limit=instruction_limit,
@@ -292,9 +369,11 @@ class Joiner:
         pieces: list[Text | Slot] = []
         slots = [Slot(read, frame) for frame, read in enumerate(reads)]
         for number, (turn, learn) in enumerate(zip(turns, trained, strict=True)):
+            last = number == len(turns) - 1
             pieces += self._words(turn.instruction, slots if number == 0 else [], first=number == 0)
-            if number < len(turns) - 1 or answered:
-                last = number == len(turns) - 1
+            if last and self.profile.layout == "chat":
+                pieces.append(Text(self._frame("answer")))
+            if not last or answered:
                 ids = self.target_ids(turn.answer) if learn else (*self.answer_ids(turn.answer), *self.profile.end)
                 pieces.append(Text(ids, trained=learn))
                 if not last and self.profile.layout == "chat":
@@ -377,7 +456,9 @@ def _ids(tokenizer: Any, text: str) -> tuple[int, ...]:
     return tuple(tokenizer(text, add_special_tokens=False).input_ids) if text else ()
 
 
-def _end_mark(tokenizer: Any) -> tuple[int, ...]:
+def _end_mark(tokenizer: Any, spoken: NamedProfile | None) -> tuple[int, ...]:
+    if spoken is not None and spoken.end is not None:
+        return _ids(tokenizer, spoken.end)
     if tokenizer.eos_token_id is None:
         raise ConfigError("the LLM's tokenizer has no end mark (eos_token); give one as language.profile.end: [ID].")
     return (tokenizer.eos_token_id,)
@@ -395,6 +476,29 @@ def _brings_its_own_blank(tokenizer: Any) -> bool:
     return bool(tokens) and tokens[0].startswith("\u2581")
 
 
+def _check_marks(tokenizer: Any, named: NamedProfile) -> None:
+    for mark in named.marks:
+        ids = _ids(tokenizer, mark)
+        if len(ids) != 1 or ids[0] == getattr(tokenizer, "unk_token_id", None):
+            raise ConfigError(
+                f"language.profile.name is '{named.name}', and the LLM's tokenizer does not know its mark '{mark}'; "
+                f"name the profile that belongs to the LLM, or 'plain'."
+            )
+
+
+def _published_frame(spoken: NamedProfile, system: str) -> dict[str, str]:
+    """The literal texts of a named chat profile around the words, with its system text in the head if there is one."""
+    head = spoken.head
+    if system:
+        if spoken.head_with_system is None:
+            raise ConfigError(
+                f"language.profile.system is set, and the profile '{spoken.name}' has no place for a system text; "
+                f"leave it out."
+            )
+        head = spoken.head_with_system.replace("{system}", system)
+    return {"head": head, "middle": spoken.middle, "between": spoken.between, "answer": spoken.answer}
+
+
 def _chat_frame(tokenizer: Any, system: str | None) -> dict[str, str]:
     """The literal texts of a chat template around the words, found by rendering marks and splitting at them.
 
@@ -408,7 +512,13 @@ def _chat_frame(tokenizer: Any, system: str | None) -> dict[str, str]:
     ]
     if system is not None:
         turns.insert(0, {"role": "system", "content": system})
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program of its own, and may raise anything
+        mend = "language.profile.layout: plain" if system is None else "language.profile.system: null or layout: plain"
+        raise ConfigError(
+            f"the LLM's chat template refuses the turns it is given ({' '.join(str(error).split())}); set {mend}."
+        ) from None
     found = re.fullmatch(f"(.*?){first}(.*?){answer}(.*?){second}(.*)", text, flags=re.DOTALL)
     if found is None:
         raise ConfigError(

@@ -6,18 +6,21 @@ import dataclasses
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 
-from qformer import __version__, weights
+from qformer import __version__, config, exporting, modelcard, weights
 from qformer.assemble import Assembler, Item
 from qformer.backbones.language import LanguageTower
-from qformer.backbones.vision import FrozenTower, VisionSettings
+from qformer.backbones.vision import FrozenTower, OwnTower, VisionSettings
 from qformer.cards import Decoding
 from qformer.config import RunConfig
 from qformer.errors import ConfigError, TrainingError
@@ -27,10 +30,15 @@ from qformer.nn.tokens import Tokens
 from qformer.objectives import AnswerLikelihood, Objective
 from qformer.sample import Batch, Sample
 from qformer.text import Joiner, Rendered
+from qformer.untokenized import MissingTokenizer
 
 ADAPTER_FILE = "adapter.safetensors"
 CONFIG_FILE = "config.json"
 TOKENIZER_FOLDER = "instruction_tokenizer"
+CARD_FILE = "README.md"
+ADAPTER_FILES = (ADAPTER_FILE, CONFIG_FILE, TOKENIZER_FOLDER, CARD_FILE)
+FINGERPRINT = "language.fingerprint"
+"""The tensor of an adapter file by which its LLM is known again."""
 FORMAT = 1
 
 
@@ -42,7 +50,7 @@ class VLM(nn.Module):
 
     def __init__(
         self,
-        vision: FrozenTower,
+        vision: FrozenTower | OwnTower,
         connector: QFormerConnector,
         language: LanguageTower | None,
         instruction_tokenizer: Any | None,
@@ -54,6 +62,10 @@ class VLM(nn.Module):
         self.language = cast(LanguageTower, language)  # None where an objective needs no LLM
         self.instruction_tokenizer, self.settings = instruction_tokenizer, settings
         self.objective: Objective = objective or AnswerLikelihood()
+        self.recipe: dict[str, Any] = modelcard.trained(settings)
+        """Data and recipe of its tuning, as the model card tells them; carried from save to load."""
+        self.run: Path | None = None
+        """The run it was loaded from; its scores go into the model card."""
 
     # -- one forward pass ---------------------------------------------------------------------------------------------
 
@@ -115,16 +127,19 @@ class VLM(nn.Module):
 
     def joiner(self) -> Joiner:
         """Makes this model's ids from words."""
-        return Joiner(
+        joiner = Joiner(
             self.language.tokenizer,
             self.language.profile,
             self.instruction_tokenizer,
             self.settings.qformer.instruction_limit,
         )
+        joiner.truncations = self.language.truncations
+        return joiner
 
     def assembler(self, *, training: bool) -> Assembler:
         """Makes this model's batches from pictures and words."""
-        return assembler(self.settings, self.vision.settings, self.joiner(), training=training)
+        room = None if self.language.positions is None else (self.language.positions, self.connector.size.queries)
+        return assembler(self.settings, self.vision.settings, self.joiner(), training=training, room=room)
 
     @torch.inference_mode()
     def answer(
@@ -154,14 +169,15 @@ class VLM(nn.Module):
         `decoding` takes the fields of `qformer.cards.Decoding`; what is not given has its defaults.
 
         Raises:
-            ConfigError: an unknown decoding setting, or another number of images than prompts.
+            ConfigError: an unknown decoding setting or one out of range, another number of images than prompts, or
+                what is no picture or no text.
         """
-        unknown = set(decoding) - {entry.name for entry in dataclasses.fields(Decoding)}
-        if unknown:
-            known = ", ".join(entry.name for entry in dataclasses.fields(Decoding))
-            raise ConfigError(f"generate: unknown decoding setting '{sorted(unknown)[0]}'. Known: {known}.")
-        batch = self._prompts(_listed(images, prompts), prompts)
-        return self.language.generate(self.read(batch), batch.rows, **dataclasses.asdict(Decoding(**decoding)))
+        settings = config.structured(Decoding, [("generate", decoding)])
+        pictures = _listed("generate", images, prompts)
+        if not prompts:
+            return []
+        batch = self._prompts(pictures, prompts)
+        return self.language.generate(self.read(batch), batch.rows, **dataclasses.asdict(settings))
 
     @torch.inference_mode()
     def rank(
@@ -178,15 +194,14 @@ class VLM(nn.Module):
         end mark is scored.
 
         Raises:
-            ConfigError: another number of images or lists than prompts, an empty list, an unknown `normalize`.
+            ConfigError: another number of images or lists than prompts, an empty list, an unknown `normalize`, or what
+                is no picture or no text.
         """
-        if candidates and isinstance(candidates[0], str):
-            lists = [list(map(str, candidates))] * len(prompts)
-        else:
-            lists = [list(each) for each in candidates]
-        if len(lists) != len(prompts):
-            raise ConfigError(f"rank: {len(lists)} lists of candidates for {len(prompts)} prompts; give one each.")
-        batch = self._prompts(_listed(images, prompts), prompts)
+        pictures = _listed("rank", images, prompts)
+        lists = _choices(candidates, len(prompts))
+        if not prompts:
+            return []
+        batch = self._prompts(pictures, prompts)
         return self.language.rank(self.read(batch), batch.rows, lists, normalize=normalize, end=end)
 
     def _prompts(
@@ -206,19 +221,94 @@ class VLM(nn.Module):
     # -- saving -------------------------------------------------------------------------------------------------------
 
     def save(self, directory: str | Path) -> None:
-        """Write the adapter alone: weights, settings, the LLM's profile and fingerprint, the instruction tokenizer.
+        """Write the adapter alone: weights, settings, the LLM's profile and fingerprint, the instruction tokenizer, and
+        a model card.
 
-        The towers are named, never copied.  The directory appears whole or not at all.
+        The towers are named, never copied.  The directory appears whole or not at all; an adapter that is there is
+        replaced.
+
+        Raises:
+            ConfigError: the directory holds something else.
+            TrainingError: it cannot be written.
         """
-        directory = Path(directory)
+        directory = Path(directory).resolve()
+        _only_an_adapter(directory)
         directory.parent.mkdir(parents=True, exist_ok=True)
         with whole_directory(directory) as work:
             self.write(work)
 
+    def save_pretrained(
+        self, save_directory: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None, **hub: Any
+    ) -> None:
+        """What `save` does, under the name that transformers has for it; `push_to_hub` uploads it as well.
+
+        `repo_id`: OWNER/NAME on the hub, by default the directory's name; `hub`: further arguments of `push_to_hub`.
+        """
+        self.save(save_directory)
+        if push_to_hub:
+            self.push_to_hub(repo_id or Path(save_directory).name, **hub)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> VLM:
+        """What `qformer.load` does, under the name that transformers has for it."""
+        loading = import_module("qformer.loading")  # which stands on this module
+        return cast(VLM, loading.load(source, **options))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload a Q-Former adapter",
+    ) -> str:
+        """Upload what `save` writes to a model repository of the hub, made if need be; the commit's address.
+
+        Raises:
+            ConfigError: the hub cannot be reached or refuses; says why.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(Path(folder) / "adapter")
+            try:
+                place = api.create_repo(repo_id, private=private, exist_ok=True)
+                commit = api.upload_folder(
+                    repo_id=place.repo_id,
+                    folder_path=Path(folder) / "adapter",
+                    revision=revision,
+                    commit_message=commit_message,
+                )
+            except Exception as error:  # the hub's client raises many kinds
+                reason = str(error).strip().partition("\n")[0]
+                raise ConfigError(
+                    f"{repo_id}: the hub does not take the adapter ({reason}); log in (hf auth login), or save it here."
+                ) from None
+        return str(commit.commit_url)
+
+    def export_transformers(self, directory: str | Path) -> tuple[str, ...]:
+        """Write the whole model, towers and all, as transformers' InstructBLIP (BLIP-2 where no instruction is read).
+
+        It loads with `InstructBlipForConditionalGeneration.from_pretrained` and `InstructBlipProcessor`.  The
+        directory appears whole or not at all.
+
+        Returns:
+            What transformers will do otherwise, in sentences; nothing in most cases.
+
+        Raises:
+            ConfigError: transformers cannot express the model; says why.
+        """
+        directory = Path(directory)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with whole_directory(directory) as work:
+            return exporting.to_transformers(self, work)
+
     def write(self, directory: Path) -> None:
         """The adapter's files into a directory that is there."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.connector.state_dict().items()}
-        tensors["language.fingerprint"] = self.language.fingerprint().cpu().contiguous()
+        tensors[FINGERPRINT] = self.language.fingerprint().cpu().contiguous()
         weights.save_tensors(directory / ADAPTER_FILE, tensors, {"format": str(FORMAT)})
         description = {
             "format": FORMAT,
@@ -228,10 +318,15 @@ class VLM(nn.Module):
             "qformer": dataclasses.asdict(self.settings.qformer),
             "max_pixels": self.settings.data.max_pixels,
             "size": dataclasses.asdict(self.connector.size),
+            "norm_eps": self.connector.norm.eps,
             "profile": self.language.profile.as_dict(),
+            "recipe": self.recipe,
         }
         (directory / CONFIG_FILE).write_text(json.dumps(description, indent=2), encoding="utf-8")
-        if self.instruction_tokenizer is not None:
+        scores = modelcard.read_scores(self.run) if self.run is not None else []
+        card = modelcard.text(self.settings, self.connector.size, self.recipe, scores)
+        (directory / CARD_FILE).write_text(card, encoding="utf-8")
+        if self.instruction_tokenizer is not None and not isinstance(self.instruction_tokenizer, MissingTokenizer):
             self.instruction_tokenizer.save_pretrained(directory / TOKENIZER_FOLDER)
 
 
@@ -242,7 +337,7 @@ def whole_directory(directory: Path) -> Iterator[Path]:
     Raises:
         TrainingError: it cannot be written (disk full); what was there before is left as it was.
     """
-    work = directory.parent / f".{directory.name}.{os.getpid()}"
+    work, old = (directory.parent / f".{directory.name}.{os.getpid()}{ending}" for ending in ("", ".old"))
     try:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
@@ -253,10 +348,13 @@ def whole_directory(directory: Path) -> Iterator[Path]:
                     with file.open("rb") as handle:
                         os.fsync(handle.fileno())
             if directory.exists():
-                shutil.rmtree(directory)
+                os.replace(directory, old)
             os.replace(work, directory)
+            shutil.rmtree(old, ignore_errors=True)
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
+            if old.exists() and not directory.exists():
+                os.replace(old, directory)
             raise
     except (OSError, RuntimeError, TrainingError) as error:
         raise TrainingError(
@@ -265,17 +363,71 @@ def whole_directory(directory: Path) -> Iterator[Path]:
         ) from None
 
 
-def assembler(settings: RunConfig, vision: VisionSettings, joiner: Joiner, *, training: bool) -> Assembler:
-    """The assembler of a run, for an encoder that wants its pictures so."""
+def _only_an_adapter(directory: Path) -> None:
+    """Refuse to put an adapter in the place of other files."""
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"save: {directory} is a file; give a directory that is not there yet.")
+    there = directory.iterdir() if directory.exists() else ()
+    foreign = sorted(file.name for file in there if file.name not in ADAPTER_FILES)
+    if foreign:
+        raise ConfigError(
+            f"save: {directory} holds {', '.join(foreign[:3])}{' …' if len(foreign) > 3 else ''}, which is no part of "
+            f"an adapter; give a directory of its own, such as {directory / 'adapter'}."
+        )
+
+
+def assembler(
+    settings: RunConfig,
+    vision: VisionSettings,
+    joiner: Joiner,
+    *,
+    training: bool,
+    room: tuple[int, int] | None = None,
+) -> Assembler:
+    """The assembler of a run, for an encoder that wants its pictures so; `room`: see `Assembler`."""
     transform = settings.vision.train_transform if training else settings.vision.eval_transform
     return Assembler(
         joiner,
         ImageTransform(transform, vision.size, vision.mean, vision.std, vision.interpolation),
         settings.data.max_pixels,
+        root=Path(settings.data.root),
+        room=room,
     )
 
 
-def _listed(images: Sequence[Any], prompts: Sequence[str]) -> list[Sequence[Any]]:
+def _listed(call: str, images: Sequence[Any], prompts: Sequence[str]) -> list[Sequence[Any]]:
+    """The pictures of each prompt, checked as the prompts are: both come from a user's own code."""
+    for name, given in (("images", images), ("prompts", prompts)):
+        if not isinstance(given, list | tuple):
+            raise ConfigError(f"{call}: {name} is a {type(given).__name__}; it takes a list, even of one.")
     if len(images) != len(prompts):
-        raise ConfigError(f"{len(images)} images for {len(prompts)} prompts; give one each, or a list of several.")
-    return [image if isinstance(image, list | tuple) else [image] for image in images]
+        raise ConfigError(
+            f"{call}: {len(images)} images for {len(prompts)} prompts; give one each, or lists of several."
+        )
+    listed: list[Sequence[Any]] = [list(each) if isinstance(each, list | tuple) else [each] for each in images]
+    for number, (pictures, prompt) in enumerate(zip(listed, prompts, strict=True)):
+        if not isinstance(prompt, str):
+            raise ConfigError(f"{call}: prompts[{number}] is a {type(prompt).__name__}; it takes text.")
+        if not pictures:
+            raise ConfigError(f"{call}: images[{number}] is an empty list; give at least one picture to a prompt.")
+        for picture in pictures:
+            if not isinstance(picture, str | Path | bytes | Image):
+                raise ConfigError(
+                    f"{call}: images[{number}] holds a {type(picture).__name__}; it takes a path, the bytes of a file, "
+                    f"or a PIL image."
+                )
+    return listed
+
+
+def _choices(candidates: Sequence[str] | Sequence[Sequence[str]], prompts: int) -> list[list[str]]:
+    """A list of candidates for each prompt, from one list for all or one per prompt."""
+    if not isinstance(candidates, list | tuple):
+        raise ConfigError(f"rank: candidates is a {type(candidates).__name__}; it takes a list of texts, or of lists.")
+    shared = bool(candidates) and all(isinstance(each, str) for each in candidates)
+    lists: Sequence[Any] = [candidates] * prompts if shared else candidates
+    if len(lists) != prompts:
+        raise ConfigError(f"rank: {len(lists)} lists of candidates for {prompts} prompts; give one each.")
+    for number, each in enumerate(lists):
+        if not isinstance(each, list | tuple) or not all(isinstance(text, str) for text in each):
+            raise ConfigError(f"rank: candidates[{number}] is no list of texts; give one list for all, or one each.")
+    return [[str(text) for text in each] for each in lists]

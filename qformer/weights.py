@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qformer.errors import ConfigError, TrainingError
 from qformer.nn.qformer import QFormer, QFormerSize
+from qformer.tensorfiles import load_tensors, read_pickle
 
 BERT_TO_QFORMER = (
     (r"^embeddings\.(word|position)_embeddings\.", r"\1_embeddings."),
@@ -48,6 +48,16 @@ SHAPE_FIELDS = {
 """`QFormerSize` fields and what BERT's config.json calls them."""
 
 
+HEADINGS = {
+    "loaded": "loaded",
+    "copied": "copied",
+    "made": "made",
+    "unused": "unused",
+    "reshaped": "shape differs",
+}
+"""What the table calls each kind of tensor."""
+
+
 @dataclass(frozen=True)
 class LoadReport:
     """Where each tensor of a started Q-Former comes from, and what of the source was not needed."""
@@ -61,16 +71,23 @@ class LoadReport:
     """Drawn anew: queries and cross-attention."""
     unused: tuple[str, ...]
     """Left in the source, by the source's names."""
+    reshaped: tuple[str, ...] = ()
+    """In the source with another shape, so made anew: the name, the shape found and the shape wanted."""
 
     def table(self) -> str:
         """The report in lines; tensors that differ only in a number or in weight and bias share one."""
         lines = [f"Q-Former from {self.source}"]
-        for kind in ("loaded", "copied", "made", "unused"):
+        for kind in HEADINGS:
             names = getattr(self, kind)
-            lines.append(f"  {kind}: {len(names) or 'nothing'}")
+            lines.append(f"  {HEADINGS[kind]}: {len(names) or 'nothing'}")
             for group, count in Counter(map(_group, names)).items():
                 lines.append(f"    {group}" + (f" ×{count}" if count > 1 else ""))
         return "\n".join(lines)
+
+    def line(self) -> str:
+        """The report's counts in one line, for a load that took everything as it was."""
+        counts = ", ".join(f"{HEADINGS[kind]}: {len(getattr(self, kind)) or 'nothing'}" for kind in HEADINGS)
+        return f"Q-Former from {self.source}: {counts}"
 
 
 def start_from_bert(
@@ -100,7 +117,7 @@ def start_from_bert(
         ConfigError: nothing to read there, not a BERT, sizes asked for that the checkpoint does not have, or tensors
             that are missing or of another shape than its config.json says.
     """
-    directory = _located(source)
+    directory = located(source)
     described = _bert_config(directory, str(source))
     shape: dict[str, int] = {field: described[theirs] for field, theirs in SHAPE_FIELDS.items()}
     asked = {"hidden": hidden, "layers": layers, "heads": heads, "intermediate": intermediate}
@@ -123,7 +140,26 @@ def start_from_bert(
         **shape,
     )
     qformer = QFormer(size, generator)
-    return qformer, _take_bert(qformer, _read_weights(directory, str(source)), str(source))
+    return qformer, _take_bert(qformer, read_weights(directory, str(source)), str(source))
+
+
+def read_bert(source: str | Path) -> tuple[dict[str, int], dict[str, Tensor], tuple[str, ...]]:
+    """A BERT checkpoint's sizes by `QFormerSize`'s names, its tensors by the Q-Former's, and what it has besides.
+
+    Raises:
+        ConfigError: nothing to read there, or not a BERT.
+    """
+    directory = located(source)
+    described = _bert_config(directory, str(source))
+    tensors: dict[str, Tensor] = {}
+    unused = []
+    for name, tensor in read_weights(directory, str(source)).items():
+        ours = _qformer_name(name)
+        if ours.startswith(("blocks.", "word_", "position_", "norm.")):
+            tensors[ours] = tensor
+        else:
+            unused.append(name)
+    return {field: described[theirs] for field, theirs in SHAPE_FIELDS.items()}, tensors, tuple(unused)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -175,21 +211,6 @@ def _umask() -> int:
     return current
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
-
-    Raises:
-        ConfigError: the file is not there, or is not whole.
-    """
-    if not path.is_file():
-        raise ConfigError(f"{path}: there is no such file.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path}: not a whole safetensors file ({error}); fetch or write it again.") from None
-
-
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     """Fill a module with tensors of exactly its names and shapes.
 
@@ -207,9 +228,31 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
         ],
     }
     if any(faults.values()):
-        told = "; ".join(f"{kind}: {_shortened(names)}" for kind, names in faults.items() if names)
+        told = "; ".join(f"{kind}: {shortened(names)}" for kind, names in faults.items() if names)
         raise ConfigError(f"{where}: the weights do not fit. {told}.")
     module.load_state_dict(tensors)
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: str, unused: Iterable[str] = ()) -> LoadReport:
+    """Fill a module with what a source has of its tensors; the others stay as they were drawn.
+
+    Args:
+        module: is changed in place; types and devices stay its own.
+        tensors: by the module's names.
+        source: for the report.
+        unused: what else the source holds.
+    """
+    own = module.state_dict()
+    loaded = [name for name in own if name in tensors and tensors[name].shape == own[name].shape]
+    reshaped = [
+        f"{name} {tuple(tensors[name].shape)}, wanted {tuple(own[name].shape)}"
+        for name in own
+        if name in tensors and name not in loaded
+    ]
+    made = [name for name in own if name not in tensors]
+    module.load_state_dict({**own, **{name: tensors[name] for name in loaded}})
+    left = [*(name for name in tensors if name not in own), *unused]
+    return LoadReport(source, tuple(loaded), (), tuple(made), tuple(left), tuple(reshaped))
 
 
 def _take_bert(qformer: QFormer, weights: Mapping[str, Tensor], source: str) -> LoadReport:
@@ -256,13 +299,14 @@ def _group(name: str) -> str:
     return re.sub(r"\.(weight|bias|gamma|beta)$", "", name)
 
 
-def _shortened(names: Iterable[str], most: int = 8) -> str:
+def shortened(names: Iterable[str], most: int = 8) -> str:
+    """Names in a sentence, the first few of them."""
     names = list(names)
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
 
 
-def _located(source: str | Path) -> Path:
+def located(source: str | Path) -> Path:
     """The directory of a checkpoint; a hub id is fetched, or found in the hub's cache."""
     directory = Path(source)
     if directory.is_dir():
@@ -304,45 +348,48 @@ def _bert_config(directory: Path, source: str) -> dict[str, Any]:
             f"({described['num_attention_heads']}); correct config.json."
         )
     activation, positions = described.get("hidden_act", "gelu"), described.get("position_embedding_type", "absolute")
-    if not str(activation).startswith("gelu") or positions != "absolute":
+    if activation != "gelu" or positions != "absolute":  # gelu_new and the like are approximations of another value
         raise ConfigError(
             f"{path}: hidden_act is '{activation}' and position_embedding_type '{positions}'; the Q-Former computes "
-            f"with gelu and absolute positions."
+            f"with the exact 'gelu' and 'absolute' positions."
         )
     return described
 
 
-def _read_weights(directory: Path, source: str) -> dict[str, Tensor]:
-    """All tensors of a checkpoint: one file or shards behind an index, safetensors before pickles."""
+def read_weights(directory: Path, source: str, wanted: Callable[[str], bool] = lambda _: True) -> dict[str, Tensor]:
+    """The wanted tensors of a checkpoint's directory, by name.
+
+    One file or shards behind an index, safetensors before pickles; shards without a wanted tensor are not opened.
+
+    Raises:
+        ConfigError: no weights there, a shard is missing, or a file is not whole or not safe to read.
+    """
     for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
-        index = directory / f"{stem}.{ending}.index.json"
+        index, whole = directory / f"{stem}.{ending}.index.json", directory / f"{stem}.{ending}"
         if index.is_file():
-            shards = _shards(index)
-        elif (directory / f"{stem}.{ending}").is_file():
-            shards = [f"{stem}.{ending}"]
+            shards = _shards(index, wanted)
+        elif whole.is_file():
+            shards = [whole.name]
         else:
             continue
+        missing = [shard for shard in shards if not (directory / shard).is_file()]
+        if missing:
+            raise ConfigError(
+                f"{source}: {index.name} names {shortened(missing)}, which is not there; fetch the missing shards."
+            )
         read = load_tensors if ending == "safetensors" else _load_pickle
-        return {name: tensor for shard in shards for name, tensor in read(directory / shard).items()}
+        return {name: tensor for shard in shards for name, tensor in read(directory / shard, wanted).items()}
     raise ConfigError(f"{source}: it holds neither model.safetensors nor pytorch_model.bin.")
 
 
-def _shards(index: Path) -> list[str]:
+def _shards(index: Path, wanted: Callable[[str], bool]) -> list[str]:
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        held: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return sorted({shard for name, shard in held.items() if wanted(name)})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"{index}: not an index of shards (an object with weight_map); fetch it again.") from None
 
 
-def _load_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .bin file; a pickle that would run code is refused."""
-    try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, OSError, RuntimeError, EOFError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(
-            f"{path}: no tensors can be read from it safely ({reason}); convert it to safetensors."
-        ) from None
-    if not isinstance(held, Mapping):
-        raise ConfigError(f"{path}: it holds a {type(held).__name__}, not tensors by name; convert it to safetensors.")
-    return {name: tensor for name, tensor in held.items() if isinstance(tensor, Tensor)}
+def _load_pickle(path: Path, wanted: Callable[[str], bool] = lambda _: True) -> dict[str, Tensor]:
+    held = read_pickle(path)
+    return {name: tensor for name, tensor in held.items() if isinstance(tensor, Tensor) and wanted(name)}

@@ -72,6 +72,10 @@ def test_published_sizes_give_the_published_shares() -> None:
     assert shares["coco_caption"] / shares["aokvqa"] == pytest.approx(752.826 / 130.599, rel=1e-4)
 
 
+BASE = "name: x\nversion: 1\n"
+TRAIN = "train: {reader: jsonl, files: {records: r, images: i}, template: instruction%s}\n"
+
+
 @pytest.mark.parametrize(
     ("text_of_card", "message"),
     [
@@ -82,6 +86,13 @@ def test_published_sizes_give_the_published_shares() -> None:
         ("name: 'x'\nversion: 'new'\n", "version"),
         ("name: no\nversion: 1\n", "name is the YAML boolean false"),
         ("name: [x\n", "not valid YAML"),
+        (BASE + "train: no\n", "train is the YAML boolean false; it takes named values"),
+        (BASE + "variants: [v]\n", r"variants is \['v'\]; it takes named values"),
+        (BASE + "variants: {v: no}\n", r"variants\.v is the YAML boolean false; it takes named values"),
+        (BASE + TRAIN % ", options: [a]", r"train\.options is \['a'\]; it takes named values"),
+        (BASE + TRAIN % ", size: 0", r"train\.size is 0; it must be at least 1"),
+        (BASE + TRAIN % ", target: '{answer'", r"train\.target: '\{answer' cannot be filled \(expected '\}'"),
+        (BASE + TRAIN % ", target: '{}'", r"train\.target: '\{\}' cannot be filled by name"),
     ],
 )
 def test_a_card_with_a_mistake_says_file_and_key(tmp_path: Path, text_of_card: str, message: str) -> None:
@@ -90,6 +101,42 @@ def test_a_card_with_a_mistake_says_file_and_key(tmp_path: Path, text_of_card: s
     with pytest.raises(ConfigError, match=message) as caught:
         cards.load(str(file))
     assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("variants", "message"),
+    [
+        ("{v: no}", r"variants\.v is the YAML boolean false"),
+        ("[v]", r"variants is \['v'\]"),
+        ("{v: {train: [1]}}", r"variant 'v': train is \[1\]; it takes named values"),
+        ("{v: {trian: {size: 1}}}", r"variant 'v': unknown key 'trian'\. Did you mean 'train'\?"),
+    ],
+)
+def test_a_variant_with_a_mistake_says_file_and_key(tmp_path: Path, variants: str, message: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(BASE + TRAIN % "" + f"variants: {variants}\n")
+    with pytest.raises(ConfigError, match=message) as caught:
+        cards.load(f"{file}:v")
+    assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_new_tokens": 0}, r"decoding\.max_new_tokens is 0; it must be at least 1"),
+        ({"num_beams": 0}, r"decoding\.num_beams is 0; it must be at least 1"),
+        ({"min_new_tokens": 31}, r"decoding\.min_new_tokens is 31; it must be at least 0 and at most 30"),
+        ({"min_new_tokens": -1}, r"decoding\.min_new_tokens is -1"),
+        ({"temperature": 0.0}, r"decoding\.temperature is 0\.0; it must be above 0"),
+        ({"top_p": 1.5}, r"decoding\.top_p is 1\.5; it must be above 0 and at most 1"),
+        ({"top_p": 0.0}, r"decoding\.top_p is 0\.0"),
+        ({"repetition_penalty": -1.0}, r"decoding\.repetition_penalty is -1\.0; it must be above 0"),
+        ({"length_penalty": float("nan")}, r"decoding\.length_penalty is nan; it must be a finite number"),
+    ],
+)
+def test_decoding_out_of_range_is_refused(change: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        cards.Decoding(**change)  # type: ignore[arg-type]
 
 
 def test_unknown_names_are_met_with_a_guess() -> None:

@@ -1,7 +1,9 @@
 """The command line as a user types it: what works, and one sentence for every mistake."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -64,11 +66,14 @@ def test_train_eval_ask_render_and_report(place, type_in):
     assert code == 0 and "loaded" in out and "8 of 24, partial" in out
     run = place / "run"
     page = (run / "report.html").read_text()
-    assert "colours" in page and not re.search(r"(src|href)=.https?:", page)
-    code, out, _ = type_in("eval", run, "--tasks", place / "colours.yaml", "--data", place)
+    assert "colours" in page and ">partial<" in page and not re.search(r"(src|href)=.https?:", page)
+    code, out, _ = type_in("eval", run, "--tasks", place / "colours.yaml", "--data", place, "--device", "cpu")
+    assert ">partial<" not in (run / "report.html").read_text()
     assert code == 0 and json.loads((run / "eval" / "colours.json").read_text())["samples"] == 24
     code, out, _ = type_in("ask", run, place / "pictures" / "0.png", "what colour is it", "--max-new-tokens", 4)
     assert code == 0
+    code, out, said = type_in("ask", run, place / "pictures" / "0.png", "what " * 300, "--max-new-tokens", 1)
+    assert code == 0 and "the instruction was cut on the left to its limit" in said
     code, out, _ = type_in("render", place / "run.yaml", "-n", 2, "--ids")
     assert code == 0 and "⟨4 soft tokens of picture 1⟩" in out and "▸" in out and "[CLS]" in out
 
@@ -112,16 +117,19 @@ def test_version_and_wrong_usage(type_in):
         (["language.dtype=float17"], 2, r"language\.dtype is 'float17'; it takes"),
         (["qformer.init=/nowhere/bert"], 2, r"/nowhere/bert"),
         (["data.tasks={colourz: 1.0}"], 2, r"unknown task card 'colourz'"),
-        (["data.tasks={gqa: 1.0}"], 2, r"'gqa', which is held out.* never trained on"),
+        (["data.tasks.gqa=1.0"], 2, r"'gqa', which is held out.* never trained on"),
         (["evaluate.tasks=[nocapz]"], 2, r"unknown task card 'nocapz'\. Did you mean 'nocaps'\?"),
         (["evaluate.tasks=[vqg_vqav2]"], 2, r"'vqg_vqav2' has no 'eval' section"),
         (["qformer.heads=5", "qformer.hidden=30"], 2, r"qformer"),
         (["qformer.queries=0"], 2, r"qformer\.queries"),
         (["vision.block=9"], 2, r"vision\.block is 9; .* has 2 blocks"),
+        (["train={"], 2, r"command line: 'train=\{' has no value that YAML can read"),
+        (["data.tasks=[a, b]"], 2, r"data\.tasks is \['a', 'b'\]; it takes named values"),
+        (["language.profile.end=[99999]"], 2, r"language\.profile\.end holds the id 99999, .* has the ids 0 to \d+;"),
+        (["language.profile.opening=[-1]"], 2, r"language\.profile\.opening holds the id -1"),
     ],
 )
 def test_a_wrong_setting_is_one_sentence_and_writes_nothing(place, type_in, changes, code, sentence):
-    changes = [f"data.tasks={{{place / 'colours.yaml'}: 1.0}}" if c == "data" else c for c in changes]
     said = mistake(type_in, "train", place / "run.yaml", *changes, code=code)
     assert re.search(sentence, said), said
     assert not (place / "run").exists()
@@ -159,8 +167,7 @@ def test_a_missing_file_says_what_is_expected_where(place, type_in):
     (place / "records.jsonl").unlink()
     said = mistake(type_in, "train", place / "run.yaml", code=1)
     assert str(place / "records.jsonl") in said
-    world.settings_file(place / "run.yaml", tasks={"vqav2": 1.0})
-    said = mistake(type_in, "train", place / "run.yaml", code=1)
+    said = mistake(type_in, "train", place / "run.yaml", "data.tasks={vqav2: 1.0}", code=1)
     assert "v2_OpenEnded_mscoco_train2014_questions.json" in said and "visualqa.org" in said
 
 
@@ -190,6 +197,24 @@ def test_a_card_with_an_unknown_reader_or_metric_is_refused(place, type_in):
     assert "unknown metric" in said and "'acuracy'. Did you mean 'accuracy'?" in said
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["ask", "run", "picture.png", "what", "--beams", 0], "decoding.num_beams is 0; it must be at least 1."),
+        (["ask", "run", "picture.png", "what", "--max-new-tokens", -3], "decoding.max_new_tokens is -3"),
+        (["eval", "run", "--tasks", "gqa", "--data", ".", "--limit", 0], "evaluate.limit is 0; it must be at least 1."),
+        (["eval", "run", "--tasks", "gqa", "--data", ".", "--batch-size", 0], "evaluate.batch_size is 0"),
+        (["demo", "--limit", 0], "evaluate.limit is 0; it must be at least 1."),
+        (["demo", "--steps", 0], "train.steps is 0; it must be at least 1."),
+        (["demo", "--seed", -1], "seed is -1"),
+    ],
+)
+def test_numbers_on_the_command_line_are_held_to_the_same_bounds(tmp_path, monkeypatch, type_in, words, sentence):
+    monkeypatch.chdir(tmp_path)
+    assert sentence in mistake(type_in, *words, code=2)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_source_without_an_adapter_is_refused(place, type_in):
     said = mistake(type_in, "ask", place, place / "pictures" / "0.png", "what is it", code=2)
     assert "no adapter there" in said
@@ -211,6 +236,46 @@ def test_ctrl_c_exits_with_130_and_keeps_the_last_checkpoint(place, type_in, mon
     monkeypatch.setattr(checkpoint, "save", save)
     assert type_in("train", place / "run.yaml", "train.checkpoint_every=2")[0] == 0
     assert [path.name for path in sorted((place / "run" / "checkpoints").iterdir())] == ["step-2", "step-4"]
+
+
+def test_ctrl_c_that_a_library_hides_still_exits_with_130(type_in, monkeypatch):
+    def hides(options):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            raise ImportError("cannot import name 'Tensor'") from None
+
+    before = signal.getsignal(signal.SIGINT)
+    for command, words in (("tasks", ()), ("train", ("demo",))):
+        monkeypatch.setitem(cli.COMMANDS, command, hides)
+        code, _, said = type_in(command, *words)
+        assert code == 130 and said.startswith("qformer: interrupted") and said.count("\n") == 1
+        assert ("goes on from it" in said) == (command == "train")
+    assert signal.getsignal(signal.SIGINT) is before
+    monkeypatch.setitem(cli.COMMANDS, "tasks", lambda options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["tasks"])
+
+
+CTRL_C_AT_AN_IMPORT = """
+import os, signal, sys
+from qformer import cli
+
+class CtrlC:
+    def find_spec(self, name, *rest):
+        if name == sys.argv[1]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, CtrlC())
+sys.exit(cli.main(["ask", "nowhere", "picture.png", "what is it"]))
+"""
+
+
+def test_ctrl_c_while_libraries_are_imported_leaves_no_traceback():
+    command = [sys.executable, "-c", CTRL_C_AT_AN_IMPORT, "torch.nn"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (130, "qformer: interrupted.\n")
 
 
 def test_loading_with_an_encoder_of_another_width_is_refused(place, type_in, tmp_path):

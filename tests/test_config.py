@@ -60,7 +60,7 @@ def test_cards_beside_the_config_are_found_from_anywhere(write, tmp_path, monkey
         ("", ["train.steps=0"], r"train\.steps is 0; it must be at least 1"),
         ("", ["train.max_norm=-1"], r"train\.max_norm is -1\.0"),
         ("", ["train.micro_batch_tokens=0"], r"train\.micro_batch_tokens is 0"),
-        ("", ["train.rate=0"], r"train\.rate must be above 0"),
+        ("", ["train.rate=0"], r"train\.rate is 0\.0; it must be above 0"),
         (
             "",
             ["qformer.hidden=10", "qformer.heads=3"],
@@ -71,6 +71,16 @@ def test_cards_beside_the_config_are_found_from_anywhere(write, tmp_path, monkey
         ("", ["vision.train_transform.flip=2"], r"flip is 2\.0"),
         ("", ["vision.train_transform.scale=[1]"], r"scale is \[1\.0\]"),
         ("", ["steps"], r"command line: 'steps' is not of the form key=value"),
+        ("", ["train.=3"], r"command line: 'train\.=3' is not of the form key=value"),
+        ("", ["train={"], r"command line: 'train=\{' has no value that YAML can read"),
+        ("", ["a=[b"], r"command line: 'a=\[b' has no value that YAML can read"),
+        ("", ["data.tasks=[a, b]"], r"command line: data\.tasks is \['a', 'b'\]; it takes named values"),
+        ("", ["data.tasks={a: {b: 1}}"], r"data\.tasks\.a is \{'b': 1\}; it takes one value"),
+        ("", ["data.tasks={a: x}"], r"data\.tasks\.a: Value 'x'"),
+        ("data: {tasks: {a: {b: 1}}}", [], r"run\.yaml: data\.tasks\.a is \{'b': 1\}; it takes one value"),
+        ("data: [a]", ["data.tasks={a: 1}"], r"run\.yaml: data is \['a'\]; it takes named values"),
+        ("train: no", [], r"run\.yaml: train is the YAML boolean false; it takes named values"),
+        ("evaluate: {tasks: gqa}", [], r"evaluate\.tasks is 'gqa'; it takes a list"),
         ("- a\n- b", [], r"holds a list"),
         ("a: [", [], r"not valid YAML"),
         ("seed: 1\nseed: 2", [], r"not valid YAML"),
@@ -80,6 +90,61 @@ def test_mistakes_are_told_with_file_and_key(write, text, overrides, message):
     base = "" if text.startswith(("language", "-", "a:", "seed")) else BASE
     with pytest.raises(ConfigError, match=message):
         config.load(write(base + text + "\n"), overrides)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("language.target_limit=1", r"language\.target_limit is 1; it must be at least 2"),
+        ("language.instruction_limit=0", r"language\.instruction_limit is 0; it must be at least 1"),
+        ("language.profile.end=[]", r"language\.profile\.end is \[\]; it takes at least one token id"),
+        ("qformer.instruction_limit=2", r"qformer\.instruction_limit is 2; it must be at least 3"),
+        ("qformer.layers=0", r"qformer\.layers is 0; it must be at least 1"),
+        ("vision.image_size=0", r"vision\.image_size is 0; it must be at least 1"),
+        ("train.betas=[0.9]", r"train\.betas is \[0\.9\]; it takes two numbers"),
+        ("train.betas=[0.9,1.0]", r"train\.betas is \[0\.9, 1\.0\]; .* below 1"),
+        ("train.betas=[-0.1,0.9]", r"train\.betas is \[-0\.1, 0\.9\]"),
+        ("train.rate=.inf", r"train\.rate is inf; it must be a finite number, above 0"),
+        ("train.rate=.nan", r"train\.rate is nan"),
+        ("train.final_rate=-1", r"train\.final_rate is -1\.0; it must be at least 0"),
+        ("train.warmup_rate=.nan", r"train\.warmup_rate is nan"),
+        ("train.monitor_every=-1", r"train\.monitor_every is -1"),
+        ("data.workers=-1", r"data\.workers is -1; it must be at least 0"),
+        ("data.max_pixels=0", r"data\.max_pixels is 0; it must be at least 1"),
+        ("data.tasks.gqa=0", r"data\.tasks: the multiplier of 'gqa' is 0\.0; it must be above 0"),
+        ("data.tasks.gqa=-2", r"the multiplier of 'gqa' is -2\.0"),
+        ("data.tasks.gqa=.inf", r"the multiplier of 'gqa' is inf"),
+        ("seed=-1", r"seed is -1; it must be at least 0 and below 2\^63"),
+        ("seed=9223372036854775808", r"seed is 9223372036854775808"),
+        ("evaluate.limit=0", r"evaluate\.limit is 0; it must be at least 1"),
+        ("evaluate.batch_size=0", r"evaluate\.batch_size is 0; it must be at least 1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_when_settings_are_read(write, change, message):
+    with pytest.raises(ConfigError, match=message):
+        config.load(write(BASE), [change])
+
+
+def test_a_target_has_room_for_the_end_marks_it_is_given(write):
+    with pytest.raises(ConfigError, match=r"target_limit is 3; it must be at least 4"):
+        config.load(write(BASE), ["language.profile.end=[1,2,3]", "language.target_limit=3"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "mixture"),
+    [
+        (["data.tasks.gqa=3"], {"gqa": 3.0, "vqav2": 2.0}),
+        (["data.tasks.mine/birds.yaml=3"], {"gqa": 1.0, "vqav2": 2.0, "mine/birds.yaml": 3.0}),
+        (["data.tasks={nocaps: 3}"], {"nocaps": 3.0}),
+        (["data.tasks={nocaps: 3}", "data.tasks.gqa=4"], {"nocaps": 3.0, "gqa": 4.0}),
+        (["data.tasks.gqa=4", "data.tasks={nocaps: 3}"], {"nocaps": 3.0}),
+        (["data.tasks={gqa: 1}", "data.tasks={nocaps: 3}"], {"nocaps": 3.0}),
+    ],
+)
+def test_a_whole_mixture_replaces_the_files_and_one_card_changes_it(write, changes, mixture):
+    write(BASE + "data: {root: /data, tasks: {gqa: 1}}\n", "parent.yaml")
+    loaded = config.load(write("extends: parent.yaml\ndata: {tasks: {vqav2: 2}}\n"), changes)
+    assert loaded.data.tasks == mixture and loaded.data.root == "/data"
 
 
 def test_towers_must_be_named(write):

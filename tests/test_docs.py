@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from qformer import cards, cli, config
+from qformer.backbones.vision import OwnTower
 from qformer.evaluate import metrics
 from qformer.sample import Sample
 
@@ -40,11 +43,17 @@ def test_the_profile_in_contributing_loads(tmp_path: Path) -> None:
 
 def test_the_metric_in_contributing_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "METRICS", dict(metrics.METRICS))
-    [source] = blocks(ROOT / "CONTRIBUTING.md", "python")
+    source = blocks(ROOT / "CONTRIBUTING.md", "python")[0]
     exec(compile("from __future__ import annotations\n" + source, "CONTRIBUTING.md", "exec"), vars(metrics))
     samples = [Sample(id=str(number), task="birds", images=(), references=("wren",)) for number in range(2)]
     answers = [metrics.Answer("a wren, I think"), metrics.Answer("a robin")]
     assert metrics.METRICS["contains"].score(answers, samples, {}).scores == [1.0, 0.0]
+
+
+def test_the_encoder_in_contributing_gives_tokens() -> None:
+    names: dict[str, Any] = {"torch": torch}
+    exec(blocks(ROOT / "CONTRIBUTING.md", "python")[1], names)
+    assert OwnTower(names["Spectrogram"]())(torch.randn(2, 320)).values.shape == (2, 19, 17)
 
 
 def test_the_config_in_the_readme_loads(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from qformer.evaluate import run
 from qformer.evaluate.predict import predict, question
 from qformer.evaluate.run import score, table
 from qformer.sample import Sample, Video
-from qformer.text import Profile, Rendered, Templates
+from qformer.text import Profile, Rendered, Templates, Truncations
 
 COLOURS = ("red", "green", "blue")
 RANK = "answer: rank, metric: accuracy, question_type: kind"
@@ -29,7 +29,7 @@ class Namer:
     """Reads the colour off a picture's file name; says nothing about pictures named `broken`."""
 
     def __init__(self, layout: Any = "plain") -> None:
-        self.language = SimpleNamespace(profile=Profile(layout, opening=(), end=(2,), pad=0))
+        self.language = SimpleNamespace(profile=Profile(layout, opening=(), end=(2,), pad=0), truncations=Truncations())
         self.batches: list[int] = []
         self.decoding: Decoding | None = None
 
@@ -203,6 +203,30 @@ def test_a_part_is_marked_as_such(tmp_path: Path) -> None:
     assert scores(tmp_path, limit=60)["partial"] is False
 
 
+def test_a_part_never_takes_the_place_of_the_whole(tmp_path: Path) -> None:
+    scores(tmp_path, limit=10)
+    assert sorted(file.name for file in (tmp_path / "eval").iterdir()) == [
+        "colours.partial.json",
+        "colours.partial.predictions.jsonl",
+    ]
+    whole = scores(tmp_path)
+    assert sorted(file.name for file in (tmp_path / "eval").iterdir()) == ["colours.json", "colours.predictions.jsonl"]
+    scores(tmp_path, limit=10)
+    assert json.loads((tmp_path / "eval" / "colours.json").read_text()) == whole
+
+
+def test_what_was_cut_is_in_the_score_file_and_said(tmp_path: Path) -> None:
+    class Cutting(Namer):
+        def look(self, samples: Sequence[Sample], instructions: Sequence[Rendered]) -> list[str]:
+            self.language.truncations.instructions += 1
+            return super().look(samples, instructions)
+
+    said: list[str] = []
+    assert scores(tmp_path, Cutting(), batch_size=20, say=said.append)["truncations"] == 3
+    assert "colours: 3 text(s) were cut to their limits" in said[0]
+    assert scores(tmp_path)["truncations"] == 0
+
+
 def test_a_part_is_a_function_of_seed_and_card() -> None:
     assert run.subset(100, 10, 0, "a") == run.subset(100, 10, 0, "a")
     assert run.subset(100, 10, 0, "a") != run.subset(100, 10, 1, "a") != run.subset(100, 10, 1, "b")
@@ -256,10 +280,10 @@ def test_broken_records_can_be_left_out(tmp_path: Path) -> None:
     result = scores(tmp_path, cards=chosen, on_error="skip", say=said.append)
     assert (result["score"], result["samples"], result["broken"], result["partial"]) == (1.0, 57, 3, True)
     broken = [json.loads(line) for line in (tmp_path / "eval" / "colours.broken.jsonl").read_text().splitlines()]
-    assert [(each["record"], each["id"]) for each in broken] == [(3, "r3"), (8, None), (9, None)]
+    assert [(each["record"], each["id"]) for each in broken] == [(4, "r3"), (9, None), (10, None)]
     assert "line 9: 'target' is empty" in broken[1]["error"]
     assert "neither the record nor the card gives candidates" in broken[2]["error"]
-    assert "colours: 3 broken records left out (numbers 3, 8, 9);" in said[0]
+    assert "colours: 3 broken records left out (numbers 4, 9, 10);" in said[0]
     assert [line["record"] for line in predictions(tmp_path)] == [n for n in range(60) if n not in (3, 8, 9)]
     scores(tmp_path)
     assert not (tmp_path / "eval" / "colours.broken.jsonl").exists()  # none are left out this time
@@ -269,7 +293,7 @@ def test_a_long_list_of_broken_records_is_cut(tmp_path: Path) -> None:
     chosen = world(tmp_path, **{f"_{number}": {"target": ""} for number in range(12)})
     said: list[str] = []
     scores(tmp_path, cards=chosen, on_error="skip", say=said.append)
-    assert "numbers 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, …" in said[0]
+    assert "numbers 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, …" in said[0]
 
 
 def test_a_set_of_broken_records_cannot_be_scored(tmp_path: Path) -> None:
@@ -305,6 +329,14 @@ def test_a_card_that_cannot_be_scored_fails_before_anything_is_asked(
         scores(tmp_path, model, section)
     assert model.batches == []
     assert not (tmp_path / "eval").exists()
+
+
+def test_a_subset_that_cannot_be_shuffled_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
+    model = Namer()
+    with pytest.raises(DataError, match="all samples to score are about one picture"):
+        scores(tmp_path, model, limit=1)
+    assert model.batches == []
+    assert scores(tmp_path, model, limit=1, shuffled=False)["samples"] == 1
 
 
 def test_a_question_type_that_records_lack_is_said(tmp_path: Path) -> None:
@@ -346,7 +378,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: py
     write = Path.write_text
 
     def full(path: Path, content: str, **options: Any) -> int:
-        if path.parent.name == "eval" and path.name.startswith(".colours.json"):
+        if path.parent.name == "eval" and path.name.startswith(".colours.partial.json"):
             write(path, content[:10], **options)
             raise OSError(28, "No space left on device")
         return write(path, content, **options)

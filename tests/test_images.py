@@ -87,6 +87,7 @@ def test_a_picture_beyond_the_limit_is_refused_before_it_is_decoded(tmp_path, mo
 
 def test_pictures_are_told_apart_by_path_or_content(tmp_path):
     assert picture_key(tmp_path / "a.png") == str(tmp_path / "a.png")
+    assert picture_key(tmp_path / "b" / "a.png", tmp_path) == "b/a.png" == picture_key("b/a.png")
     assert picture_key(noise(4, 4)) == picture_key(noise(4, 4)) != picture_key(noise(4, 4, seed=1))
     assert picture_key(noise(4, 8)) != picture_key(noise(8, 4))
     buffer = io.BytesIO()

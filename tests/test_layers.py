@@ -15,10 +15,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "qformer"
 LAYERS = {
     0: ("errors", "resources"),
-    1: ("keyed", "config", "cards", "text", "sample"),
-    2: ("nn",),
+    1: ("keyed", "config", "cards", "text", "sample", "untokenized", "presets"),
+    2: ("nn", "tensorfiles"),
     3: ("images", "backbones"),
-    4: ("assemble", "vlm", "objectives", "weights", "loading"),
+    4: ("assemble", "vlm", "objectives", "weights", "loading", "checkpoints", "exporting", "modelcard", "starting"),
     5: ("data",),
     6: ("train", "evaluate"),
     7: ("demo", "report", "charts", "gallery", "results", "render", "listing", "run", "cli", "__init__", "__main__"),

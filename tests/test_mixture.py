@@ -1,6 +1,8 @@
 """The mixture as a function of (seed, k): one set a draw, shares kept at any k, every record once a pass."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qformer import cards
 from qformer.data.mixture import Mixture
@@ -34,6 +36,24 @@ def test_shares_stay_within_two_of_their_due(count):
     assert sum(totals.values()) == count
     assert all(abs(totals[name] - count * shares[name]) <= 2 for name in SIZES if count < 10**9)
     assert all(abs(totals[name] / count - shares[name]) < 1e-6 for name in SIZES if count >= 10**9)
+
+
+@given(
+    sizes=st.dictionaries(
+        st.text("abcdefgh", min_size=1, max_size=3), st.integers(1, 20_000_000), min_size=1, max_size=13
+    ),
+    sampling=st.sampled_from(["sqrt", "proportional", "uniform"]),
+    count=st.integers(0, 10**7),
+)
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_shares_of_any_mixture_stay_within_two_of_their_due_at_any_k(sizes, sampling, count):
+    shares = cards.probabilities(sizes, {}, sampling)
+    whole = Mixture(shares, dict.fromkeys(sizes, 50), seed=0)
+    before, after = whole.totals(count), whole.totals(count + 1)
+    assert sum(before.values()) == count
+    assert all(abs(before[name] - count * shares[name]) <= 2 for name in sizes)
+    assert sorted(after[name] - before[name] for name in sizes) == [0] * (len(sizes) - 1) + [1]
+    assert after[whole.draw(count).task] == before[whole.draw(count).task] + 1
 
 
 def test_every_record_once_a_pass():

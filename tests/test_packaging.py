@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-KINDS = ("tasks", "templates", "configs")
+KINDS = ("tasks", "templates", "configs", "profiles")
 NOT_SOURCE = (
     ".git",
     ".venv*",
@@ -32,7 +33,7 @@ LOOK = """
 import json, pathlib, qformer
 from qformer import resources
 weights = pathlib.Path(resources.__file__).parent / "demo" / "weights"
-found = {kind: resources.names(kind) for kind in ("tasks", "templates", "configs")}
+found = {kind: resources.names(kind) for kind in ("tasks", "templates", "configs", "profiles")}
 found["weights"] = sorted(str(path.relative_to(weights)) for path in weights.rglob("*") if path.is_file())
 print(json.dumps({"home": qformer.__file__, **found}))
 """
@@ -144,7 +145,8 @@ def test_an_editable_install_finds_them_from_anywhere(clone: Path, tmp_path: Pat
     paths = [str(tmp_path / "site"), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     [finder] = (tmp_path / "site").glob("__editable___*_finder.py")
     code = f"import sys; sys.path += {paths!r}; import {finder.stem}; {finder.stem}.install()\n{LOOK}"
-    ran = subprocess.run([sys.executable, "-S", "-c", code], cwd="/", capture_output=True, text=True, check=False)
+    command = [sys.executable, "-S", "-c", code]
+    ran = subprocess.run(command, cwd="/", capture_output=True, text=True, env=clean_environment(), check=False)
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout)
     assert Path(found.pop("home")) == clone / "qformer" / "__init__.py"
@@ -161,6 +163,15 @@ def test_setup_cfg_names_every_folder_of_the_package() -> None:
     listed = set(settings()["options"]["packages"].split())
     folders = {file.parent.relative_to(ROOT) for file in (ROOT / "qformer").rglob("*.py")}
     assert listed == {".".join(folder.parts) for folder in folders} | {f"qformer.{kind}" for kind in KINDS}
+
+
+def test_every_requirement_is_imported_somewhere() -> None:
+    """What nothing imports is a download for nothing."""
+    modules = {"pillow": "PIL"}
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "qformer").rglob("*.py"))
+    for requirement in settings()["options"]["install_requires"].split():
+        name = requirement.split(">=")[0]
+        assert re.search(rf"^\s*(import|from) {modules.get(name, name)}\b", code, flags=re.MULTILINE), name
 
 
 def test_the_oldest_versions_are_the_lower_bounds() -> None:

@@ -195,9 +195,10 @@ def test_aokvqa_refers_to_direct_answers_or_to_the_right_choice(tmp_path: Path) 
     assert len(choice) == 2
     assert choice[0].references == ("bus",)
     assert choice[0].images[0].name == "000000000009.jpg"
-    rows[0]["correct_choice_idx"] = 4
-    with pytest.raises(DataError, match="record q: it is not of the form expected"):
-        opened(tmp_path, "aokvqa", questions=rows)[0]
+    for place in (4, -1):
+        rows[0]["correct_choice_idx"] = place
+        with pytest.raises(DataError, match=f"record q: 'correct_choice_idx' is {place}; it must be at least 0"):
+            opened(tmp_path, "aokvqa", questions=rows)[0]
 
 
 def test_llava_conversations_lose_the_image_tag_and_keep_their_turns(tmp_path: Path) -> None:
@@ -228,6 +229,10 @@ def test_vsr_says_its_labels_in_the_cards_words(tmp_path: Path) -> None:
     assert records[0].fields["statement"] == "The cat is under it."
     with pytest.raises(ConfigError, match=r"options\.words must be two words"):
         opened(tmp_path, "vsr", statements=lines(*rows))
+    for label in (-1, 2):
+        wrong = opened(tmp_path, "vsr", {"words": ["false", "true"]}, statements=lines({**rows[0], "label": label}))
+        with pytest.raises(DataError, match=f"record 1: 'label' is {label}; it must be at least 0 and below 2"):
+            wrong[0]
     with pytest.raises(DataError, match="line 2: not valid JSON"):
         opened(tmp_path, "vsr", {"words": ["false", "true"]}, statements=lines(rows[0], "{"))
 
@@ -238,6 +243,9 @@ def test_iconqa_offers_its_choices(tmp_path: Path) -> None:
     records = opened(tmp_path, "iconqa", **contents)
     assert (records[0].references, records[0].candidates) == (("5",), ("3", "5"))
     assert records[0].images == (tmp_path / "pictures" / "12" / "image.png",)
+    problems["12"]["answer"] = -1
+    with pytest.raises(DataError, match="record 12: 'answer' is -1; it must be at least 0 and below 2"):
+        opened(tmp_path, "iconqa", **contents)[0]
     with pytest.raises(DataError, match=r"record 13: it is in .*splits\.json and not among the problems"):
         records[1]
     with pytest.raises(ConfigError, match=r"no split 'choose_txt_tests'.*Did you mean 'choose_txt_test'"):

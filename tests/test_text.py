@@ -1,5 +1,6 @@
 """Words: templates and answers chosen by key, and rows joined from ids as the profile says."""
 
+import dataclasses
 from collections import Counter
 
 import pytest
@@ -30,6 +31,9 @@ def question(number=0, **changes):
 
 def test_options_are_lettered_as_the_paper_writes_them():
     assert text.lettered(["blue", "yellow", "pink", "black"]) == "(a) blue (b) yellow (c) pink (d) black"
+    many = text.lettered([str(number) for number in range(703)])
+    assert "(z) 25 (aa) 26 (ab) 27" in many
+    assert many.endswith("(zz) 701 (aaa) 702")
 
 
 def test_template_is_drawn_by_sample_and_pass_and_evenly():
@@ -71,6 +75,8 @@ def test_zero_shot_prompt_fills_options_from_the_candidates():
     )
     assert text.render_eval(card, templates("Options: {options}."), question()).instruction == "Options: (a) a (b) b."
     own = question(candidates=("3", "5"))
+    assert text.render_eval(card, templates("Options: {options}."), own).instruction == "Options: (a) a (b) b."
+    card = dataclasses.replace(card, candidates=[])
     assert text.render_eval(card, templates("Options: {options}."), own).instruction == "Options: (a) 3 (b) 5."
 
 
@@ -88,6 +94,15 @@ def test_a_template_file_without_templates_is_refused(tmp_path):
     file.write_text("name: empty\nversion: 1\nsource: ''\ntemplates: []\n")
     with pytest.raises(ConfigError, match="holds no template"):
         text.load_templates(str(file))
+
+
+@pytest.mark.parametrize("words", ["{question", "say } {x}", "{x!z}", "{x:>5d}", "{}", "{0}", "{a.b}", "{a[0]}"])
+def test_a_template_that_cannot_be_filled_is_refused_when_it_is_loaded(tmp_path, words):
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"name: mine\nversion: 1\nsource: ''\ntemplates: ['{{{{fine}}}}', '{words}']\n")
+    with pytest.raises(ConfigError, match="a field is a name in braces") as caught:
+        text.load_templates(str(file))
+    assert f"{file}: templates: '{words}' cannot be filled" in str(caught.value)
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------
@@ -229,6 +244,19 @@ def test_profile_errors_say_what_would_work():
     broken.template_text = lambda turns: "nothing of it"
     with pytest.raises(ConfigError, match=r"language\.profile\.layout: plain"):
         text.profile_from_tokenizer(broken)
+
+
+def test_a_chat_template_that_refuses_a_turn_says_what_would_work():
+    strict = Words(template="yes")
+
+    def refuse(turns):
+        raise RuntimeError("System role not supported")
+
+    strict.template_text = refuse
+    with pytest.raises(ConfigError, match=r"\(System role not.*\); set language\.profile\.system: null or layout"):
+        text.profile_from_tokenizer(strict, ProfileConfig(system="be brief"))
+    with pytest.raises(ConfigError, match=r"not supported\); set language\.profile\.layout: plain"):
+        text.profile_from_tokenizer(strict)
 
 
 def test_neighbouring_texts_are_one_piece():

@@ -1,8 +1,10 @@
 """Training: any split of a step gives one gradient, a run can be killed anywhere, and monitors disturb nothing."""
 
+import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,10 +18,21 @@ from accelerate import Accelerator
 from qformer import cards, loading, vlm
 from qformer.config import TrainConfig
 from qformer.data.batch import StepMaker, mixture_of, open_sources
-from qformer.errors import ConfigError, TrainingError
+from qformer.errors import ConfigError, DataError, TrainingError
 from qformer.train import checkpoint, loop, monitors, optim
 from qformer.train.step import NotFiniteError, train_step
 from tests import world
+
+LINE = '{"id": "new", "image": "pictures/0.png", "instruction": "what", "target": "red"}\n'
+
+
+def append(file, text):
+    file.write_text(file.read_text() + text)
+
+
+def replace(file, old, new):
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new, 1))
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +174,29 @@ def test_ranks_and_workers_see_the_same_data_crops_and_flips_included(make, rank
         assert sum(len(pictures(part)) for part in parts) == len(pictures(alone[step]))
 
 
+def test_a_data_folder_that_moved_gives_the_same_pixels(make, data, tmp_path, monkeypatch):
+    settings = make()
+    model = loading.build(settings, report=lambda _: None)
+    here = maker_of(settings, model)[0].batches[0].pixels
+    shutil.move(data, tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    for root in (tmp_path / "elsewhere", Path("elsewhere")):
+        moved = dataclasses.replace(settings, data=dataclasses.replace(settings.data, root=str(root)))
+        moved = dataclasses.replace(
+            moved, data=dataclasses.replace(moved.data, tasks={str(tmp_path / "elsewhere" / "colours.yaml"): 1.0})
+        )
+        model.settings = moved
+        assert torch.equal(maker_of(moved, model)[0].batches[0].pixels, here)
+
+
+def test_a_dialogue_beyond_the_llm_is_a_broken_record(make, data):
+    line = json.loads((data / "records.jsonl").read_text().splitlines()[0])
+    turns = [{"instruction": "what colour is it " * 30, "answer": "it is red"}] * 40
+    (data / "records.jsonl").write_text(json.dumps({"id": "long", "image": line["image"], "turns": turns}) + "\n")
+    with pytest.raises(DataError, match=r"long: its row takes \d+ positions, and the LLM has \d+; lower"):
+        run(make("train.steps=1"))
+
+
 def test_rows_on_one_picture_share_its_encoding(make, data):
     lines = (data / "records.jsonl").read_text().splitlines()
     second = {**json.loads(lines[0]), "id": "again", "instruction": "say the colour"}
@@ -279,6 +315,29 @@ def test_more_steps_may_be_asked_for_and_other_data_or_model_may_not(make):
         run(make("qformer.queries=5"))
 
 
+def test_fewer_steps_than_were_done_are_refused(make):
+    directory = run(make("train.steps=3"))
+    with pytest.raises(ConfigError, match=r"train\.steps is 2, and .*run has done 3; set it to at least 3"):
+        run(make("train.steps=2"))
+    assert [path.name for path in (directory / "checkpoints").iterdir()] == ["step-3"]
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "state.json"])
+def test_a_damaged_checkpoint_is_named_and_left_as_it_is(make, file):
+    directory = run(make("train.steps=2"))
+    (directory / "checkpoints" / "step-foo").mkdir()
+    (directory / "checkpoints" / "step-foo" / "adapter.safetensors").touch()
+    damaged = directory / "checkpoints" / "step-2" / file
+    damaged.write_bytes(damaged.read_bytes()[:-10])
+    before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    for _ in range(2):
+        with pytest.raises(TrainingError, match=rf"step-2/{file}: it is missing or not whole .*remove .*step-2"):
+            run(make("train.steps=3"))
+        assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
+        damaged.unlink(missing_ok=True)
+        before.pop(damaged, None)
+
+
 def test_a_checkpoint_of_another_llm_is_refused(make, towers, tmp_path):
     from tests.tiny import tiny_llm
 
@@ -330,8 +389,80 @@ def test_broken_records_end_the_run_or_are_listed(make, data):
     said = []
     directory = loop.train(make("train.steps=8", "data.on_error=skip", name="lenient"), say=said.append, quiet=True)
     listed = [json.loads(line) for line in (directory / "broken.jsonl").read_text().splitlines()]
-    assert {(line["task"], line["record"]) for line in listed} == {("colours", 3)} and "3.png" in listed[0]["reason"]
-    assert any("colours: 1 broken record(s) were skipped, number 3;" in line for line in said)
+    assert {(line["task"], line["record"]) for line in listed} == {("colours", 4)} and "3.png" in listed[0]["reason"]
+    assert any("colours: 1 broken record(s) were skipped, number 4;" in line for line in said)
+
+
+def test_the_summary_of_broken_records_is_of_all_processes_and_all_starts(make, data):
+    (data / "pictures" / "3.png").write_bytes(b"no picture")
+    changes = ("data.on_error=skip", "train.checkpoint_every=4")
+    directory = run(make("train.steps=4", *changes))
+    before = (directory / "broken.jsonl").read_text().splitlines()
+    other = {"step": 2, "task": "colours", "record": 9, "reason": "told by another process"}
+    late = {**other, "step": 5, "record": 11}
+    (directory / "broken.jsonl.1").write_text(f"{json.dumps(other)}\n{json.dumps(late)}\n")
+    said = []
+    loop.train(make("train.steps=8", *changes), say=said.append, quiet=True)
+    assert any("colours: 2 broken record(s) were skipped, number 4, 9;" in line for line in said)
+    after = (directory / "broken.jsonl").read_text().splitlines()
+    assert after[: len(before)] == before and len({json.loads(line)["step"] for line in after}) == len(after)
+
+
+def test_a_run_that_met_a_broken_record_may_go_on_without_it(make, data):
+    run(make("train.steps=2"))
+    (data / "pictures" / "3.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"3\.png"):
+        run(make("train.steps=8"))
+    assert run(make("train.steps=8", "data.on_error=skip"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda data: append(data / "records.jsonl", LINE), "records"),
+        (lambda data: replace(data / "colours.yaml", "template: instruction}", "template: vqa}"), "card"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_records_or_another_card(make, data, spoil, sentence):
+    run(make("train.steps=1"))
+    spoil(data)
+    with pytest.raises(ConfigError, match=rf"other data: {sentence} of 'colours' was .* and is"):
+        run(make("train.steps=2"))
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_run_directory_that_cannot_be_is_refused_before_anything_is_loaded(make, tmp_path, monkeypatch, place):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(loading, "build", None)
+    with pytest.raises(TrainingError, match=r"output is .*file is a file; give another output"):
+        run(make(f"output={tmp_path / place}"))
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "metrics.jsonl", "mixture.json"])
+def test_what_cannot_be_written_is_said_in_a_sentence(make, monkeypatch, file):
+    import builtins
+    import io
+
+    opened = io.open
+
+    def full(path, mode="r", *more, **options):
+        if file in str(path) and mode[0] in "wa":
+            raise OSError(28, "No space left on device")
+        return opened(path, mode, *more, **options)
+
+    monkeypatch.setattr(io, "open", full)
+    monkeypatch.setattr(builtins, "open", full)
+    with pytest.raises(TrainingError, match=r"cannot be written \(No space left on device\)"):
+        run(make("train.steps=1"))
+
+
+def test_a_config_cut_off_by_a_kill_cannot_be(make, monkeypatch):
+    directory = run(make("train.steps=1"))
+    before = (directory / "config.yaml").read_text()
+    monkeypatch.setattr(loop.config, "save", lambda settings, path: path.write_text("na") and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(make("train.steps=2"))
+    assert (directory / "config.yaml").read_text() == before
 
 
 def test_no_text_is_cut_in_silence(make):
@@ -435,3 +566,35 @@ def test_two_processes_equal_one(make, tmp_path):
         if not name.endswith("key.bias"):
             for rank in pair:
                 assert (rank["gradients"][name] - expected).norm() <= 1e-4 * expected.norm(), name
+
+
+TRAIN = """
+import os, sys
+from accelerate import PartialState
+from qformer import config
+from qformer.train.loop import train
+
+train(config.load(sys.argv[1], sys.argv[2:]), say=lambda _: None, quiet=True)
+assert PartialState().num_processes == int(os.environ["WORLD_SIZE"])
+"""
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_has_the_losses_of_one(make, tmp_path):
+    """Whole runs under torchrun: the same losses and rates, step by step."""
+    script = tmp_path / "train.py"
+    script.write_text(TRAIN)
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    changes = ["train.steps=6", "train.batch_size=7", "train.micro_batch_tokens=60"]
+    lines = []
+    for ranks in (1, 2):
+        directory = make(*changes, name=f"ranks{ranks}").directory
+        launch = ["torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={28900 + os.getpid() % 500}"]
+        command = [sys.executable, "-m", *launch, str(script), f"{directory}.yaml", *changes]
+        subprocess.run(command, check=True, env=environment, capture_output=True)
+        lines.append([json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()])
+    one, pair = lines
+    assert [line["step"] for line in pair] == [line["step"] for line in one] == list(range(1, 7))
+    for alone, shared in zip(one, pair, strict=True):
+        assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+        assert shared["learning_rate"] == alone["learning_rate"]

@@ -139,6 +139,28 @@ def test_saving_over_an_adapter_replaces_it_whole_or_not_at_all(model, tmp_path,
     assert not list(tmp_path.glob(".adapter*"))
 
 
+def test_saving_never_takes_the_place_of_other_files(model, tmp_path):
+    built = model()
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    built.save(mine)
+    (mine / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match=r"save: .*mine holds thesis\.txt, which is no part of an adapter"):
+        built.save(mine)
+    assert (mine / "thesis.txt").read_text() == "years of work"
+    with pytest.raises(ConfigError, match="is a file; give a directory"):
+        built.save(mine / "thesis.txt")
+
+
+def test_what_is_cut_is_counted_wherever_it_is_asked(model):
+    built = model()
+    built.generate(pictures(1), ["what colour " * 200], max_new_tokens=1)
+    asked = built.language.truncations.texts
+    assert asked == 2  # by the Q-Former and by the LLM
+    built.rank(pictures(1), ["what"], ["red " * 300, "no"])
+    assert built.language.truncations.targets == 1
+
+
 def test_a_profile_travels_with_the_adapter(model, tmp_path):
     whole = model("llama", "language.profile.stop=['indeed']", "language.profile.slots_first=false")
     whole.save(tmp_path / "adapter")
@@ -157,7 +179,7 @@ def test_soft_tokens_start_as_long_as_embeddings_where_asked(model, towers, tmp_
 
 def test_contract_errors_say_what_would_work(model, tmp_path):
     whole = model()
-    with pytest.raises(ConfigError, match=r"unknown decoding setting 'beams'. Known: .*num_beams"):
+    with pytest.raises(ConfigError, match=r"generate: unknown key 'beams'\..*Known: .*num_beams"):
         whole.generate(pictures(1), PROMPTS[:1], beams=3)
     with pytest.raises(ConfigError, match="2 images for 1 prompts"):
         whole.generate(pictures(2), PROMPTS[:1])
@@ -186,6 +208,72 @@ def test_a_damaged_adapter_is_named(model, tmp_path):
     (tmp_path / "adapter" / "config.json").write_text(json.dumps(description))
     with pytest.raises(ConfigError, match="heads"):
         qformer.load(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"config\.json: it does not describe an adapter \(.*No such file"),
+        ("", r"config\.json: it does not describe an adapter \(Expecting value"),
+        ('{"vision": {', r"config\.json: it does not describe an adapter"),
+        ("{}", r"config\.json: .* \(it lacks vision, language, qformer, max_pixels\); save the adapter again"),
+        ("[]", r"config\.json: .* \(it lacks vision"),
+        ({"size": None}, r"config\.json: .* \(it lacks 'size'\)"),
+        ({"profile": {"layout": "plain"}}, r"config\.json: .* \(.*missing .*'opening'"),
+        ({"vision": ["vit"]}, r"config\.json: vision is \['vit'\]; it takes named values"),
+    ],
+)
+def test_an_adapter_whose_description_is_damaged_is_named(model, tmp_path, content, message):
+    model().save(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "config.json"
+    if isinstance(content, dict):
+        description = {**json.loads(file.read_text()), **content}
+        content = json.dumps({name: value for name, value in description.items() if value is not None})
+    file.unlink()
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        qformer.load(tmp_path / "adapter")
+
+
+def test_an_adapter_without_its_fingerprint_or_tokenizer_is_named(model, tmp_path):
+    model().save(tmp_path / "adapter")
+    (tmp_path / "adapter" / "instruction_tokenizer" / "tokenizer.json").write_text("{")
+    with pytest.raises(ConfigError, match="instruction_tokenizer: no tokenizer can be read from there"):
+        qformer.load(tmp_path / "adapter")
+    tensors = weights.load_tensors(tmp_path / "adapter" / "adapter.safetensors")
+    del tensors["language.fingerprint"]
+    weights.save_tensors(tmp_path / "adapter" / "adapter.safetensors", tensors)
+    with pytest.raises(ConfigError, match=r"adapter\.safetensors: it lacks 'language\.fingerprint'"):
+        qformer.load(tmp_path / "adapter")
+
+
+def test_nothing_asked_is_nothing_answered(model):
+    whole = model()
+    assert whole.generate([], []) == whole.rank([], [], ["red"]) == whole.rank([], [], []) == []
+
+
+def test_what_is_no_picture_or_no_text_is_refused(model):
+    whole, one, asked = model(), pictures(1), PROMPTS[:1]
+    for images, prompts, message in (
+        ([[]], asked, r"images\[0\] is an empty list; give at least one picture"),
+        ([None], asked, r"images\[0\] holds a NoneType; it takes a path, the bytes of a file, or a PIL image"),
+        ([[one[0], 3]], asked, r"images\[0\] holds a int"),
+        ("picture.png", asked, r"images is a str; it takes a list"),
+        (one, "what is it", r"prompts is a str; it takes a list, even of one"),
+        (one, [None], r"prompts\[0\] is a NoneType; it takes text"),
+    ):
+        with pytest.raises(ConfigError, match=f"generate: {message}"):
+            whole.generate(images, prompts)
+        with pytest.raises(ConfigError, match=f"rank: {message}"):
+            whole.rank(images, prompts, ["red", "two"])
+    with pytest.raises(ConfigError, match="rank: candidates is a str; it takes a list of texts"):
+        whole.rank(one, asked, "red")
+    for candidates in ([["red"], "two"], [[1]], [None]):
+        with pytest.raises(ConfigError, match=r"rank: candidates\[\d\] is no list of texts|2 lists of candidates"):
+            whole.rank(one * len(candidates), asked * len(candidates), candidates)
+    with pytest.raises(ConfigError, match=r"generate: decoding\.num_beams is 0; it must be at least 1"):
+        whole.generate(one, asked, num_beams=0)
 
 
 def test_a_tokenizer_with_more_words_than_embeddings_is_refused(towers, tmp_path):

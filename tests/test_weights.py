@@ -210,6 +210,8 @@ def test_sizes_that_the_checkpoint_does_not_have_are_refused(directory: Path, se
         ({"model_type": "roberta"}, "model_type is 'roberta'; the Q-Former starts from a checkpoint of type 'bert'"),
         ({"hidden_size": None}, "lacks hidden_size"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ({"hidden_act": "gelu_new"}, "hidden_act is 'gelu_new'.* with the exact 'gelu'"),
+        ({"hidden_act": "gelu_pytorch_tanh"}, "hidden_act is 'gelu_pytorch_tanh'"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type 'relative_key'"),
         ({"vocab_size": 31}, r"word_embeddings.weight has shape \(30, 12\) where its config.json implies \(31, 12\)"),
         ({"max_position_embeddings": 8}, r"position_embeddings.weight has shape \(9, 12\)"),

@@ -85,13 +85,13 @@ def tiny_bert(directory: Path, seed: int = 0) -> Path:
     return directory
 
 
-def tiny_vision(directory: Path, seed: int = 0) -> Path:
-    """A random ViT of two layers on 32-pixel pictures, 24 wide, with its image processor; the directory."""
+def tiny_vision(directory: Path, seed: int = 0, width: int = 24) -> Path:
+    """A random ViT of two layers on 32-pixel pictures, with its image processor; the directory."""
     directory.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     model = ViTModel(
         ViTConfig(
-            hidden_size=24,
+            hidden_size=width,
             num_hidden_layers=2,
             num_attention_heads=4,
             intermediate_size=48,

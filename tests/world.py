@@ -31,14 +31,15 @@ def towers(folder: Path, family: str) -> dict[str, str]:
 
 
 def write_pictures(folder: Path, count: int = 24, **changes: Any) -> Path:
-    """`records.jsonl` with a question on each of `count` one-coloured pictures, and a card beside it."""
+    """`records.jsonl` with a question on each of `count` pictures of one colour in shades, and a card beside it."""
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     names = list(COLOURS)
     lines = []
     for number in range(count):
         colour = names[number % len(names)]
         file = folder / "pictures" / f"{number}.png"
-        Image.new("RGB", (40 + number % 3, 36), COLOURS[colour]).save(file)
+        shades = Image.linear_gradient("L").resize((40 + number % 3, 36)).rotate(20, fillcolor=90).convert("RGB")
+        Image.blend(Image.new("RGB", shades.size, COLOURS[colour]), shades, 0.3).save(file)
         words = " please" * (number % 5)
         record = {
             "id": f"r{number}",
@@ -57,13 +58,6 @@ def write_pictures(folder: Path, count: int = 24, **changes: Any) -> Path:
         "  answer: rank, metric: accuracy}\n"
     )
     return card
-
-
-def settings_file(file: Path, tasks: dict[str, float]) -> None:
-    """Give a run's file another mixture (overrides add to a mapping; they do not replace it)."""
-    values = json.loads(file.read_text())
-    values["data"]["tasks"] = tasks
-    file.write_text(json.dumps(values))
 
 
 def settings(

@@ -7,27 +7,30 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qformer.backbones import ranking
+from qformer.backbones import inside, ranking
 from qformer.backbones.ranking import Group
 from qformer.cards import Decoding
 from qformer.config import LanguageConfig
 from qformer.errors import ConfigError, DataError
 from qformer.nn.losses import token_log_likelihood
 from qformer.sample import Row, Slot, Text
-from qformer.text import Joiner, Profile, profile_from_tokenizer
+from qformer.text import Joiner, Profile, Truncations, profile_from_tokenizer
+from qformer.untokenized import MissingTokenizer
 
 FINGERPRINT_ROWS = 64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-OVERFLOWS_IN_HALF = ("t5", "mt5", "umt5")
+LEAST_SHARE = 0.9
+"""Of a table of embeddings, what the ids of its own tokenizer fill; tables are padded, by a few hundred rows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +57,8 @@ class LanguageTower(nn.Module):
         self.model: Any = model
         self.tokenizer, self.profile = tokenizer, profile
         self.checkpointing = gradient_checkpointing
+        self.truncations = Truncations()
+        """Counts every text that is cut for this LLM, candidates among them."""
         model.requires_grad_(False)
         _forget_generation_defaults(model, tokenizer)
         if gradient_checkpointing:
@@ -84,6 +89,11 @@ class LanguageTower(nn.Module):
         return int(self._embeddings.weight.shape[1])
 
     @property
+    def positions(self) -> int | None:
+        """The longest row that the LLM takes; None where nothing is said."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
     def dtype(self) -> torch.dtype:
         """What the embeddings are held in."""
         return self._embeddings.weight.dtype
@@ -106,15 +116,8 @@ class LanguageTower(nn.Module):
 
     @torch.no_grad()
     def fingerprint(self) -> Tensor:
-        """64 fixed embedding rows (64, L) in float32, spread evenly below id 1,000.
-
-        In a smaller vocabulary they are spread below the greatest power of two in it, so that rows added at its end
-        choose no others.
-        """
-        rows = self._embeddings.weight.shape[0]
-        span = 1000 if rows >= 1000 else 1 << (rows.bit_length() - 1)
-        ids = [number * span // FINGERPRINT_ROWS for number in range(FINGERPRINT_ROWS)]
-        return self._embeddings.weight[ids].float().clone()
+        """64 fixed embedding rows (64, L) in float32 that tell this LLM from others."""
+        return fingerprint(self._embeddings.weight)
 
     # -- rows as tensors ----------------------------------------------------------------------------------------------
 
@@ -145,6 +148,14 @@ class LanguageTower(nn.Module):
             labels=_padded(labels, -1, left).to(self.device),
         )
 
+    def _check_length(self, length: int) -> None:
+        limit = self.positions
+        if limit is not None and length > limit:
+            raise DataError(
+                f"a row takes {length} positions (soft tokens, prompt and answer), and the LLM has {limit}; lower "
+                f"language.instruction_limit, language.target_limit, qformer.queries or decoding.max_new_tokens."
+            )
+
     # -- scoring ------------------------------------------------------------------------------------------------------
 
     def log_likelihood(self, soft: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
@@ -168,7 +179,9 @@ class LanguageTower(nn.Module):
             ConfigError: an unknown `normalize`, a row without candidates, or a candidate with nothing to score.
             DataError: a prompt with nothing in it, or too long for the LLM.
         """
-        ids = ranking.requested(Joiner(self.tokenizer, self.profile, None), rows, candidates, end)
+        joiner = Joiner(self.tokenizer, self.profile, None)
+        joiner.truncations = self.truncations
+        ids = ranking.requested(joiner, rows, candidates, end)
         with self._answering():
             return ranking.ranked(
                 partial(self._scorers[self.ranks], soft),
@@ -201,11 +214,11 @@ class LanguageTower(nn.Module):
     def ranks(self) -> str:
         """How candidates are scored: "packed", "behind" or "apart", see `qformer.backbones.ranking`.
 
-        The first way that scores two prompts of unlike length, with candidates that begin alike, as whole rows do:
-        asked of the model, since some masks, positions and caches allow no more.
+        The first way that scores two prompts of unlike length, with candidates that begin alike and then branch, as
+        whole rows do: asked of the model, since some masks, positions and caches allow no more.
         """
         soft = self._embeddings(torch.arange(2, device=self.device)[None])
-        candidates = ((7,), (8, 9, 10), (8, 9, 11))
+        candidates = ((7,), (8, 9, 10), (8, 11, 12, 13))
         groups = [Group((Slot(0), Text(ids)), candidates) for ids in ((3, 4, 5), (6,))]
         wanted = self._apart(soft, groups)
         near = 1e-3 if self.dtype in (torch.float32, torch.float64) else 0.05
@@ -395,14 +408,6 @@ class DecoderOnly(LanguageTower):
             given["position_ids"] = positions
         return given
 
-    def _check_length(self, length: int) -> None:
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        if limit is not None and length > limit:
-            raise DataError(
-                f"a row takes {length} positions (soft tokens, prompt and answer), and the LLM has {limit}; lower "
-                f"language.instruction_limit, language.target_limit, qformer.queries or decoding.max_new_tokens."
-            )
-
     def _logits(self, given: dict[str, Any], predicting: Tensor) -> Tensor:
         """Which positions (R, S) predict a token that is wanted -> their logits (…, vocabulary), row by row."""
         if self._head_stands_alone:
@@ -444,7 +449,7 @@ class EncoderDecoder(LanguageTower):
         """Soft tokens (N, Q, L) -> (R,) sums and (R,) counts.
 
         Raises:
-            DataError: a row with another number of trained spans than one, at its end.
+            DataError: a row with another number of trained spans than one, at its end, or too long for the LLM.
         """
         for row in rows:
             trained = [isinstance(piece, Text) and piece.trained for piece in row]
@@ -457,12 +462,19 @@ class EncoderDecoder(LanguageTower):
         return self._decoded(read, mask, targets), torch.tensor([len(ids) for ids in targets], device=self.device)
 
     def generate(self, soft: Tensor, rows: Sequence[Row], **decoding: Any) -> list[str]:
-        """One answer per row; `decoding`: the fields of `qformer.cards.Decoding`."""
+        """One answer per row; `decoding`: the fields of `qformer.cards.Decoding`.
+
+        Raises:
+            DataError: a prompt, or what is to be written, is too long for the LLM.
+        """
+        settings = self._decoding(decoding)
+        starts = self._starts(len(rows))
         joined = self._join(soft, self._closed(rows))
-        given = {"inputs_embeds": joined.inputs, "attention_mask": joined.mask}
+        self._check_length(max(joined.mask.shape[1], starts.shape[1] + settings["max_new_tokens"]))
+        given = {"inputs_embeds": joined.inputs, "attention_mask": joined.mask, "decoder_input_ids": starts}
         with self._answering():
-            generated = self.model.generate(**given, **self._decoding(decoding))
-        return self._answers(generated[:, 1:])  # column 0 is the decoder's start
+            generated = self.model.generate(**given, **settings)
+        return self._answers(generated[:, starts.shape[1] :])
 
     def _behind(self, soft: Tensor, groups: Sequence[Group]) -> Tensor:
         from transformers import DynamicCache, EncoderDecoderCache
@@ -488,6 +500,7 @@ class EncoderDecoder(LanguageTower):
     def _encoded(self, soft: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         """What the encoder makes of prompts (R, S, L), padded on the right, and the mask (R, S)."""
         joined = self._join(soft, self._closed(rows))
+        self._check_length(joined.mask.shape[1])
         encoder = self.model.get_encoder()
         return encoder(inputs_embeds=joined.inputs, attention_mask=joined.mask).last_hidden_state, joined.mask
 
@@ -495,17 +508,19 @@ class EncoderDecoder(LanguageTower):
         """(R,) sums of log p of targets, written behind the decoder's start as `generate` does."""
         labels = _padded(targets, -1).to(self.device)
         fed = torch.cat([self._starts(len(labels)), labels[:, :-1].clamp(min=0)], dim=1)
-        logits = self._written(read, mask, fed)
+        logits = self._written(read, mask, fed)[:, -labels.shape[1] :]
         return (token_log_likelihood(logits, labels.clamp(min=0)) * (labels >= 0)).sum(1)
 
     def _starts(self, rows: int) -> Tensor:
-        """(R, 1) of the id that a decoder starts with."""
-        return torch.full((rows, 1), self.model.generation_config.decoder_start_token_id, device=self.device)
+        """(R, D) ids that a decoder is given: the one it starts with, and what the profile has behind it."""
+        ids = (self.model.generation_config.decoder_start_token_id, *self.profile.decoder_opening)
+        return torch.tensor([ids] * rows, device=self.device)
 
     def _written(self, read: Tensor, mask: Tensor, fed: Tensor, cache: Any | None = None) -> Tensor:
         """Logits (R, T, vocabulary) of the decoder behind ids (R, T), and behind what the cache holds."""
         from transformers.modeling_outputs import BaseModelOutput
 
+        self._check_length(fed.shape[1])
         return self.model(
             encoder_outputs=BaseModelOutput(last_hidden_state=read),
             attention_mask=mask,
@@ -515,14 +530,38 @@ class EncoderDecoder(LanguageTower):
         ).logits
 
 
+def fingerprint(embeddings: Tensor) -> Tensor:
+    """64 fixed rows of a table of embeddings (words, L) in float32, spread evenly below id 1,000.
+
+    In a smaller vocabulary they are spread below the greatest power of two in it, so that rows added at its end choose
+    no others.
+    """
+    rows = embeddings.shape[0]
+    span = 1000 if rows >= 1000 else 1 << (rows.bit_length() - 1)
+    ids = [number * span // FINGERPRINT_ROWS for number in range(FINGERPRINT_ROWS)]
+    return embeddings[ids].float().clone()
+
+
 def load_profile(settings: LanguageConfig) -> tuple[Any, Profile]:
     """Tokenizer and profile of an LLM, without its weights.
 
     Raises:
-        ConfigError: no such model, or a profile that its tokenizer cannot give.
+        ConfigError: no such model, a profile that its tokenizer cannot give, or one with ids that the model lacks.
     """
     config = _read(settings, "AutoConfig")
+    if (tower := inside.language(config)) is not None:
+        config = tower.config
+        if not _has_tokenizer(settings):
+            return _untokenized(settings, config)
     tokenizer = _read(settings, "AutoTokenizer")
+    words = getattr(config.get_text_config(), "vocab_size", None) or len(tokenizer)
+    for name in ("opening", "end"):
+        for number in getattr(settings.profile, name) or ():
+            if not 0 <= number < words:
+                raise ConfigError(
+                    f"language.profile.{name} holds the id {number}, and '{settings.name}' has the ids 0 to "
+                    f"{words - 1}; give ids of its own tokenizer."
+                )
     profile = profile_from_tokenizer(
         tokenizer,
         settings.profile,
@@ -537,22 +576,35 @@ def load_language(settings: LanguageConfig) -> LanguageTower:
     """The LLM that the settings name, frozen.
 
     Raises:
-        ConfigError: no such model, weights that are not all there, a tokenizer of another model, an unknown dtype, or
-            T5 in float16 (it overflows).
+        ConfigError: no such model, weights that are not all there, a tokenizer of another model, an unknown dtype, T5
+            in float16 (it overflows), or a quantisation that cannot be had here.
     """
     import transformers
 
     if settings.dtype not in DTYPES:
         raise ConfigError(f"language.dtype is '{settings.dtype}'; it takes {', '.join(DTYPES)}.")
     config = _read(settings, "AutoConfig")
-    if config.model_type in OVERFLOWS_IN_HALF and settings.dtype == "float16":
+    tower = inside.language(config)
+    config = config if tower is None else tower.config
+    _rebuilt(config, settings)
+    if settings.dtype == "float16" and _overflows_in_half(config):
         raise ConfigError(
             "language.dtype is float16, and T5 overflows in it (it was trained in bfloat16); use bfloat16 or float32."
         )
     tokenizer, profile = load_profile(settings)
     auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+    if settings.quantization and not settings.pretrained:
+        raise ConfigError(
+            "language.quantization is set and language.pretrained is false; quantise weights that are read."
+        )
     if settings.pretrained:
-        model, loaded = _read(settings, auto.__name__, dtype=DTYPES[settings.dtype], output_loading_info=True)
+        dtype, more = DTYPES[settings.dtype], {"config": config} if tower is None else tower.arguments
+        more = {**more, **_quantized(settings)}
+        try:
+            with nullcontext() if tower is None else inside.unreported():
+                model, loaded = _read(settings, auto.__name__, dtype=dtype, output_loading_info=True, **more)
+        except ImportError as error:
+            raise _no_quantization(settings, error) from None
         if loaded["missing_keys"]:
             raise ConfigError(
                 f"language.name is '{settings.name}', and its weights lack {len(loaded['missing_keys'])} of "
@@ -567,8 +619,73 @@ def load_language(settings: LanguageConfig) -> LanguageTower:
             f"language.name is '{settings.name}': its tokenizer has {words} words and the model {rows} embeddings; "
             f"give a directory whose tokenizer belongs to the model."
         )
+    if not isinstance(tokenizer, MissingTokenizer) and len(tokenizer) < LEAST_SHARE * rows:
+        raise ConfigError(
+            f"language.name is '{settings.name}': its tokenizer has {len(tokenizer)} words and the model {rows} "
+            f"embeddings, so it is another model's; give a directory whose tokenizer belongs to the model."
+        )
     kind = EncoderDecoder if config.is_encoder_decoder else DecoderOnly
     return kind(model, tokenizer, profile, gradient_checkpointing=settings.gradient_checkpointing)
+
+
+def _rebuilt(config: Any, settings: LanguageConfig) -> None:
+    """Put the values of `language.architecture` in the place of those in the model's config."""
+    for name, value in settings.architecture.items():
+        if not hasattr(config, name):
+            raise ConfigError(
+                f"language.architecture: '{settings.name}' has no '{name}' in its config.json; leave it out, or name "
+                f"one that is there."
+            )
+        setattr(config, name, value)
+
+
+def quantization_values(given: Any) -> dict[str, Any] | None:
+    """What `language.quantization` holds of a dict or one of transformers' quantisation configs; None for an empty one.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    values = given.to_dict() if hasattr(given, "to_dict") else given
+    try:
+        plain = json.loads(json.dumps(values))
+    except (TypeError, ValueError):
+        plain = None
+    if not isinstance(plain, dict):
+        raise ConfigError(
+            f"quantization is {given!r}; it takes one of transformers' quantisation configs, or its values, such as "
+            f"{{'load_in_4bit': True}} or {{'quant_method': 'quanto', 'weights': 'int8'}}."
+        )
+    return plain or None
+
+
+def _quantized(settings: LanguageConfig) -> dict[str, Any]:
+    """The argument that has transformers quantise weights as it reads them."""
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    if not settings.quantization:
+        return {}
+    try:
+        return {"quantization_config": AutoQuantizationConfig.from_dict(dict(settings.quantization))}
+    except (ImportError, ValueError, TypeError, AttributeError) as error:
+        raise _no_quantization(settings, error) from None
+
+
+def _no_quantization(settings: LanguageConfig, error: Exception) -> ConfigError:
+    asked = "has weights quantised already" if settings.quantization is None else f"asks for {settings.quantization}"
+    return ConfigError(
+        f"language.quantization: '{settings.name}' {asked}, which cannot be had here "
+        f"({str(error).strip().splitlines()[0]}); install what is named there, or take another quantisation or none."
+    )
+
+
+def _overflows_in_half(config: Any) -> bool:
+    """Whether transformers itself keeps the feed-forwards' outputs of such a model out of float16, as T5's, which were
+    trained in bfloat16 and grow beyond it.
+    """
+    from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+
+    kind = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING.get(type(config), None)
+    return "wo" in (getattr(kind, "_keep_in_fp32_modules", None) or ())
 
 
 def same_language(first: Tensor, second: Tensor) -> bool:
@@ -578,6 +695,47 @@ def same_language(first: Tensor, second: Tensor) -> bool:
     if first.shape != second.shape:
         return False
     return bool((first.cpu() - second.cpu()).norm() <= 0.02 * second.norm())
+
+
+def _has_tokenizer(settings: LanguageConfig) -> bool:
+    """Whether a published model's directory or hub id holds one; asked before transformers makes up an empty one."""
+    from transformers.utils import cached_file
+
+    for name in ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt"):
+        try:
+            if cached_file(
+                settings.name, name, revision=settings.revision, _raise_exceptions_for_missing_entries=False
+            ):
+                return True
+        except OSError:
+            return False  # no network and nothing in the cache
+    return False
+
+
+def _untokenized(settings: LanguageConfig, config: Any) -> tuple[MissingTokenizer, Profile]:
+    """A stand-in for the tokenizer, and the profile that the LLM's config alone tells."""
+    end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+    if end is None:
+        raise ConfigError(
+            f"language.name is '{settings.name}', which has no tokenizer, and its config.json names no eos_token_id; "
+            f"add one of them."
+        )
+    opening = config.bos_token_id if not config.is_encoder_decoder else None
+    pad = config.pad_token_id if config.pad_token_id is not None else end
+    tokenizer = MissingTokenizer(
+        f"'{settings.name}' has no tokenizer of its LLM", bos=config.bos_token_id, eos=end, pad=pad
+    )
+    profile = Profile(
+        layout="plain",
+        opening=() if opening is None else (opening,),
+        end=(end,),
+        pad=pad,
+        closing=(end,) if config.is_encoder_decoder else (),
+        encoder_decoder=bool(config.is_encoder_decoder),
+        instruction_limit=settings.instruction_limit,
+        target_limit=settings.target_limit,
+    )
+    return tokenizer, profile
 
 
 def _read(settings: LanguageConfig, auto: str, **more: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -15,11 +16,14 @@ from typing import Any, Literal, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from qformer.backbones import inside
 from qformer.config import VisionConfig
 from qformer.errors import ConfigError, did_you_mean
 from qformer.nn.tokens import Tokens
+from qformer.tensorfiles import load_tensors, read_pickle
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+HEADS = ("head", "classifier", "fc", "head_dist")
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -42,6 +46,66 @@ class VisionSettings:
     std: tuple[float, ...]
     interpolation: str
     patch: int = 1
+
+
+OWN = "callable:"
+"""What the name of an encoder begins with that was given as a callable."""
+
+
+class OwnTower(nn.Module):
+    """An encoder that a user brings, frozen if it has weights: pictures, audio, sensors, anything.
+
+    A callable with `width` (V) that takes B signals, as they stand in `Batch.pixels`, and gives `Tokens` or a tensor
+    (B, P, V).  For pictures out of files it also has `settings`, a `VisionSettings`.
+    """
+
+    def __init__(self, encoder: Any):
+        super().__init__()
+        kind = getattr(encoder, "name", None) or getattr(encoder, "__qualname__", type(encoder).__qualname__)
+        width = getattr(encoder, "width", None)
+        if not isinstance(width, int):
+            raise ConfigError(
+                f"the encoder '{kind}' was given as a callable, and its width is {width}; give it an attribute "
+                f"`width`, the length of its tokens."
+            )
+        self.encoder, self.width, self.name, self.revision = encoder, width, f"{OWN}{kind}", None
+        self.requires_grad_(False)
+        self.eval()
+
+    @property
+    def settings(self) -> VisionSettings:
+        """How its pictures are to be made.
+
+        Raises:
+            ConfigError: it does not say.
+        """
+        found = getattr(self.encoder, "settings", None)
+        if found is None:
+            raise ConfigError(
+                f"the encoder '{self.name}' does not say how pictures are made for it; give it an attribute `settings` "
+                f"(a VisionSettings), or make batches of its signals by hand."
+            )
+        return cast(VisionSettings, found)
+
+    def train(self, mode: bool = True) -> OwnTower:
+        """Frozen in mode too."""
+        return super().train(False)
+
+    def forward(self, signals: Tensor) -> Tokens:
+        """Signals (B, …) -> tokens (B, P, V).
+
+        Raises:
+            ConfigError: it gives something else.
+        """
+        found = self.encoder(signals)
+        tokens = found if isinstance(found, Tokens) else Tokens(found)
+        shape = tuple(getattr(tokens.values, "shape", ()))
+        if len(shape) != 3 or shape[0] != len(signals) or shape[2] != self.width:
+            raise ConfigError(
+                f"the encoder '{self.name}' gave {shape or type(found).__name__} for {len(signals)} signals; it is to "
+                f"give tokens ({len(signals)}, P, {self.width}), as its width says."
+            )
+        return tokens
 
 
 class FrozenTower(nn.Module):
@@ -79,6 +143,11 @@ def kind_of(config: VisionConfig) -> Literal["timm", "transformers"]:
     import timm
 
     name = config.name
+    if name.startswith(OWN):
+        raise ConfigError(
+            f"vision.name is '{name}', an encoder that was given as a callable; give it again, as in "
+            f"load(..., vision=encoder)."
+        )
     folder = Path(name)
     if folder.is_dir():
         file = folder / "config.json"
@@ -211,7 +280,7 @@ def _load_timm(config: VisionConfig) -> FrozenTower:
             f"as vision.checkpoint."
         ) from None
     if config.checkpoint is not None:
-        _fill(model, config.checkpoint)
+        _fill(model, config.checkpoint, _unread(model, config))
     model = cast(Any, model.to(DTYPES[config.dtype]))
     if config.block is None and config.norm:
         return FrozenTower(
@@ -266,30 +335,56 @@ def _timm_block(model: Any, config: VisionConfig, settings: VisionSettings) -> F
     return FrozenTower(model, read, width, settings, config)
 
 
-def _fill(model: nn.Module, checkpoint: str) -> None:
+def _unread(model: Any, config: VisionConfig) -> Callable[[str], bool]:
+    """Which of a model's tensors do not matter: those behind the block that is read, and heads."""
+    blocks = len(getattr(model, "blocks", []))
+    last = (config.block if config.block is not None else -1) % max(1, blocks)
+
+    def behind(name: str) -> bool:
+        first, _, rest = name.partition(".")
+        if first == "blocks":
+            return blocks > 0 and int(rest.partition(".")[0]) > last
+        return first in HEADS or (not config.norm and first in ("norm", "fc_norm"))
+
+    return behind
+
+
+def _fill(model: nn.Module, checkpoint: str, unread: Callable[[str], bool]) -> None:
+    """Fill a timm model from a local file; what is not read may be missing from either."""
     file = _checkpoint_file(checkpoint)
     if file.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        tensors = load_file(file)
+        tensors = load_tensors(file)
     else:
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-        tensors = tensors.get("model", tensors.get("state_dict", tensors))
+        held = read_pickle(file)
+        held = held.get("model", held.get("state_dict", held))
+        tensors = {name: tensor for name, tensor in held.items() if isinstance(tensor, Tensor)}
     own = model.state_dict()
-    head = {
-        name for name in tensors if name.split(".")[0] in ("head", "classifier", "fc", "head_dist") and name not in own
-    }
-    optional = {name for name in own if name.endswith("num_batches_tracked")}
-    missing = sorted(own.keys() - tensors.keys() - optional)
-    unexpected = sorted(tensors.keys() - own.keys() - head - {n for n in tensors if n.endswith("num_batches_tracked")})
-    differing = sorted(name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape)
+    if "pos_embed" in own and "pos_embed" in tensors and own["pos_embed"].shape != tensors["pos_embed"].shape:
+        marks = getattr(model, "num_prefix_tokens", 0)
+        tensors["pos_embed"] = _resampled(tensors["pos_embed"], own["pos_embed"], marks)
+    strays = ("num_batches_tracked", "inv_freq", "relative_position_index")
+    missing = sorted(n for n in own.keys() - tensors.keys() if not n.endswith(strays) and not unread(n))
+    unexpected = sorted(n for n in tensors.keys() - own.keys() if not n.endswith(strays) and not unread(n))
+    shared = own.keys() & tensors.keys()
+    differing = sorted(n for n in shared if own[n].shape != tensors[n].shape and not unread(n))
     for what, listed in (("lacks", missing), ("has unknown", unexpected), ("has other shapes for", differing)):
         if listed:
             more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
             raise ConfigError(
                 f"vision.checkpoint {file} {what} {', '.join(listed[:5])}{more}; it belongs to another model."
             )
-    model.load_state_dict({name: tensors[name] for name in own.keys() & tensors.keys()}, strict=False)
+    fitting = {name: tensors[name] for name in shared if own[name].shape == tensors[name].shape}
+    model.load_state_dict(fitting, strict=False)
+
+
+def _resampled(found: Tensor, wanted: Tensor, marks: int) -> Tensor:
+    """Learned positions (1, marks + P, V) for another grid: bicubic, as LAVIS and transformers do; as it was if odd."""
+    side, new = round((found.shape[1] - marks) ** 0.5), round((wanted.shape[1] - marks) ** 0.5)
+    if side * side != found.shape[1] - marks or new * new != wanted.shape[1] - marks:
+        return found
+    grid = found[:, marks:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    grid = nn.functional.interpolate(grid, (new, new), mode="bicubic", align_corners=False)
+    return torch.cat([found[:, :marks], grid.flatten(2).transpose(1, 2).to(found.dtype)], dim=1)
 
 
 def _checkpoint_file(checkpoint: str) -> Path:
@@ -345,16 +440,23 @@ def _transformers_settings(config: VisionConfig) -> VisionSettings:
 
 
 def _load_transformers(config: VisionConfig) -> FrozenTower:
+    from safetensors import SafetensorError
     from transformers import AutoModel
 
     settings, found = vision_settings(config), _transformers_config(config)
     dtype = DTYPES[config.dtype]
+    tower = inside.vision(found)
+    kind: Any = AutoModel
+    if tower is not None:
+        found, kind = tower.config, tower.kind
+    more = _without_pooler(found) if tower is None else tower.arguments
     if config.pretrained:
         try:
-            model, report = AutoModel.from_pretrained(
-                config.name, revision=config.revision, dtype=dtype, output_loading_info=True, **_without_pooler(found)
-            )
-        except (OSError, ValueError) as error:
+            with nullcontext() if tower is None else inside.unreported():
+                model, report = kind.from_pretrained(
+                    config.name, revision=config.revision, dtype=dtype, output_loading_info=True, **more
+                )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ConfigError(
                 f"vision.name '{config.name}': its weights cannot be read ({str(error).splitlines()[0]})."
             ) from None
@@ -364,8 +466,10 @@ def _load_transformers(config: VisionConfig) -> FrozenTower:
                 f"vision.name '{config.name}': its weights lack {', '.join(lacking[:5])}"
                 f"{f' and {len(lacking) - 5} more' if len(lacking) > 5 else ''}."
             )
+    elif tower is None:
+        model = AutoModel.from_config(found, dtype=dtype, **more)
     else:
-        model = AutoModel.from_config(found, dtype=dtype, **_without_pooler(found))
+        model = kind(found).to(dtype)
     model = getattr(model, "vision_model", model)
     stages = getattr(model.config, "depths", None)  # networks of feature maps have stages
     blocks = len(stages) if stages else model.config.num_hidden_layers
@@ -373,11 +477,14 @@ def _load_transformers(config: VisionConfig) -> FrozenTower:
         raise ConfigError(
             f"vision.block is {config.block}; '{config.name}' has {blocks} blocks: it takes {-blocks} to {blocks - 1}."
         )
+    bare = tower is not None and not config.norm
+    if bare:  # the norm behind the encoder is the adapter's
+        model.post_layernorm = nn.Identity()
     able = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
     interpolate = {"interpolate_pos_encoding": True} if config.image_size and able else {}
 
     def read(pixels: Tensor) -> Tokens:
-        if config.block is None and config.norm:
+        if config.block is None and (config.norm or bare):
             values = model(pixel_values=pixels, **interpolate).last_hidden_state
         else:
             states = model(pixel_values=pixels, output_hidden_states=True, **interpolate).hidden_states

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch.utils.data import Dataset
 
+from qformer import keyed
 from qformer.assemble import Assembler, Item, Pixels, Prepared
 from qformer.cards import TaskCard, TrainCard, probabilities
 from qformer.config import DataConfig
@@ -28,19 +31,28 @@ class Source:
     templates: Templates
     records: Records
 
+    def described(self) -> dict[str, Any]:
+        """Hashes of the card's section and of its templates, and the number of records."""
+        return {
+            "card": f"{keyed.keyed_hash(json.dumps(asdict(self.section), sort_keys=True)):016x}",
+            "templates": f"{keyed.keyed_hash(json.dumps(self.templates.templates)):016x}",
+            "records": len(self.records),
+        }
+
 
 @dataclass
 class StepData:
     """What one process is given for one step.
 
-    `drawn` counts draws per set; `broken` lists records that could not be read; `error` is the first of them where a
-    broken record is to end the run (it travels as a value, since a worker's exception would bring its traceback along).
+    `drawn` counts draws per set; `broken` lists records that could not be read, by set and key; `error` is the first of
+    them where a broken record is to end the run (it travels as a value, since a worker's exception would bring its
+    traceback along).
     """
 
     step: int
     batches: list[Batch] = field(default_factory=list)
     drawn: Counter[str] = field(default_factory=Counter)
-    broken: list[tuple[str, int, str]] = field(default_factory=list)
+    broken: list[tuple[str, Any, str]] = field(default_factory=list)
     truncations: Truncations = field(default_factory=Truncations)
     error: DataError | None = None
 
@@ -128,7 +140,7 @@ class StepMaker(Dataset[StepData]):
                 if self.on_error == "fail":
                     data.error = error
                     return data
-                data.broken.append((draw.task, draw.place, str(error)))
+                data.broken.append((draw.task, self.sources[draw.task].records.key(draw.place), str(error)))
         data.batches = [self.assembler.batch(group, pixels) for group in self._groups(prepared)]
         return data
 

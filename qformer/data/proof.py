@@ -26,7 +26,7 @@ class LabelProof:
         broken = {(task, record) for task, record, _ in data.broken}
         wanted: Counter[tuple[str, str]] = Counter()
         for draw in maker.draws(data.step):
-            if (draw.task, draw.place) in broken:
+            if (draw.task, maker.sources[draw.task].records.key(draw.place)) in broken:
                 continue
             for item in maker.items(draw):
                 for target in _targets(item.rendered):

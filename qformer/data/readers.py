@@ -7,7 +7,7 @@ picture is touched here.  The table `READERS` is closed: cards name its keys.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,7 @@ class AOKVQA(Records):
                 yield row["question_id"], row
 
     def _sample(self, key: Any, row: Any) -> Sample:
-        right = (row["choices"][row["correct_choice_idx"]],)
+        right = (_chosen(row["choices"], row["correct_choice_idx"], "correct_choice_idx"),)
         return Sample(
             self.id(key),
             self.task,
@@ -212,7 +212,7 @@ class VSR(Records):
                     raise DataError(f"{self.file}, line {number}: not valid JSON ({error.msg}).") from None
 
     def _sample(self, key: Any, row: Any) -> Sample:
-        word = self.options["words"][int(row["label"])]
+        word = _chosen(self.options["words"], int(row["label"]), "label")
         fields = {"statement": row["caption"], "relation": row.get("relation", ""), "image_id": Path(row["image"]).stem}
         return Sample(self.id(key), self.task, self.image(row["image"]), fields, references=(str(word),))
 
@@ -238,7 +238,7 @@ class IconQA(Records):
     def _sample(self, key: Any, row: Any) -> Sample:
         if row is None:
             raise DataError(f"it is in {self.files['splits']} and not among the problems")
-        right = row["choices"][row["answer"]]
+        right = _chosen(row["choices"], row["answer"], "answer")
         fields = {"question": row["question"], "image_id": key, "grade": row.get("grade", "")}
         return Sample(
             self.id(key),
@@ -273,6 +273,13 @@ def open_records(section: TrainCard | EvalCard, root: Path, card: TaskCard) -> R
             raise DataError(f"{card.key}: there is no '{path}' (files.{role} of the card, under data.root).{download}")
     split = section.split if isinstance(section, EvalCard) else "train"
     return reader(files, section.options, card.key, split)
+
+
+def _chosen(choices: Sequence[Any], place: int, name: str) -> Any:
+    """The choice that a field numbers; a negative number would silently count from the end."""
+    if not 0 <= place < len(choices):
+        raise DataError(f"'{name}' is {place}; it must be at least 0 and below {len(choices)}, the number of choices")
+    return choices[place]
 
 
 def _caption(text: str) -> str:

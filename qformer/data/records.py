@@ -78,6 +78,10 @@ class Records(ABC):
         except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
             raise DataError(f"{self.file}, {self.numbering} {key}: {_what_is_wrong(error)}.") from None
 
+    def key(self, place: int) -> Any:
+        """What messages call a record: its line, its number, or the file's own key."""
+        return self.rows[place][0]
+
     @abstractmethod
     def _read(self) -> Iterator[tuple[Any, Any]]:
         """Key and content of every record."""

@@ -11,7 +11,7 @@ from qformer.cards import Decoding, EvalCard
 from qformer.errors import DataError, did_you_mean
 from qformer.evaluate.metrics import Answer
 from qformer.sample import Sample
-from qformer.text import Rendered, Templates, render_eval
+from qformer.text import Rendered, Templates, candidates_of, render_eval
 
 Advance = Callable[[int], None]
 """Is told how many more samples are done."""
@@ -21,7 +21,7 @@ class Model(Protocol):
     """What is scored: opens pictures itself, and raises DataError where one is broken."""
 
     language: Any
-    """Its `profile` is a `qformer.text.Profile`."""
+    """Its `profile` is a `qformer.text.Profile`, its `truncations` a `qformer.text.Truncations`."""
 
     def answer(self, samples: Sequence[Sample], instructions: Sequence[Rendered], decoding: Decoding) -> list[str]:
         """One generated answer per sample."""
@@ -59,7 +59,7 @@ def question(card: EvalCard, templates: Templates, sample: Sample) -> Question:
     where = f"{sample.task}, sample '{sample.id}'"
     if not sample.references:
         raise DataError(f"{where}: it has no answer to score against.")
-    candidates = tuple(card.candidates) or sample.candidates if card.answer == "rank" else ()
+    candidates = candidates_of(card, sample) if card.answer == "rank" else ()
     if card.answer == "rank" and not candidates:
         raise DataError(f"{where}: eval.answer is 'rank', and neither the record nor the card gives candidates.")
     kind = card.question_type

@@ -63,6 +63,8 @@ class Answered:
     """The answers about shuffled pictures."""
     broken: list[dict[str, Any]] = field(default_factory=list)
     """Records left out: number, id where it is known, error."""
+    truncations: int = 0
+    """Texts that were cut to their limits when the model was asked about its own pictures."""
 
     @property
     def samples(self) -> list[Sample]:
@@ -87,7 +89,8 @@ def score(
     """Score a model on the `eval` sections of cards.
 
     Writes `TASK.json` (score, interval, baselines, recipe) and `TASK.predictions.jsonl` for each card as it is done,
-    and `TASK.broken.jsonl` where records were left out.
+    and `TASK.broken.jsonl` where records were left out; of a subset `TASK.partial.json` and so on, which never takes
+    the place of a whole score.
 
     Args:
         model: answers and ranks.
@@ -121,10 +124,15 @@ def score(
                 model, task, places, batch_size=batch_size, shuffled=shuffled, seed=seed, on_error=on_error, track=track
             )
             results[key], outcome = _scored(task, asked, model.language.profile, seed)
-            name = key.replace(":", ".")
+            name = key.replace(":", ".") + (".partial" if len(places) < len(task.records) else "")
             _write(directory, name, results[key], _lines(asked, outcome.scores, root), asked.broken)
             if asked.broken:
                 notes.append(_left_out(key, asked.broken, directory / f"{name}.broken.jsonl"))
+            if asked.truncations:
+                notes.append(
+                    f"{key}: {asked.truncations} text(s) were cut to their limits (language.instruction_limit, "
+                    f"language.target_limit, qformer.instruction_limit)."
+                )
     for line in (*notes, as_text(table(results))):
         say(line)
     return results
@@ -190,15 +198,21 @@ def _answered(
         except DataError as error:
             if on_error == "fail":
                 raise
-            found.broken.append({"record": place, "id": None, "error": str(error)})
+            found.broken.append({"record": task.records.key(place), "id": None, "error": str(error)})
+
+    if shuffled:
+        baselines.shuffled_pictures([each.sample for _, each in asked], seed, key)  # fails before an hour of answering
 
     def ask(questions: Sequence[Question], what: str) -> list[Answer | DataError]:
         advance = track(what, len(questions))
         return predict(model, task.section, questions, batch_size=batch_size, on_error=on_error, advance=advance)
 
-    for (place, each), answer in zip(asked, ask([each for _, each in asked], key), strict=True):
+    before = model.language.truncations.texts
+    answers = ask([each for _, each in asked], key)
+    found.truncations = model.language.truncations.texts - before
+    for (place, each), answer in zip(asked, answers, strict=True):
         if isinstance(answer, DataError):
-            found.broken.append({"record": place, "id": each.sample.id, "error": str(answer)})
+            found.broken.append({"record": task.records.key(place), "id": each.sample.id, "error": str(answer)})
         else:
             found.places.append(place)
             found.questions.append(each)
@@ -258,6 +272,7 @@ def _scored(task: Task, asked: Answered, profile: Profile, seed: int) -> tuple[d
         "partial": len(samples) < len(task.records),
         "published_size": section.size,
         "broken": len(asked.broken),
+        "truncations": asked.truncations,
         "shuffled": marked(outcome_of(asked.blind)) if asked.blind else None,
         "most_frequent": marked(outcome_of(frequent)),
         "chance": chance,
@@ -373,6 +388,8 @@ def _write(
             os.replace(part, directory / file)
         if not broken:
             (directory / f"{name}.broken.jsonl").unlink()
+        for older in directory.glob(f"{name}.partial.*"):  # a whole score has come
+            older.unlink()
     except OSError as error:
         raise DataError(f"{directory}: scores cannot be written ({error}); make room or name another place.") from None
     finally:

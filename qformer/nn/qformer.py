@@ -180,12 +180,21 @@ class QFormer(nn.Module):
 class QFormerConnector(nn.Module):
     """Encoder tokens to soft tokens: LayerNorm, Q-Former, linear projection.  All of it is trained and saved."""
 
-    def __init__(self, qformer: QFormer, language_width: int, generator: torch.Generator | None = None):
-        """The projection is drawn as `nn.Linear` draws it (uniform within 1/√D), from `generator`."""
+    def __init__(
+        self,
+        qformer: QFormer,
+        language_width: int,
+        generator: torch.Generator | None = None,
+        norm_eps: float = 1e-5,
+    ):
+        """The projection is drawn as `nn.Linear` draws it (uniform within 1/√D), from `generator`.
+
+        `norm_eps`: of the norm behind the encoder; 1e-5 in LAVIS, 1e-6 in transformers' InstructBLIP.
+        """
         super().__init__()
         width = qformer.size.hidden
         self.language_width = language_width
-        self.norm = nn.LayerNorm(qformer.size.vision_width, eps=1e-5)
+        self.norm = nn.LayerNorm(qformer.size.vision_width, eps=norm_eps)
         self.qformer = qformer
         self.projection = nn.Linear(width, language_width)
         with torch.no_grad():

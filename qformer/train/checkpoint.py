@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pickle
 import shutil
+from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -13,15 +15,15 @@ import torch
 
 from qformer import config, weights
 from qformer.config import RunConfig
-from qformer.errors import ConfigError
-from qformer.loading import checkpoints
+from qformer.errors import ConfigError, TrainingError
+from qformer.loading import adapter_tensors, checkpoints
 from qformer.vlm import ADAPTER_FILE, VLM, whole_directory
 
 OPTIMIZER_FILE = "optimizer.pt"
 STATE_FILE = "state.json"
 
 FREE = {
-    "name", "output", "data.root", "data.workers", "data.max_pixels",
+    "name", "output", "data.root", "data.workers", "data.max_pixels", "data.on_error",
     "train.steps", "train.log_every", "train.monitor_every", "train.checkpoint_every", "train.keep_checkpoints",
     "train.log_with", "evaluate",
 }  # fmt: skip
@@ -56,18 +58,42 @@ def restore(checkpoint: Path, model: VLM, optimizer: torch.optim.Optimizer) -> i
 
     Raises:
         ConfigError: the adapter does not fit, or was trained with another LLM.
+        TrainingError: optimizer or step is missing, or not whole.
     """
     from qformer.backbones.language import same_language
 
-    tensors = weights.load_tensors(checkpoint / ADAPTER_FILE)
-    if not same_language(model.language.fingerprint(), tensors.pop("language.fingerprint")):
+    tensors, fingerprint = adapter_tensors(checkpoint)
+    if not same_language(model.language.fingerprint(), fingerprint):
         raise ConfigError(
             f"{checkpoint}: it was trained with another LLM than '{model.settings.language.name}'; start a new run "
             f"(another output), or carry the adapter over with qformer.plug."
         )
     weights.load_strict(model.connector, tensors, str(checkpoint / ADAPTER_FILE))
-    optimizer.load_state_dict(torch.load(checkpoint / OPTIMIZER_FILE, map_location="cpu", weights_only=True))
-    return int(json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["step"])
+    file = OPTIMIZER_FILE
+    try:
+        optimizer.load_state_dict(torch.load(checkpoint / file, map_location="cpu", weights_only=True))
+        file = STATE_FILE
+        return int(json.loads((checkpoint / file).read_text(encoding="utf-8"))["step"])
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise TrainingError(
+            f"{checkpoint / file}: it is missing or not whole ({reason}); remove {checkpoint} and the run goes on from "
+            f"the checkpoint before it, or starts again."
+        ) from None
+
+
+def enough_steps(checkpoint: Path, steps: int) -> None:
+    """Refuse to go on to a step that the run has passed.
+
+    Raises:
+        ConfigError: `train.steps` is below the checkpoint's step.
+    """
+    done = int(checkpoint.name.removeprefix("step-"))
+    if steps < done:
+        raise ConfigError(
+            f"train.steps is {steps}, and {checkpoint.parent.parent} has done {done}; set it to at least {done}, or "
+            f"start a new run with another output."
+        )
 
 
 def same_run(saved: Path, settings: RunConfig) -> None:
@@ -89,8 +115,30 @@ def same_run(saved: Path, settings: RunConfig) -> None:
         )
 
 
-def cut_metrics(file: Path, step: int) -> None:
-    """Cut metrics.jsonl back to a checkpoint's step, so that no step is told twice; a torn last line goes too."""
+def same_data(file: Path, now: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse to go on where cards, templates or records are not those that the run began with.
+
+    Raises:
+        ConfigError: names what differs.
+    """
+    if not file.exists():
+        return
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file}: it is not valid JSON ({error}); start a new run with another output.") from None
+    for task, described in now.items():
+        for what, value in described.items():
+            old = before.get(task, {}).get(what)
+            if old != value:
+                raise ConfigError(
+                    f"{file}: this run cannot go on with other data: {what} of '{task}' was {old} and is {value}. Put "
+                    f"back what was there, or start a new run with another output."
+                )
+
+
+def cut_lines(file: Path, step: int) -> None:
+    """Cut lines of later steps from a file of JSON lines, so that no step is told twice; a torn last line goes too."""
     if not file.exists():
         return
     kept = []

@@ -15,17 +15,19 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from qformer import cards, config, keyed, loading, vlm
+from qformer import cards, config, keyed, loading, vlm, weights
 from qformer.config import RunConfig
 from qformer.data.batch import StepData, StepMaker, mixture_of, open_sources
 from qformer.data.proof import LabelProof
-from qformer.errors import ConfigError, did_you_mean
+from qformer.errors import ConfigError, TrainingError, did_you_mean
 from qformer.sample import Batch, row_length
 from qformer.train import checkpoint, monitors
 from qformer.train.optim import learning_rate, optimizer_for
 from qformer.train.step import NotFiniteError, StepReport, train_step
 
 CONFIG_FILE, METRICS_FILE, MIXTURE_FILE, BROKEN_FILE = "config.yaml", "metrics.jsonl", "mixture.json", "broken.jsonl"
+DATA_FILE = "data.json"
+"""What the run reads: by set, hashes of card and templates, and the number of records."""
 PROVEN_STEPS = 3
 """Steps at the start whose trained tokens are decoded and compared with their targets."""
 
@@ -42,6 +44,7 @@ def train(settings: RunConfig, *, say: Callable[[str], None] = print, quiet: boo
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers fork after the tokenizers were used
     run = settings.directory
+    _check_place(run)
     check_trackers(settings.train.log_with)
     task_cards = cards.load_all(settings.data.tasks, "train")
     sources = open_sources(task_cards, Path(settings.data.root), on_error=settings.data.on_error)
@@ -49,9 +52,13 @@ def train(settings: RunConfig, *, say: Callable[[str], None] = print, quiet: boo
         card.key: settings.data.tasks[name] for name, card in zip(settings.data.tasks, task_cards.values(), strict=True)
     }
     mixture = mixture_of(sources, settings.data, multipliers, settings.seed)
+    described = {key: source.described() for key, source in sources.items()}
     last = loading.checkpoints(run)[-1:]
     if (run / CONFIG_FILE).exists() and last:
         checkpoint.same_run(run / CONFIG_FILE, settings)
+        checkpoint.same_data(run / DATA_FILE, described)
+    if last:
+        checkpoint.enough_steps(last[0], settings.train.steps)
 
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
@@ -79,9 +86,15 @@ def train(settings: RunConfig, *, say: Callable[[str], None] = print, quiet: boo
         on_error=settings.data.on_error,
     )
     if first_process:
-        run.mkdir(parents=True, exist_ok=True)
-        config.save(settings, run / CONFIG_FILE)
-        checkpoint.cut_metrics(run / METRICS_FILE, start)
+        with _writing(run):
+            run.mkdir(parents=True, exist_ok=True)
+            with weights.whole_file(run / CONFIG_FILE) as file:
+                config.save(settings, file)
+            with weights.whole_file(run / DATA_FILE) as file:
+                file.write_text(json.dumps(described, indent=2), encoding="utf-8")
+            for lines_of_steps in (run / METRICS_FILE, *run.glob(f"{BROKEN_FILE}*")):
+                checkpoint.cut_lines(lines_of_steps, start)
+    accelerator.wait_for_everyone()
     if settings.train.log_with:
         accelerator.init_trackers(settings.name, config={"settings": json.dumps(asdict(settings))})
     proof = LabelProof(maker.assembler.joiner)
@@ -93,7 +106,6 @@ def train(settings: RunConfig, *, say: Callable[[str], None] = print, quiet: boo
 
     alarm = monitors.BlindnessAlarm()
     dummy = maker.assembler.dummy(model.vision.settings.size)
-    broken: dict[str, set[int]] = {}
     loader: DataLoader[StepData] = DataLoader(
         maker,
         batch_size=None,
@@ -106,7 +118,7 @@ def train(settings: RunConfig, *, say: Callable[[str], None] = print, quiet: boo
             step = data.step
             if data.error is not None:
                 raise data.error
-            _note_broken(run, data, broken, accelerator.process_index)
+            _note_broken(run, data, accelerator.process_index)
             if step - start < PROVEN_STEPS:
                 proof.check(maker, data)
             report = _one_step(step, settings, wrapped, model, data, dummy, optimizer, accelerator)
@@ -131,9 +143,10 @@ def train(settings: RunConfig, *, say: Callable[[str], None] = print, quiet: boo
                     checkpoint.save(run, done, model, optimizer, settings.train.keep_checkpoints)
                 accelerator.wait_for_everyone()
                 began = time.perf_counter()
+    accelerator.wait_for_everyone()
     if first_process:
         write_mixture(run, maker)
-        for line in (*proof.summary(), *_broken_summary(broken, run), *_truncation_summary(run)):
+        for line in (*proof.summary(), *_broken_summary(run), *_truncation_summary(run)):
             say(line)
     if settings.train.log_with:
         accelerator.end_training()
@@ -177,7 +190,8 @@ def _one_step(
     except NotFiniteError as error:
         where = _module_not_finite(model, data.batches) or error.where
         record = {"step": step + 1, "where": where, "samples": error.samples}
-        settings.directory.joinpath("not_finite.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+        with weights.whole_file(settings.directory / "not_finite.json") as file:
+            file.write_text(json.dumps(record, indent=2), encoding="utf-8")
         raise NotFiniteError(f"{where} at step {step + 1}", error.samples) from None
 
 
@@ -228,25 +242,56 @@ def write_mixture(run: Path, maker: StepMaker) -> None:
         }
         for name in mixture.names
     }
-    (run / MIXTURE_FILE).write_text(json.dumps(table, indent=2), encoding="utf-8")
+    with weights.whole_file(run / MIXTURE_FILE) as file:
+        file.write_text(json.dumps(table, indent=2), encoding="utf-8")
 
 
-def _note_broken(run: Path, data: StepData, broken: dict[str, set[int]], rank: int) -> None:
-    """Records that could not be read, each with its reason, in the run directory."""
+def _check_place(run: Path) -> None:
+    """Refuse a run directory that cannot be, before anything is loaded.
+
+    Raises:
+        TrainingError: a file stands in its way, or nothing may be written there.
+    """
+    there = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        what = "cannot be written to" if there.is_dir() else "is a file"
+        raise TrainingError(f"output is {run}, and {there} {what}; give another output.")
+
+
+@contextmanager
+def _writing(run: Path) -> Iterator[None]:
+    """What the file system refuses, as a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"{run}: it cannot be written ({error.strerror or error}); make room or give another output, then start "
+            f"the same command again."
+        ) from None
+
+
+def _note_broken(run: Path, data: StepData, rank: int) -> None:
+    """Records that could not be read, each with its reason, in the run directory; a file for every process."""
     if not data.broken:
         return
     suffix = f".{rank}" if rank else ""
-    with (run / f"{BROKEN_FILE}{suffix}").open("a", encoding="utf-8") as file:
+    with _writing(run), (run / f"{BROKEN_FILE}{suffix}").open("a", encoding="utf-8") as file:
         for task, record, reason in data.broken:
-            broken.setdefault(task, set()).add(record)
             line = {"step": data.step + 1, "task": task, "record": record, "reason": reason}
             file.write(json.dumps(line) + "\n")
 
 
-def _broken_summary(broken: dict[str, set[int]], run: Path) -> list[str]:
-    """A line per set: which records were left out, by number."""
+def _broken_summary(run: Path) -> list[str]:
+    """A line per set: which records were left out by any process, by the numbers that messages have."""
+    files = sorted(run.glob(f"{BROKEN_FILE}*"))
+    broken: dict[str, set[Any]] = {}
+    for file in files:
+        for line in file.read_text(encoding="utf-8").splitlines():
+            told = json.loads(line)
+            broken.setdefault(told["task"], set()).add(told["record"])
     return [
-        f"{task}: {len(numbers)} broken record(s) were skipped, number {_some(numbers)}; see {run / BROKEN_FILE}"
+        f"{task}: {len(numbers)} broken record(s) were skipped, number {_some(numbers)}; see "
+        f"{', '.join(str(file) for file in files)}"
         for task, numbers in sorted(broken.items())
     ]
 
@@ -258,27 +303,34 @@ def _truncation_summary(run: Path) -> list[str]:
     return [f"{total} text(s) were cut to their limits (language.instruction_limit, target_limit)"] if total else []
 
 
-def _some(numbers: set[int], most: int = 20) -> str:
-    return ", ".join(map(str, sorted(numbers)[:most])) + (" …" if len(numbers) > most else "")
+def _some(numbers: set[Any], most: int = 20) -> str:
+    in_order = sorted(
+        numbers, key=lambda each: (not isinstance(each, int), each if isinstance(each, int) else str(each))
+    )
+    return ", ".join(map(str, in_order[:most])) + (" …" if len(numbers) > most else "")
 
 
 class _Lines:
     """metrics.jsonl, a line at a time, each on disk before the next step; on other processes nothing is written."""
 
     def __init__(self, run: Path, active: bool):
-        self.file = (run / METRICS_FILE).open("a", encoding="utf-8") if active else None
+        self.run = run
+        with _writing(run):
+            self.file = (run / METRICS_FILE).open("a", encoding="utf-8") if active else None
 
     def __enter__(self) -> _Lines:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.file:
-            self.file.close()
+            with _writing(self.run):
+                self.file.close()
 
     def write(self, values: dict[str, Any]) -> None:
         if self.file:
-            self.file.write(json.dumps(values) + "\n")
-            self.file.flush()
+            with _writing(self.run):
+                self.file.write(json.dumps(values) + "\n")
+                self.file.flush()
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""YAML cards; this file only lets a wheel carry them."""

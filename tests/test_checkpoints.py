@@ -1,0 +1,456 @@
+"""Published weights in every form they come in, moved here and back, and what is said about files that are wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import qformer
+from qformer import checkpoints, exporting, loading, presets
+from qformer.errors import ConfigError
+from qformer.nn.qformer import QFormer, QFormerConnector, QFormerSize
+from qformer.sample import Slot, Text
+from tests.published import QFORMER, QUERIES, VISION, tiny_published
+from tests.tiny import redraw, tiny_llm
+
+IDS = torch.tensor([[2, 8, 9, 3]])
+PIXELS = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+SIZE = QFormerSize(
+    vision_width=24, hidden=128, layers=3, heads=2, intermediate=48, vocabulary=30, positions=20, queries=QUERIES
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("published")
+
+
+@pytest.fixture
+def source(folder: Path, tmp_path: Path) -> Path:
+    """A copy of a transformers InstructBLIP around a Llama, to be spoilt."""
+    return Path(shutil.copytree(tiny_published(folder, "llama"), tmp_path / "source"))
+
+
+def loaded(where: Path | str, **more: Any) -> qformer.VLM:
+    return qformer.load(where, report=str, **more)
+
+
+def soft(model: qformer.VLM) -> Tensor:
+    with torch.no_grad():
+        return model.soft_prompts(PIXELS, IDS if model.connector.size.instruction else None)
+
+
+def connector(size: QFormerSize = SIZE, width: int = 32) -> QFormerConnector:
+    made = QFormerConnector(QFormer(size), width)
+    redraw(made, 7)
+    return made.eval()
+
+
+def lavis(made: nn.Module, projection: str = "llm_proj") -> dict[str, Tensor]:
+    return checkpoints.renamed_for(made.state_dict(), "lavis", projection)
+
+
+def write(path: Path, content: Any) -> Path:
+    torch.save(content, path)
+    return path
+
+
+def towers(folder: Path, family: str = "llama") -> dict[str, str]:
+    return {"vision": str(tiny_published(folder, "llama")), "language": str(tiny_llm(folder / f"own-{family}", family))}
+
+
+# -- transformers -----------------------------------------------------------------------------------------------------
+
+
+def test_shards_pickles_and_older_layouts_load_the_same(folder: Path, source: Path, tmp_path: Path) -> None:
+    expected = soft(loaded(source))
+    whole = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    older = {"qformer.embeddings.position_ids": torch.arange(40)[None]}
+    older["language_model.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    torch.save(whole | older, source / "pytorch_model.bin")
+    assert torch.equal(soft(loaded(source)), expected)
+
+    (source / "pytorch_model.bin").unlink()
+    save_file(
+        {f"model.{name}": tensor for name, tensor in whole.items()}, source / "model.safetensors", {"format": "pt"}
+    )
+    assert torch.equal(soft(loaded(source)), expected)
+
+    (source / "model.safetensors").unlink()
+    names = {name: f"model-0000{number % 3 + 1}-of-00003.safetensors" for number, name in enumerate(whole)}
+    for shard in set(names.values()):
+        save_file({name: whole[name] for name in whole if names[name] == shard}, source / shard, {"format": "pt"})
+    (source / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    assert torch.equal(soft(loaded(source)), expected)
+    (source / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"names model-00002-of-00003\.safetensors, which is not there"):
+        loaded(source)
+
+
+def test_blip_2_for_retrieval_gives_the_text_half(tmp_path: Path) -> None:
+    from transformers import Blip2Config, Blip2ForImageTextRetrieval
+
+    inner = {**QFORMER, "vocab_size": 50, "use_qformer_text_input": True}
+    model = Blip2ForImageTextRetrieval(
+        Blip2Config(vision_config=VISION, qformer_config=inner, num_query_tokens=QUERIES)
+    )
+    redraw(model, 1)
+    model.save_pretrained(tmp_path / "itm")
+    found = checkpoints.read_transformers(tmp_path / "itm", "itm")
+    assert found.size.instruction and (found.size.vocabulary, found.size.positions) == (50, 40)
+    assert found.language_width is None and "itm_head.weight" in found.unused
+    theirs = model.state_dict()
+    for ours, name in {
+        "qformer.word_embeddings.weight": "embeddings.word_embeddings.weight",
+        "qformer.norm.weight": "qformer.layernorm.weight",
+        "qformer.blocks.1.text_feed_forward.inner.weight": "qformer.encoder.layer.1.intermediate.dense.weight",
+    }.items():
+        assert torch.equal(found.tensors[ours], theirs[name])
+
+
+def test_without_tokenizers_tensor_calls_work_and_text_calls_say_what_is_missing(source: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    whole = loaded(source)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).unlink()
+    shutil.rmtree(source / "qformer_tokenizer")
+    bare = loaded(source)
+    assert torch.equal(soft(bare), soft(whole))
+    rows = [(Slot(0), Text((1, 5, 6)), Text((7, 2), trained=True))]
+    assert torch.equal(
+        bare.language.log_likelihood(soft(bare), rows)[0], whole.language.log_likelihood(soft(whole), rows)[0]
+    )
+    picture = Image.new("RGB", (32, 32))
+    with pytest.raises(ConfigError, match=r"came without the Q-Former's tokenizer .*bert-base-uncased.* work without"):
+        bare.generate([picture], ["what is it"])
+    bare.save(tmp_path / "bare")
+    assert torch.equal(soft(loaded(tmp_path / "bare")), soft(whole))
+
+
+def test_towers_named_elsewhere_take_the_place_of_its_own(folder: Path, source: Path) -> None:
+    own = loaded(source)
+    other = tiny_published(folder, "llama", num_key_value_heads=4, seed=3)
+    moved = loaded(source, vision=str(other))
+    assert not torch.allclose(soft(moved), soft(own), atol=1e-3)
+    assert torch.equal(moved.connector.projection.weight, own.connector.projection.weight)
+    with pytest.raises(ConfigError, match=r"'.*own-llama' is another one .*qformer\.plug"):
+        loaded(source, language=str(tiny_llm(folder / "own-llama", "llama", seed=4)))
+
+
+def test_a_model_saved_from_a_published_one_comes_back(source: Path, tmp_path: Path) -> None:
+    model = loaded(source)
+    model.save(tmp_path / "adapter")
+    again = loaded(tmp_path / "adapter")
+    assert again.connector.norm.eps == model.connector.norm.eps == 1e-6
+    assert torch.equal(soft(again), soft(model))
+    assert again.language.profile == model.language.profile
+
+
+def test_the_table_says_where_every_tensor_went(source: Path) -> None:
+    told: list[str] = []
+    tensors = load_file(source / "model.safetensors")
+    save_file(tensors | {"itm_head.weight": torch.ones(2, 32)}, source / "model.safetensors", {"format": "pt"})
+    qformer.load(source, report=told.append)
+    [table] = told
+    for line in ("loaded: 95", "made: nothing", "unused: 1\n    itm_head", "shape differs: nothing"):
+        assert line in table
+
+
+def test_a_loose_load_makes_what_is_missing_and_lists_it(source: Path) -> None:
+    tensors = load_file(source / "model.safetensors")
+    del tensors["language_projection.weight"], tensors["language_projection.bias"]
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ConfigError, match=r"missing or of another shape: projection\.weight, projection\.bias\. With st"
+    ):
+        loaded(source)
+    told: list[str] = []
+    qformer.load(source, strict=False, report=told.append)
+    assert "made: 2\n    projection ×2" in told[0]
+
+
+# -- LAVIS ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_lavis_file_gives_the_same_adapter(folder: Path, tmp_path: Path) -> None:
+    made, named = connector(), towers(folder)
+    trimmed = lavis(made)
+    strays = {
+        "Qformer.bert.embeddings.position_ids": torch.arange(20)[None],
+        "llm_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+    }
+    runner = {"model": trimmed | strays, "optimizer": {"state": {}}, "config": {"run": 1}, "scaler": None, "iters": 3}
+    files = {
+        "bare": trimmed,
+        "released": {"model": trimmed},
+        "runner": runner,
+    }
+    for name, content in files.items():
+        model = loaded(write(tmp_path / f"{name}.pth", content), **named)
+        for own, tensor in made.state_dict().items():
+            assert torch.equal(model.connector.state_dict()[own], tensor), (name, own)
+    assert model.connector.norm.eps == 1e-5
+    tokens = model.encode(PIXELS)
+    with torch.no_grad():
+        expected = made(tokens, (IDS, torch.ones_like(IDS).bool()))
+    torch.testing.assert_close(soft(model), expected, rtol=1e-5, atol=1e-5)
+    assert model.language.profile.opening == model.language.profile.end == (2,)
+
+
+def test_stage_two_reads_no_instruction_and_stage_one_has_no_projection(folder: Path, tmp_path: Path) -> None:
+    mute = QFormerSize(**{**vars(SIZE), "instruction": False})
+    model = loaded(write(tmp_path / "two.pth", {"model": lavis(connector(mute))}), **towers(folder))
+    assert model.instruction_tokenizer is None and soft(model).shape == (1, QUERIES, 32)
+
+    first = {name: tensor for name, tensor in lavis(connector()).items() if "_proj" not in name}
+    first |= {
+        "temp": torch.tensor(0.07),
+        "itm_head.weight": torch.ones(2, 128),
+        "vision_proj.weight": torch.ones(8, 128),
+    }
+    stage_one = write(tmp_path / "one.pth", {"model": first})
+    with pytest.raises(ConfigError, match=r"projection\.weight, projection\.bias"):
+        loaded(stage_one, **towers(folder))
+    told: list[str] = []
+    model = qformer.load(stage_one, **towers(folder), strict=False, report=told.append)
+    assert "made: 2\n    projection ×2" in told[0] and "unused: 3" in told[0]
+
+
+def test_a_lavis_file_needs_both_towers(folder: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "x.pth", {"model": lavis(connector())})
+    with pytest.raises(ConfigError, match=r"holds the adapter alone; name both towers"):
+        loaded(file)
+    with pytest.raises(ConfigError, match=r"projects to an LLM of width 48, and '.*' is 32 wide"):
+        loaded(write(tmp_path / "y.pth", lavis(connector(width=48))), **towers(folder))
+
+
+# -- there and back ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "options"), [("llama", {}), ("t5", {}), ("t5", {"untied": True}), ("opt", {"kind": "blip-2"})]
+)
+def test_transformers_here_and_back_is_tensor_equal(
+    folder: Path, tmp_path: Path, family: str, options: dict[str, Any]
+) -> None:
+    source = tiny_published(folder, family, **options)
+    assert loaded(source).export_transformers(tmp_path / "back") == ()
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor), name
+    assert torch.equal(soft(loaded(tmp_path / "back")), soft(loaded(source)))
+
+
+def test_lavis_here_and_back_is_tensor_equal(folder: Path, tmp_path: Path) -> None:
+    trimmed = lavis(connector())
+    model = loaded(write(tmp_path / "x.pth", {"model": trimmed}), **towers(folder))
+    model.save(tmp_path / "adapter")
+    [file, *notes] = qformer.export(tmp_path / "adapter", tmp_path / "out", "lavis")
+    assert file == str(tmp_path / "out" / "adapter.pth") and not notes
+    back = torch.load(file, weights_only=True)["model"]
+    assert back.keys() == trimmed.keys()
+    for name, tensor in trimmed.items():
+        assert torch.equal(back[name], tensor), name
+
+
+@pytest.mark.parametrize(("family", "projection"), [("llama", "llm_proj"), ("t5", "t5_proj")])
+def test_an_exported_model_answers_alike_through_the_processor(
+    folder: Path, tmp_path: Path, family: str, projection: str
+) -> None:
+    from PIL import Image
+    from transformers import InstructBlipForConditionalGeneration, InstructBlipProcessor
+
+    reader = tiny_published(folder, "llama") / "qformer_tokenizer"
+    size = QFormerSize(**{**vars(SIZE), "vocabulary": len(loading._tokenizer(reader))})
+    file = write(tmp_path / "x.pth", {"model": lavis(connector(size), projection)})
+    ours = loaded(file, **towers(folder, family), instruction_tokenizer=reader)
+    notes = ours.export_transformers(tmp_path / "whole")
+    assert ["epsilon 1e-06" in note for note in notes] == [True]
+    theirs = InstructBlipForConditionalGeneration.from_pretrained(tmp_path / "whole").eval()
+    processor = InstructBlipProcessor.from_pretrained(tmp_path / "whole", backend="pil")
+    picture, prompt = Image.new("RGB", (50, 41), (200, 30, 90)), "what colour is it"
+    given = processor(images=picture, text=prompt, return_tensors="pt")
+    assert (given["input_ids"] == theirs.config.image_token_id).sum() == QUERIES
+    front = given["input_ids"].shape[1] if family == "llama" else 1
+    for decoding in ({}, {"num_beams": 3}):
+        with torch.no_grad():
+            ids = theirs.generate(**given, max_new_tokens=8, min_new_tokens=1, do_sample=False, **decoding)
+        [answer] = ours.generate([picture], [prompt], max_new_tokens=8, **decoding)
+        assert processor.tokenizer.decode(ids[0, front:], skip_special_tokens=True).strip() == answer and answer
+    if family == "t5":
+        assert theirs.language_model.config.dense_act_fn == "gelu"
+    assert loaded(tmp_path / "whole").connector.norm.eps == 1e-5
+
+
+def test_what_transformers_cannot_express_is_refused_with_the_reason(folder: Path, tmp_path: Path) -> None:
+    import dataclasses
+
+    from qformer.config import TransformConfig, VisionConfig
+    from tests.tiny import tiny_vision
+
+    whole = tiny_published(folder, "llama")
+    model = loaded(whole)
+    profile = model.language.profile
+    model.language.profile = dataclasses.replace(profile, slots_first=False)
+    with pytest.raises(ConfigError, match="soft tokens before everything, and here they stand inside"):
+        model.export_transformers(tmp_path / "out")
+    cropped = VisionConfig(name=str(whole), norm=False, eval_transform=TransformConfig(mode="crop"))
+    with pytest.raises(ConfigError, match=r"squashes pictures, and vision\.eval_transform\.mode is 'crop'"):
+        loaded(whole, vision=cropped).export_transformers(tmp_path / "out")
+    larger = VisionConfig(name=str(whole), norm=False, image_size=48)
+    with pytest.raises(ConfigError, match=r"takes 32 pixels a side, and vision\.image_size is 48"):
+        loaded(whole, vision=larger).export_transformers(tmp_path / "out")
+    vit = VisionConfig(name=str(tiny_vision(tmp_path / "vit")), norm=False)
+    with pytest.raises(ConfigError, match=r"its encoder is an EVA-CLIP of its own, and '.*vit' is a ViTModel"):
+        loaded(whole, vision=vit).export_transformers(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_a_truncated_file_is_named(source: Path, tmp_path: Path) -> None:
+    whole = (source / "model.safetensors").read_bytes()
+    (source / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(
+        ConfigError, match=r"model\.safetensors: not a whole safetensors file .*fetch or write it again"
+    ):
+        loaded(source)
+    pickled = write(tmp_path / "x.pth", {"model": lavis(connector())})
+    pickled.write_bytes(pickled.read_bytes()[:3000])
+    with pytest.raises(ConfigError, match=r"x\.pth: no tensors can be read from it safely .*fetch it again"):
+        loaded(pickled)
+
+
+def test_a_mislabelled_file_is_named(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.pth").write_text("Not found\n")
+    with pytest.raises(ConfigError, match=r"text\.pth: no tensors can be read from it safely"):
+        loaded(tmp_path / "text.pth")
+    with pytest.raises(ConfigError, match=r"enc\.pth: it holds no Q-Former; it looks like an image encoder"):
+        loaded(write(tmp_path / "enc.pth", {"patch_embed.proj.weight": torch.ones(1)}))
+    with pytest.raises(ConfigError, match=r"list\.pth: it holds a list, not tensors by name"):
+        loaded(write(tmp_path / "list.pth", [1]))
+    shutil.copy(source / "config.json", source / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"model\.safetensors: not a whole safetensors file"):
+        loaded(source)
+
+
+class Spring:
+    """A pickle that would run code when read."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.mark),))
+
+
+def test_a_pickle_with_code_in_it_is_refused_and_not_run(source: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "x.pth", {"model": {"query_tokens": Spring(tmp_path / "sprung")}})
+    with pytest.raises(ConfigError, match=r"x\.pth: no tensors can be read from it safely"):
+        loaded(file)
+    (source / "model.safetensors").unlink()
+    write(source / "pytorch_model.bin", {"query_tokens": Spring(tmp_path / "sprung")})
+    with pytest.raises(ConfigError, match=r"pytorch_model\.bin: no tensors can be read from it safely"):
+        loaded(source)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_tensors_of_another_shape_and_missing_ones_are_named(folder: Path, tmp_path: Path) -> None:
+    spoilt = lavis(connector())
+    spoilt["Qformer.bert.encoder.layer.1.attention.self.value.weight"] = torch.ones(128, 127)
+    del spoilt["Qformer.bert.encoder.layer.2.output_query.dense.bias"]
+    with pytest.raises(
+        ConfigError, match=r"query_feed_forward\.outer\.bias, .*self_attention\.value\.weight \(128, 127\), wanted"
+    ):
+        loaded(write(tmp_path / "x.pth", spoilt), **towers(folder))
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("qformer_config", {"hidden_size": 64}, r"hidden 64 \(the tensors say 32\)"),
+        ("qformer_config", {"num_hidden_layers": 2}, r"layers 2 \(the tensors say 3\)"),
+        ("qformer_config", {"vocab_size": 30522}, r"vocabulary 30522 \(the tensors say"),
+        ("qformer_config", {"num_attention_heads": 5}, "num_attention_heads 5, which does not divide"),
+        ("qformer_config", {"hidden_act": "relu"}, "hidden_act 'relu'"),
+        ("", {"num_query_tokens": 32}, r"queries 32 \(the tensors say 4\)"),
+        ("vision_config", {"intermediate_size": 40}, r"vision\.name '.*': its weights cannot be read"),
+        ("text_config", {"hidden_size": 16}, r"language\.name is '.*', and no LLM can be read from there"),
+    ],
+)
+def test_a_config_that_lies_about_sizes_is_refused(
+    source: Path, part: str, changes: dict[str, Any], message: str
+) -> None:
+    described = json.loads((source / "config.json").read_text())
+    (described[part] if part else described).update(changes)
+    (source / "config.json").write_text(json.dumps(described))
+    with pytest.raises(ConfigError, match=message):
+        loaded(source)
+
+
+def test_a_saved_adapter_that_lacks_something_is_named(source: Path, tmp_path: Path) -> None:
+    loaded(source).save(tmp_path / "adapter")
+    file, described = tmp_path / "adapter" / "adapter.safetensors", tmp_path / "adapter" / "config.json"
+    tensors = load_file(file)
+    del tensors["language.fingerprint"]
+    save_file(tensors, file)
+    with pytest.raises(ConfigError, match=r"adapter\.safetensors: it lacks 'language\.fingerprint'"):
+        loaded(tmp_path / "adapter")
+    described.write_text(json.dumps({"format": 1, "vision": {}, "language": {}}))
+    with pytest.raises(ConfigError, match=r"config\.json: .*it lacks qformer, max_pixels\)"):
+        loaded(tmp_path / "adapter")
+    described.write_text("{")
+    with pytest.raises(ConfigError, match=r"config\.json: it does not describe an adapter"):
+        loaded(tmp_path / "adapter")
+
+
+def test_a_tokenizer_with_fewer_ids_than_the_embedding_is_refused(folder: Path, tmp_path: Path) -> None:
+    reader = tiny_published(folder, "llama") / "qformer_tokenizer"
+    size = QFormerSize(**{**vars(SIZE), "vocabulary": 3000})
+    file = write(tmp_path / "x.pth", {"model": lavis(connector(size))})
+    with pytest.raises(
+        ConfigError, match=r"has \d+ words and the Q-Former 3000 word embeddings; use the tokenizer that"
+    ):
+        loaded(file, **towers(folder), instruction_tokenizer=reader)
+
+
+def test_an_llm_with_the_tokenizer_of_another_is_refused(folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    directory = tiny_llm(tmp_path / "llm", "llama")
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    model.resize_token_embeddings(600, mean_resizing=False)
+    model.save_pretrained(directory)
+    file = write(tmp_path / "x.pth", {"model": lavis(connector())})
+    with pytest.raises(
+        ConfigError, match=r"its tokenizer has \d+ words and the model 600 embeddings, so it is another"
+    ):
+        loaded(file, vision=towers(folder)["vision"], language=str(directory))
+
+
+def test_a_hub_id_without_network_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"someone/some-model: neither a path here nor a model that can be fetched"):
+        loaded("someone/some-model")
+    with pytest.raises(ConfigError, match=r"nowhere\.pth: there is no such file or directory"):
+        loaded(tmp_path / "nowhere.pth")
+    with pytest.raises(ConfigError, match="there is no such file or directory; give one, or a hub id"):
+        loaded("nothing.pth")
+
+
+def test_presets_are_data(tmp_path: Path) -> None:
+    assert presets.load("lavis_vicuna").language.profile.opening == [2]
+    with pytest.raises(ConfigError, match="unknown preset 'lavis_lama'"):
+        presets.load("lavis_lama")
+    assert exporting.lavis_projection(encoder_decoder=True, instruction=True) == "t5_proj"
