@@ -101,7 +101,7 @@ def test_a_phrase_is_one_position_or_a_position_a_word(writer: towers.Writer):
     assert apart.groups.shape[2] == 1
 
 
-@pytest.mark.parametrize("form", [form for form in scenes.FORMS if form not in ("exists", "count")])
+@pytest.mark.parametrize("form", [form for form in scenes.FORMS if form not in ("exists", "count", "at")])
 def test_mentions_end_where_their_words_do(writer: towers.Writer, form: str):
     found = 0
     for number in range(12):
@@ -135,7 +135,7 @@ def test_a_mention_becomes_the_values_of_its_thing(writer: towers.Writer):
 
 
 def test_rows_are_a_function_of_the_step(writer: towers.Writer):
-    steps = towers.Steps(writer, 100)
+    steps = towers.Steps(writer)
     for one, two in zip(vars(steps[60]).values(), vars(steps[60]).values(), strict=True):
         assert torch.equal(one, two)
 
@@ -175,3 +175,12 @@ def test_the_shipped_encoder_names_what_it_was_not_shown():
     scores = json.loads((WEIGHTS / "image" / "scores.json").read_text(encoding="utf-8"))
     assert min(scores["seen pairs"].values()) > 0.95
     assert min(scores["held-out pairs"].values()) > 0.8
+
+
+def test_every_step_has_its_stage_and_place_in_its_course():
+    first, last = towers.COURSES
+    assert towers.lesson(0) == (first.stages[0], first, 0)
+    assert towers.lesson(first.steps - 1) == (first.stages[-1], first, first.steps - 1)
+    assert towers.lesson(first.steps) == (last.stages[0], last, 0)
+    with pytest.raises(IndexError):
+        towers.lesson(towers.TEXT_STEPS)

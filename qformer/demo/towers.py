@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -184,14 +185,17 @@ def write_encoder(model: Namer, folder: Path, seen: dict[str, float], new: dict[
 # -- described scenes -------------------------------------------------------------------------------------------------
 
 FORM_WEIGHTS = {
-    "attribute": 3, "relation": 4, "word": 1, "place": 2, "at": 2, "is": 3, "exists": 2, "side": 4, "count": 1,
-    "query": 4, "two_step": 2, "verify": 5, "choose": 3, "statement": 4, "which": 4, "options": 3,
+    "attribute": 3, "relation": 4, "word": 1, "place": 2, "exists": 2, "side": 4, "count": 1, "query": 4, "two_step": 2,
+    "verify": 4, "choose": 3, "statement": 5, "which": 3, "options": 3,
 }  # fmt: skip
 FORMS = [form for form, weight in FORM_WEIGHTS.items() for _ in range(weight)]
+FINDING = ("attribute", "place")
 JUDGING = (
-    "attribute", "place", "at", "exists", "is", "side", "side", "statement", "relation", "relation", "query", "choose",
-    "verify", "word",
+    "attribute", "place", "exists", "side", "side", "statement", "statement", "relation", "query", "verify", "word",
 )  # fmt: skip
+ALL_FORMS = [*FORMS, "at", "at", "is", "is", "is"]
+TOLD = ("attribute", "at", "exists", "place", "relation", "is", "side", "count", "word")
+"""Forms of a dialogue's questions, which are answered in sentences."""
 
 
 @dataclass(frozen=True)
@@ -226,9 +230,16 @@ def text_scene(seed: int, number: int, things: Sequence[int]) -> Scene:
 
 
 def described(
-    scene: Scene, dice: Dice, *, count: int, forms: Sequence[str] = FORMS, terse: float = 0.0, plain: float = 0.0
+    scene: Scene,
+    dice: Dice,
+    *,
+    count: int,
+    forms: Sequence[str] = ALL_FORMS,
+    terse: float = 0.0,
+    plain: float = 0.0,
+    telling: bool = True,
 ) -> Description:
-    """A scene with two questions in each of `count` forms; with all forms also a caption, a dialogue, a VQG pair."""
+    """A scene with two questions in each of `count` forms and, where `telling`, a caption, a dialogue, a VQG pair."""
     exchanges: list[Exchange] = []
     for _ in range(count):
         form = dice.choose(forms)
@@ -243,16 +254,14 @@ def described(
                     exchanges.append(Exchange(((ask.question, ask.answer),), form, ask.mentions))
                 else:
                     exchanges.append(asked(ask, dice))
-    if len(forms) < len(FORMS):
+    if not telling:
         return Description(groups(scene, dice), tuple(dice.shuffled(exchanges)))
     if dice.chance(0.7):
         exchanges.append(
             Exchange(((dice.choose(wordings("caption")), scenes.captions(scene, 1, dice.below(99))[0]),), "caption")
         )
-    told = dice.shuffled(
-        scenes.FORMS[dice.choose(("attribute", "at", "at", "exists", "place", "relation", "is"))](scene, dice)
-    )
-    if len(told) > 1 and dice.chance(0.35):
+    told = dice.shuffled(scenes.FORMS[dice.choose(TOLD)](scene, dice))
+    if len(told) > 1 and dice.chance(0.5):
         exchanges.append(Exchange(tuple((ask.question, ask.sentence) for ask in told[:2]), "dialogue"))
     if told and dice.chance(0.25):
         wording = dice.choose(wordings("vqg")).format(answer=told[0].answer)
@@ -347,7 +356,7 @@ class Reader:
 
 READERS = {"language": Reader("Llama", 128, 768), "other": Reader("Qwen2", 160, 640)}
 """By folder.  The second is what a tuned Q-Former is carried to."""
-TEXT_STEPS, TEXT_BATCH, TEXT_LENGTH = 6000, 24, 88
+TEXT_BATCH, TEXT_LENGTH = 24, 88
 GROUP_WORDS = 8
 QUESTION_WEIGHT = 0.02
 ANSWER_TOKENS = 4
@@ -357,27 +366,61 @@ POINTER_WEIGHT = 0.5
 
 @dataclass(frozen=True)
 class Stage:
-    """What is read up to a share of all steps: few things and plain questions first.
+    """What is read for some steps: few things and plain questions first.
 
     A share `terse` of the questions is cut to its key words, "colour small cube"; a share `plain` of the others stands
-    without a template around it.
+    without a template around it.  With `telling` there are captions, dialogues and questions to write as well.  The
+    description is disturbed by `noise`, and by up to `drift`, as `read` says.
     """
 
-    until: float
+    steps: int
     things: tuple[int, ...]
     forms: Sequence[str]
     count: int
-    noise: float
+    noise: float = 0.0
+    drift: float = 0.0
     terse: float = 0.0
     plain: float = 0.0
+    telling: bool = False
 
 
-STAGES = (
-    Stage(0.1, (2, 3), ("attribute", "place", "at"), 5, 0.0, terse=1.0, plain=1.0),
-    Stage(0.16, (2, 3), ("attribute", "place", "at", "is"), 3, 0.0, terse=0.4, plain=1.0),
-    Stage(0.5, (2, 3, 4), JUDGING, 3, 0.1, terse=0.1, plain=0.8),
-    Stage(1.0, (3, 4), FORMS, 2, 0.2, plain=0.2),
+@dataclass(frozen=True)
+class Course:
+    """Stages under one schedule of the rate, whose greatest value is a share of the optimizers' own."""
+
+    rate: float
+    stages: tuple[Stage, ...]
+
+    @property
+    def steps(self) -> int:
+        """Of all its stages."""
+        return sum(stage.steps for stage in self.stages)
+
+
+COURSES = (
+    Course(
+        1.0,
+        (
+            Stage(480, (2, 3), FINDING, 5, terse=1.0, plain=1.0),
+            Stage(420, (2, 3), FINDING, 3, terse=0.4, plain=1.0),
+            Stage(1800, (2, 3, 4), JUDGING, 3, noise=0.1, terse=0.1, plain=0.8),
+            Stage(3300, (3, 4), FORMS, 2, noise=0.2, plain=0.2, telling=True),
+        ),
+    ),
+    Course(0.3, (Stage(800, (3, 4), ALL_FORMS, 2, drift=0.5, plain=0.2, telling=True),)),
 )
+TEXT_STEPS = sum(course.steps for course in COURSES)
+
+
+def lesson(step: int) -> tuple[Stage, Course, int]:
+    """The stage and the course of a step, and its number in the course."""
+    for course in COURSES:
+        if step < course.steps:
+            for stage, end in zip(course.stages, accumulate(each.steps for each in course.stages), strict=True):
+                if step < end:
+                    return stage, course, step
+        step -= course.steps
+    raise IndexError(step)
 
 
 @dataclass(frozen=True)
@@ -402,7 +445,7 @@ class Texts:
 
 POINTS: dict[str, tuple[Any, ...]] = {**scenes.VALUES, "row": (0, 1, 2), "column": (0, 1, 2)}
 """What a mention of a thing should bring to mind, and the values it may have."""
-DEPTHS = 3
+DEPTHS = 2
 """Mentions of this depth and deeper are left to themselves: no block is left to use them."""
 
 
@@ -495,14 +538,14 @@ class Writer:
 class Steps(Dataset[Texts]):
     """The texts of every step of the LLM's training, a function of the step alone."""
 
-    def __init__(self, writer: Writer, steps: int):
-        self.writer, self.steps = writer, steps
+    def __init__(self, writer: Writer):
+        self.writer = writer
 
     def __len__(self) -> int:
-        return self.steps
+        return TEXT_STEPS
 
     def __getitem__(self, step: int) -> Texts:
-        stage = stage_of(step, self.steps)
+        stage, _, _ = lesson(step)
         found = []
         for number in range(step * TEXT_BATCH, (step + 1) * TEXT_BATCH):
             scene = text_scene(TEXT_SEED, number, stage.things)
@@ -514,14 +557,10 @@ class Steps(Dataset[Texts]):
                     forms=stage.forms,
                     terse=stage.terse,
                     plain=stage.plain,
+                    telling=stage.telling,
                 )
             )
-        return self.writer.rows(found, words=stage.noise > 0 and step % 10 == 9)
-
-
-def stage_of(step: int, steps: int) -> Stage:
-    """Where in the curriculum a step is."""
-    return next(stage for stage in STAGES if step < stage.until * steps)
+        return self.writer.rows(found, words=bool(stage.noise or stage.drift) and step % 10 == 9)
 
 
 def _mask(block: Tensor) -> Tensor:
@@ -534,12 +573,12 @@ def _mask(block: Tensor) -> Tensor:
 
 
 def make_llm(reader: Reader) -> Any:
-    """The LLM with fresh weights: 6 blocks, heads of 32."""
+    """The LLM with fresh weights: 4 blocks, heads of 32."""
     import transformers
 
     heads = reader.width // 32
     config = getattr(transformers, f"{reader.family}Config")(
-        vocab_size=reader.vocabulary, hidden_size=reader.width, num_hidden_layers=6, num_attention_heads=heads,
+        vocab_size=reader.vocabulary, hidden_size=reader.width, num_hidden_layers=4, num_attention_heads=heads,
         num_key_value_heads=heads, intermediate_size=3 * reader.width, max_position_embeddings=512,
         tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.08,
     )  # fmt: skip
@@ -567,8 +606,8 @@ def start_by_likeness(attention: Any) -> None:
 class Pointers(nn.Module):
     """What the LLM should know of a thing where words for it end: a teacher's questions, not kept.
 
-    A thing's own words are asked for behind the second block, words by its relation to another behind the third, by two
-    relations behind the fourth, so that blocks are left to compare things.  Without this, judging takes many times the steps to begin.
+    A thing's own words are asked for behind the second block, words by its relation to another behind the third, so
+    that blocks are left to compare things.  Without this, judging takes many times the steps to begin.
     """
 
     def __init__(self, width: int):
@@ -587,17 +626,21 @@ class Pointers(nn.Module):
         return torch.stack(losses).sum() / max(1, texts.things.numel())
 
 
-def read(model: Any, texts: Texts, noise: float = 0.0) -> list[Tensor]:
+def read(model: Any, texts: Texts, noise: float = 0.0, drift: float = 0.0) -> list[Tensor]:
     """Hidden states (B, T, D) behind the description: of the embeddings and of every block, the last one normed.
 
-    A position of several words is the sum of their embeddings over the root of their number; `noise` is added to the
-    description, as a share of its own size.
+    A position of several words is the sum of their embeddings over the root of their number.  As shares of the
+    description's own size, `noise` is added to it, and in every row, of strengths drawn up to `drift`, more noise and
+    one direction for all positions: soft prompts tend to have one in common.
     """
     table = model.get_input_embeddings()
     real = (texts.groups > 0).float()
     summed = (table(texts.groups) * real[..., None]).sum(2) / real.sum(2).clamp(min=1).sqrt()[..., None]
-    if noise:
-        summed = summed + noise * summed.detach().square().mean().sqrt() * torch.randn_like(summed)
+    if noise or drift:
+        rows, size = len(summed), summed.detach().square().mean().sqrt()
+        strength = noise + drift * torch.rand(rows, 1, 1)
+        shared = drift * torch.rand(rows, 1, 1) * torch.randn(rows, 1, summed.shape[2])
+        summed = summed + size * (strength * torch.randn_like(summed) + shared)
     inputs = torch.cat([summed, table(texts.ids)], 1)
     found = model.model(
         inputs_embeds=inputs,
@@ -609,7 +652,7 @@ def read(model: Any, texts: Texts, noise: float = 0.0) -> list[Tensor]:
     return [states[:, texts.groups.shape[1] :] for states in found.hidden_states]
 
 
-def train_llm(out: Path, name: str = "language", steps: int = TEXT_STEPS) -> None:
+def train_llm(out: Path, name: str = "language") -> None:
     """Write an LLM of `READERS` and its tokenizer to `out`/`name`."""
     torch.manual_seed(TEXT_SEED)
     folder, reader = out / name, READERS[name]
@@ -622,12 +665,12 @@ def train_llm(out: Path, name: str = "language", steps: int = TEXT_STEPS) -> Non
     pointers = Pointers(model.config.hidden_size)
     others = [p for p in model.parameters() if all(p is not m for m in matrices)] + list(pointers.parameters())
     optimizers = [Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0)]
-    clock = Clock(name, steps)
-    for step, texts in enumerate(DataLoader(Steps(writer, steps), batch_size=None, num_workers=1, prefetch_factor=4)):
-        stage = stage_of(step, steps)
+    clock = Clock(name, TEXT_STEPS)
+    for step, texts in enumerate(DataLoader(Steps(writer), batch_size=None, num_workers=1, prefetch_factor=4)):
+        stage, course, place = lesson(step)
         for optimizer in optimizers:
-            set_rate(optimizer, step, steps, warmup=50)
-        states = read(model, texts, noise=stage.noise)
+            set_rate(optimizer, place, course.steps, warmup=50, most=course.rate)
+        states = read(model, texts, stage.noise, stage.drift)
         picked = texts.weights > 0
         loss = F.cross_entropy(model.lm_head(states[-1][picked]), texts.targets[picked], reduction="none")
         weights = texts.weights[picked]
@@ -639,7 +682,7 @@ def train_llm(out: Path, name: str = "language", steps: int = TEXT_STEPS) -> Non
         for optimizer in optimizers:
             optimizer.step()
         clock.tick(step, loss, pointed)
-        if step % 200 == 199 or step == steps - 1:
+        if step % 200 == 199 or step == TEXT_STEPS - 1:
             scores = answer_accuracy(model, writer)
             save_half(model, folder)
             (folder / "scores.json").write_text(
@@ -800,9 +843,9 @@ class Clock:
             self.seen.clear()
 
 
-def set_rate(optimizer: torch.optim.Optimizer, step: int, steps: int, warmup: int) -> None:
-    """Linear warm-up, then cosine to zero, as a share of each group's first rate."""
-    share = min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+def set_rate(optimizer: torch.optim.Optimizer, step: int, steps: int, warmup: int, most: float = 1.0) -> None:
+    """Linear warm-up, then cosine to zero, up to a share `most` of each group's first rate."""
+    share = most * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
     for group in optimizer.param_groups:
         group.setdefault("full_rate", group["lr"])
         group["lr"] = group["full_rate"] * share
