@@ -690,9 +690,9 @@ ANSWERS = {"colour": 6, "shape": 6, "size": 2, "material": 3, "word": 6, "place"
 
 
 def captions(scene: Scene, count: int, *key: object) -> list[str]:
-    """Full captions: everything in the picture and, mostly, its place; or two things and how they stand."""
+    """Full captions: everything in the picture and, mostly, its place."""
     dice = Dice("captions", *key, scene.seed, scene.number)
-    return [dice.choose((_places, _places, _places, _listing, _standing))(scene, dice) for _ in range(count)]
+    return [dice.choose((_places, _places, _places, _listing))(scene, dice) for _ in range(count)]
 
 
 def _listing(scene: Scene, dice: Dice) -> str:
@@ -707,11 +707,6 @@ def _places(scene: Scene, dice: Dice) -> str:
 def _joined(parts: Iterable[str]) -> str:
     *most, last = parts
     return f"{', '.join(most)} and {last}"
-
-
-def _standing(scene: Scene, dice: Dice) -> str:
-    one, other, relation, _ = dice.choose([side for side in _sides(scene) if side[3]])
-    return f"{_article(name(one))} {name(one)} {relation} {_article(name(other))} {name(other)}"
 
 
 def _reading_order(thing: Thing) -> tuple[int, int]:

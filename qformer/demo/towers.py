@@ -763,7 +763,7 @@ def orthogonal(matrices: Tensor, rounds: int = 5) -> Tensor:
 
 # -- the BERT ---------------------------------------------------------------------------------------------------------
 
-BERT_STEPS, BERT_BATCH, BERT_LENGTH = 300, 48, 40
+BERT_STEPS, BERT_BATCH, BERT_LENGTH = 900, 48, 40
 
 
 def make_wordpiece(folder: Path, texts: Sequence[str]) -> Any:
