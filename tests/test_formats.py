@@ -44,7 +44,7 @@ def test_held_in_sets_are_read_and_rendered_through_their_own_cards(root: Path, 
     assert len({sample.id for sample in samples}) == len(samples)
     part = 2 if name.startswith(("aokvqa", "llava")) else 1
     pictures, most = {sample.images for sample in samples}, SIZE["pictures_train"] // part
-    assert 0.9 * most <= len(pictures) <= most  # evening out the answers may leave a picture without a question
+    assert 0.8 * most <= len(pictures) <= most  # evening out the answers may leave a picture without a question
     templates = text.load_templates(card.train.template)
     for sample in samples:
         assert all(path.is_file() for path in sample.images)

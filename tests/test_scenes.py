@@ -12,7 +12,7 @@ from qformer.demo import scenes
 from qformer.demo.scenes import ANSWERS, COLOURS, FORMS, HELD_OUT_PAIRS, PAIRS, SHAPES, Dice
 
 MADE = {held_out: [scenes.sample_scene(5, n, held_out=held_out) for n in range(150)] for held_out in (False, True)}
-HELD_IN_FORMS = ["at", "attribute", "is", "relation", "exists", "side", "count", "place", "word"]
+HELD_IN_FORMS = ["attribute", "relation", "exists", "side", "count", "place", "word"]
 HELD_OUT_FORMS = ["query", "two_step", "verify", "choose"]
 
 

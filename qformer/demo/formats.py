@@ -22,7 +22,7 @@ from qformer.errors import DataError
 DONE = "scenes.json"
 """Is written last, and says what was written."""
 
-HELD_IN_FORMS = ("at", "attribute", "relation", "exists", "place", "relation", "side", "is", "at", "count", "word")
+HELD_IN_FORMS = ("attribute", "relation", "exists", "place", "side", "relation", "count", "place", "attribute", "word")
 STRUCTURAL = {"query": "query", "two_step": "query", "verify": "verify", "choose": "choose"}
 """GQA's structural type of each form of question that its scenes are asked in."""
 TRAIN, VAL, GQA, VSR, ICONQA, NOCAPS = range(6)

@@ -416,28 +416,6 @@ class Related:
 THAT_IS = "that is "
 
 
-def at_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
-    """What is at the top left?  The answer is colour and shape; the sentence says all."""
-    for thing in scene.things:
-        looks = f"{thing.size} {thing.colour} {thing.material} {thing.shape}"
-        said = f"There is a {looks} at the {thing.place}."
-        yield Ask(f"What is at the {thing.place}?", name(thing), "at", "thing", said)
-
-
-def is_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
-    """Is the small cube red?  What it is not is what another thing is."""
-    for thing in scene.things:
-        for attribute in ("colour", "size", "material"):
-            words = referent(thing, scene.things, dice, without=attribute)
-            if words is not None:
-                own = value_of(thing, attribute)
-                wrong = [v for v in sorted({value_of(t, attribute) for t in scene.things}) if v != own]
-                mentions = ((words, thing),)
-                for value in [own, *([dice.choose(wrong)] if wrong else [])]:
-                    said, denied = f"the {words} is {value}", f"the {words} is {own}"
-                    yield _yes_no(f"Is the {words} {value}?", value == own, "is", said, denied, mentions)
-
-
 def related(scene: Scene, dice: Dice, hide: str = "") -> Iterator[Related]:
     """Things that can be told alone by how they stand to another, without telling the attribute `hide`."""
     for other in scene.things:
@@ -588,8 +566,6 @@ FORMS: dict[str, Callable[[Scene, Dice], Iterator[Ask]]] = {
     "attribute": attribute_asks,
     "word": word_asks,
     "place": place_asks,
-    "at": at_asks,
-    "is": is_asks,
     "relation": relation_asks,
     "exists": exists_asks,
     "side": side_asks,
@@ -685,8 +661,8 @@ def _trimmed(chosen: list[tuple[Scene, Ask]]) -> list[tuple[Scene, Ask]]:
         chosen = kept
 
 
-ANSWERS = {"colour": 6, "shape": 6, "size": 2, "material": 3, "word": 6, "place": 9, "number": 4, "thing": 24}
-"""How many answers a type has; of things, those whose pairs of colour and shape are shown."""
+ANSWERS = {"colour": 6, "shape": 6, "size": 2, "material": 3, "word": 6, "place": 9, "number": 4}
+"""How many answers a type has."""
 
 
 def captions(scene: Scene, count: int, *key: object) -> list[str]:

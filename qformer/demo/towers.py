@@ -193,8 +193,7 @@ FINDING = ("attribute", "place")
 JUDGING = (
     "attribute", "place", "exists", "side", "side", "statement", "statement", "relation", "query", "verify", "word",
 )  # fmt: skip
-ALL_FORMS = [*FORMS, "at", "at", "is", "is", "is"]
-TOLD = ("attribute", "at", "exists", "place", "relation", "is", "side", "count", "word")
+TOLD = ("attribute", "exists", "place", "relation", "side", "count", "word")
 """Forms of a dialogue's questions, which are answered in sentences."""
 
 
@@ -234,7 +233,7 @@ def described(
     dice: Dice,
     *,
     count: int,
-    forms: Sequence[str] = ALL_FORMS,
+    forms: Sequence[str] = FORMS,
     terse: float = 0.0,
     plain: float = 0.0,
     telling: bool = True,
@@ -407,7 +406,7 @@ COURSES = (
             Stage(3300, (3, 4), FORMS, 2, noise=0.2, plain=0.2, telling=True),
         ),
     ),
-    Course(0.3, (Stage(800, (3, 4), ALL_FORMS, 2, drift=0.5, plain=0.2, telling=True),)),
+    Course(0.3, (Stage(900, (3, 4), FORMS, 2, drift=1.0, plain=0.2, telling=True),)),
 )
 TEXT_STEPS = sum(course.steps for course in COURSES)
 
