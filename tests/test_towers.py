@@ -101,8 +101,41 @@ def test_a_phrase_is_one_position_or_a_position_a_word(writer: towers.Writer):
     assert apart.groups.shape[2] == 1
 
 
+@pytest.mark.parametrize("form", [form for form in scenes.FORMS if form not in ("exists", "count")])
+def test_mentions_end_where_their_words_do(writer: towers.Writer, form: str):
+    found = 0
+    for number in range(12):
+        scene, dice = towers.text_scene(towers.TEXT_SEED, number, (3, 4)), Dice("mentions", number)
+        for ask in list(scenes.FORMS[form](scene, dice))[:6]:
+            exchange = towers.asked(ask, dice)
+            tokens = writer.exchange(exchange)[0]
+            last, depth = -1, 0
+            pointed = list(writer.mentions(exchange))
+            for (words, thing), (place, deep, pointed_at) in zip(ask.mentions, pointed, strict=False):
+                assert writer.tokenizer.decode(tokens[1 : place + 1]).endswith(words)
+                depth = depth + 1 if place == last else 0
+                last = place
+                assert (deep, pointed_at) == (depth, thing)
+                found += 1
+            assert len(pointed) == min(len(ask.mentions), 2)
+    assert found > 4
+
+
+def test_a_mention_becomes_the_values_of_its_thing(writer: towers.Writer):
+    told = described(3)
+    texts = writer.rows([told], words=False)
+    assert texts.mentions[:, 2].max() < towers.DEPTHS
+    things = {tuple(values) for values in texts.things.tolist()}
+    of_scene = {
+        tuple(values.index(getattr(thing, point)) for point, values in towers.POINTS.items())
+        for thing in towers.text_scene(towers.TEXT_SEED, 3, (3, 4)).things
+    }
+    assert things
+    assert things <= of_scene
+
+
 def test_rows_are_a_function_of_the_step(writer: towers.Writer):
-    steps = towers.Steps(writer, 100)
+    steps = towers.Steps(writer)
     for one, two in zip(vars(steps[60]).values(), vars(steps[60]).values(), strict=True):
         assert torch.equal(one, two)
 
@@ -142,3 +175,12 @@ def test_the_shipped_encoder_names_what_it_was_not_shown():
     scores = json.loads((WEIGHTS / "image" / "scores.json").read_text(encoding="utf-8"))
     assert min(scores["seen pairs"].values()) > 0.95
     assert min(scores["held-out pairs"].values()) > 0.8
+
+
+def test_every_step_has_its_stage_and_place_in_its_course():
+    first, last = towers.COURSES
+    assert towers.lesson(0) == (first.stages[0], first, 0)
+    assert towers.lesson(first.steps - 1) == (first.stages[-1], first, first.steps - 1)
+    assert towers.lesson(first.steps) == (last.stages[0], last, 0)
+    with pytest.raises(IndexError):
+        towers.lesson(towers.TEXT_STEPS)

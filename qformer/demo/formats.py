@@ -22,7 +22,7 @@ from qformer.errors import DataError
 DONE = "scenes.json"
 """Is written last, and says what was written."""
 
-HELD_IN_FORMS = ("attribute", "relation", "exists", "relation", "side", "count", "place", "word")
+HELD_IN_FORMS = ("attribute", "relation", "exists", "place", "side", "relation", "count", "place", "attribute", "word")
 STRUCTURAL = {"query": "query", "two_step": "query", "verify": "verify", "choose": "choose"}
 """GQA's structural type of each form of question that its scenes are asked in."""
 TRAIN, VAL, GQA, VSR, ICONQA, NOCAPS = range(6)
@@ -186,13 +186,13 @@ def _vqa(root: Path, made: Sequence[Scene], split: str) -> None:
 
 
 def ten_answers(ask: Ask, *key: object) -> list[str]:
-    """What ten people would say: seven to ten of them the right answer, the others one that is near it."""
+    """What ten people would say: nine or ten of them the right answer, the other one that is near it."""
     dice = Dice("answers", *key)
     known = {**VALUES, "yes/no": ("yes", "no"), "number": ("0", "1", "2", "3"), "word": WORDS}
     wrong = [other for other in known.get(ask.type, VALUES["colour"]) if other != ask.answer]
     if ask.type == "place":
         wrong = ask.answer.split()
-    right = 7 + dice.below(4)
+    right = 9 + dice.below(2)
     return dice.shuffled([ask.answer] * right + [dice.choose(wrong) for _ in range(10 - right)])
 
 
@@ -220,7 +220,7 @@ def _letters(*key: object) -> str:
 
 
 def _llava(made: Sequence[Scene]) -> list[dict[str, Any]]:
-    found = by_scene(scenes.balanced(made, HELD_IN_FORMS, 3, "llava"))
+    found = by_scene(scenes.balanced(made, HELD_IN_FORMS, 2, "llava"))
     return [_conversation(scene, asked) for scene, asked in found.values()]
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from itertools import combinations, permutations
+from itertools import permutations
 from typing import TypeVar
 
 from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFilter
@@ -274,6 +274,7 @@ class Ask:
 
     `form` is how it asks (a name of `FORMS`), `type` what kind of answer it has ("yes/no", "number", "colour", …); a
     `question` of type "true/false" is a statement to judge.  `options` are choices, the answer among them.
+    `mentions` are the words of the question that name one thing, and that thing, in the order in which they end.
     """
 
     question: str
@@ -282,6 +283,7 @@ class Ask:
     type: str
     sentence: str = ""
     options: tuple[str, ...] = ()
+    mentions: tuple[tuple[str, Thing], ...] = ()
 
 
 def value_of(thing: Thing, attribute: str) -> str:
@@ -369,7 +371,8 @@ def attribute_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
             if words is not None:
                 value = value_of(thing, attribute)
                 said = _attribute_sentence(words, attribute, value)
-                yield Ask(QUERY[attribute].format(words), value, "attribute", attribute, said)
+                mentions = ((words, thing),)
+                yield Ask(QUERY[attribute].format(words), value, "attribute", attribute, said, mentions=mentions)
 
 
 def word_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
@@ -378,7 +381,8 @@ def word_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
         words = referent(thing, scene.things, dice)
         if thing.word and words is not None:
             said = f"The word {thing.word} is written below the {words}."
-            yield Ask(f"What word is written below the {words}?", thing.word, "word", "word", said)
+            question = f"What word is written below the {words}?"
+            yield Ask(question, thing.word, "word", "word", said, mentions=((words, thing),))
 
 
 def place_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
@@ -386,11 +390,34 @@ def place_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
     for thing in scene.things:
         words = referent(thing, scene.things, dice)
         if words is not None:
-            yield Ask(f"Where is the {words}?", thing.place, "place", "place", f"The {words} is at the {thing.place}.")
+            said = f"The {words} is at the {thing.place}."
+            yield Ask(f"Where is the {words}?", thing.place, "place", "place", said, mentions=((words, thing),))
 
 
-def related(scene: Scene, dice: Dice, hide: str = "") -> Iterator[tuple[Thing, str, Thing]]:
-    """(thing, words for it by its relation to another, the other), where the words fit the thing alone."""
+@dataclass(frozen=True)
+class Related:
+    """A thing told by how it stands to another: `noun` ("cube") `relation` ("left of") the `anchor` ("small ball")."""
+
+    thing: Thing
+    noun: str
+    relation: str
+    anchor: str
+    other: Thing
+
+    def words(self, link: str = "") -> str:
+        """The words for the thing, with `link` before the relation: "cube that is left of the small ball"."""
+        return f"{self.noun} {link}{self.relation} the {self.anchor}"
+
+    def mentions(self, link: str = "") -> tuple[tuple[str, Thing], ...]:
+        """The other thing's words, then this thing's."""
+        return (self.anchor, self.other), (self.words(link), self.thing)
+
+
+THAT_IS = "that is "
+
+
+def related(scene: Scene, dice: Dice, hide: str = "") -> Iterator[Related]:
+    """Things that can be told alone by how they stand to another, without telling the attribute `hide`."""
     for other in scene.things:
         for relation, holds in RELATIONS.items():
             there = [thing for thing in scene.things if holds(thing, other)]
@@ -402,16 +429,17 @@ def related(scene: Scene, dice: Dice, hide: str = "") -> Iterator[tuple[Thing, s
                 if len(there) == 1:
                     nouns.append("thing")
                 if nouns:
-                    yield thing, f"{dice.choose(nouns)} {relation} the {anchor}", other
+                    yield Related(thing, dice.choose(nouns), relation, anchor, other)
 
 
 def relation_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
     """What colour is the thing left of the small cube?"""
     for attribute in ATTRIBUTES:
-        for thing, words, _ in related(scene, dice, hide=attribute):
-            value = value_of(thing, attribute)
+        for found in related(scene, dice, hide=attribute):
+            words, value = found.words(), value_of(found.thing, attribute)
             said = _attribute_sentence(words, attribute, value)
-            yield Ask(QUERY[attribute].format(words), value, "relation", attribute, said)
+            question = QUERY[attribute].format(words)
+            yield Ask(question, value, "relation", attribute, said, mentions=found.mentions())
 
 
 def exists_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
@@ -421,7 +449,9 @@ def exists_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
         words = name(thing)
         yield _yes_no(f"Is there a {words}?", True, "exists", f"there is a {words}", f"there is no {words}")
     for one, other in permutations(scene.things, 2):
-        if (one.colour, other.shape) not in here:
+        pair = one.colour, other.shape
+        # A pair that a kind of scene never shows would always be answered by no.
+        if pair not in here and (pair in HELD_OUT_PAIRS) == scene.held_out:
             words = f"{one.colour} {other.shape}"
             yield _yes_no(f"Is there a {words}?", False, "exists", f"there is a {words}", f"there is no {words}")
     for size, shape in sorted({(one.size, other.shape) for one, other in permutations(scene.things, 2)}):
@@ -437,33 +467,8 @@ def side_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
         if first is not None and second is not None:
             said = f"the {first} is {relation} the {second}"
             denied = f"the {first} is {OPPOSITE[relation]} the {second}"
-            yield _yes_no(f"Is the {first} {relation} the {second}?", truth, "side", said, denied)
-
-
-def same_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
-    """Are the red cube and the blue ball of the same size?"""
-    for one, other in combinations(scene.things, 2):
-        for attribute in ("size", "material", "colour", "shape"):
-            first = referent(one, scene.things, dice, without=attribute)
-            second = referent(other, scene.things, dice, without=attribute)
-            if first is None or second is None:
-                continue
-            pair = f"the {first} and the {second}"
-            truth = value_of(one, attribute) == value_of(other, attribute)
-            said, denied = f"{pair} are of the same {attribute}", f"{pair} are not of the same {attribute}"
-            yield _yes_no(f"Are {pair} of the same {attribute}?", truth, "same", said, denied)
-
-
-def more_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
-    """Are there more red things than blue things?"""
-    for attribute in ("colour", "size", "material"):
-        counts = Counter(value_of(thing, attribute) for thing in scene.things)
-        for one, other in permutations(sorted(counts), 2):
-            if counts[one] != counts[other]:
-                said = f"there are more {one} things than {other} things"
-                denied = f"there are more {other} things than {one} things"
-                question = f"Are there more {one} things than {other} things?"
-                yield _yes_no(question, counts[one] > counts[other], "more", said, denied)
+            mentions = ((first, one), (second, other))
+            yield _yes_no(f"Is the {first} {relation} the {second}?", truth, "side", said, denied, mentions)
 
 
 def count_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
@@ -480,46 +485,47 @@ def count_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
 def query_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
     """What is the colour of the cube that is left of the small ball?  In the manner of GQA."""
     for attribute in ATTRIBUTES:
-        for thing, words, _ in related(scene, dice, hide=attribute):
-            noun, _, rest = words.partition(" ")
-            question = GQA_QUERY[attribute].format(f"{noun} that is {rest}")
-            yield Ask(question, value_of(thing, attribute), "query", attribute)
+        for found in related(scene, dice, hide=attribute):
+            question = GQA_QUERY[attribute].format(found.words(THAT_IS))
+            value = value_of(found.thing, attribute)
+            yield Ask(question, value, "query", attribute, mentions=found.mentions(THAT_IS))
 
 
 def two_step_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
     """What is the colour of the cube that is left of the thing above the red ball?"""
-    for middle, words, anchor in list(related(scene, dice)):
+    for found in list(related(scene, dice)):
         for relation, holds in RELATIONS.items():
-            there = [thing for thing in scene.things if holds(thing, middle)]
-            if len(there) == 1 and there[0] != anchor:
+            there = [thing for thing in scene.things if holds(thing, found.thing)]
+            if len(there) == 1 and there[0] != found.other:
                 [thing] = there
                 attribute = dice.choose(ATTRIBUTES)
-                asked = GQA_QUERY[attribute].format(f"thing that is {relation} the {words}")
-                yield Ask(asked, value_of(thing, attribute), "two_step", attribute)
+                words = f"thing that is {relation} the {found.words()}"
+                mentions = (*found.mentions(), (words, thing))
+                asked = GQA_QUERY[attribute].format(words)
+                yield Ask(asked, value_of(thing, attribute), "two_step", attribute, mentions=mentions)
 
 
 def verify_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
     """Is the thing that is left of the small cube red?"""
     for attribute in ("colour", "size", "material"):
-        for thing, words, _ in related(scene, dice, hide=attribute):
-            noun, _, rest = words.partition(" ")
-            own = value_of(thing, attribute)
+        for found in related(scene, dice, hide=attribute):
+            words, mentions, own = found.words(THAT_IS), found.mentions(THAT_IS), value_of(found.thing, attribute)
             wrong = [v for v in sorted({value_of(t, attribute) for t in scene.things}) if v != own]
-            yield Ask(f"Is the {noun} that is {rest} {own}?", "yes", "verify", "yes/no")
+            yield Ask(f"Is the {words} {own}?", "yes", "verify", "yes/no", mentions=mentions)
             if wrong:
-                yield Ask(f"Is the {noun} that is {rest} {dice.choose(wrong)}?", "no", "verify", "yes/no")
+                yield Ask(f"Is the {words} {dice.choose(wrong)}?", "no", "verify", "yes/no", mentions=mentions)
 
 
 def choose_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
     """Is the cube that is left of the small ball red or blue?"""
     for attribute in ("colour", "material"):
-        for thing, words, _ in related(scene, dice, hide=attribute):
-            noun, _, rest = words.partition(" ")
-            own = value_of(thing, attribute)
+        for found in related(scene, dice, hide=attribute):
+            words, own = found.words(THAT_IS), value_of(found.thing, attribute)
             wrong = [v for v in sorted({value_of(t, attribute) for t in scene.things}) if v != own]
             if wrong:
                 pair = dice.shuffled([own, dice.choose(wrong)])
-                yield Ask(f"Is the {noun} that is {rest} {pair[0]} or {pair[1]}?", own, "choose", attribute)
+                question = f"Is the {words} {pair[0]} or {pair[1]}?"
+                yield Ask(question, own, "choose", attribute, mentions=found.mentions(THAT_IS))
 
 
 def statements(scene: Scene, dice: Dice) -> Iterator[Ask]:
@@ -527,7 +533,8 @@ def statements(scene: Scene, dice: Dice) -> Iterator[Ask]:
     for one, other, relation, truth in _sides(scene):
         first, second = referent(one, scene.things, dice), referent(other, scene.things, dice)
         if first is not None and second is not None:
-            yield Ask(f"The {first} is {relation} the {second}.", str(truth).lower(), "statement", "true/false")
+            said, mentions = f"The {first} is {relation} the {second}.", ((first, one), (second, other))
+            yield Ask(said, str(truth).lower(), "statement", "true/false", mentions=mentions)
 
 
 def which_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
@@ -540,7 +547,8 @@ def which_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
                 [thing] = there
                 wrong = [name(t) for t in scene.things if t not in (thing, other)]
                 options = tuple(dice.shuffled([name(thing), *wrong[:3]]))
-                yield Ask(f"Which thing is {relation} the {anchor}?", name(thing), "which", "options", options=options)
+                question, mentions = f"Which thing is {relation} the {anchor}?", ((anchor, other),)
+                yield Ask(question, name(thing), "which", "options", options=options, mentions=mentions)
 
 
 def options_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
@@ -551,7 +559,7 @@ def options_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
             others = [value for value in VALUES[ask.type] if value not in seen | {ask.answer}]
             rest = dice.shuffled(sorted(seen)) + dice.shuffled(others)
             options = tuple(dice.shuffled([ask.answer, *rest[:3]]))
-            yield Ask(ask.question, ask.answer, "options", ask.type, ask.sentence, options)
+            yield replace(ask, form="options", options=options)
 
 
 FORMS: dict[str, Callable[[Scene, Dice], Iterator[Ask]]] = {
@@ -561,8 +569,6 @@ FORMS: dict[str, Callable[[Scene, Dice], Iterator[Ask]]] = {
     "relation": relation_asks,
     "exists": exists_asks,
     "side": side_asks,
-    "same": same_asks,
-    "more": more_asks,
     "count": count_asks,
     "query": query_asks,
     "two_step": two_step_asks,
@@ -586,9 +592,12 @@ def _sides(scene: Scene) -> Iterator[tuple[Thing, Thing, str, bool]]:
                 yield one, other, relation, holds(one, other)
 
 
-def _yes_no(question: str, truth: bool, form: str, said: str, denied: str) -> Ask:
+def _yes_no(
+    question: str, truth: bool, form: str, said: str, denied: str, mentions: tuple[tuple[str, Thing], ...] = ()
+) -> Ask:
     answer = "yes" if truth else "no"
-    return Ask(question, answer, form, "yes/no", f"{answer.capitalize()}, {said if truth else denied}.")
+    sentence = f"{answer.capitalize()}, {said if truth else denied}."
+    return Ask(question, answer, form, "yes/no", sentence, mentions=mentions)
 
 
 def balanced(scenes: Sequence[Scene], forms: Sequence[str], per_scene: int, *key: object) -> list[tuple[Scene, Ask]]:
@@ -653,34 +662,27 @@ def _trimmed(chosen: list[tuple[Scene, Ask]]) -> list[tuple[Scene, Ask]]:
 
 
 ANSWERS = {"colour": 6, "shape": 6, "size": 2, "material": 3, "word": 6, "place": 9, "number": 4}
+"""How many answers a type has."""
 
 
 def captions(scene: Scene, count: int, *key: object) -> list[str]:
-    """Full captions: everything in the picture, named by colour and shape, or two things and how they stand."""
+    """Full captions: everything in the picture and, mostly, its place."""
     dice = Dice("captions", *key, scene.seed, scene.number)
-    return [dice.choose((_listing, _standing, _listing_places))(scene, dice) for _ in range(count)]
-
-
-def short_captions(scene: Scene, count: int, *key: object) -> list[str]:
-    """Captions of one thing and its place."""
-    dice = Dice("short", *key, scene.seed, scene.number)
-    return [f"a {name(thing)} at the {thing.place}" for thing in (dice.choose(scene.things) for _ in range(count))]
+    return [dice.choose((_places, _places, _places, _listing))(scene, dice) for _ in range(count)]
 
 
 def _listing(scene: Scene, dice: Dice) -> str:
-    names = [f"{_article(name(thing))} {name(thing)}" for thing in sorted(scene.things, key=_reading_order)]
-    return f"{', '.join(names[:-1])} and {names[-1]}"
+    return _joined(f"{_article(name(thing))} {name(thing)}" for thing in sorted(scene.things, key=_reading_order))
 
 
-def _listing_places(scene: Scene, dice: Dice) -> str:
-    first, *_, last = sorted(scene.things, key=_reading_order)
-    one, two = (f"{_article(name(thing))} {name(thing)} at the {thing.place}" for thing in (first, last))
-    return f"{one} and {two}"
+def _places(scene: Scene, dice: Dice) -> str:
+    things = sorted(scene.things, key=_reading_order)
+    return _joined(f"{_article(name(thing))} {name(thing)} at the {thing.place}" for thing in things)
 
 
-def _standing(scene: Scene, dice: Dice) -> str:
-    one, other, relation, _ = dice.choose([side for side in _sides(scene) if side[3]])
-    return f"{_article(name(one))} {name(one)} {relation} {_article(name(other))} {name(other)}"
+def _joined(parts: Iterable[str]) -> str:
+    *most, last = parts
+    return f"{', '.join(most)} and {last}"
 
 
 def _reading_order(thing: Thing) -> tuple[int, int]:

@@ -1,6 +1,6 @@
-"""How the demo's tiny towers were made: `python -m qformer.demo.towers OUT`, about an hour on one core.
+"""How the demo's tiny towers were made: `python -m qformer.demo.towers OUT`, some hours on one core.
 
-An image encoder that names what stands where, an LLM that reads described scenes and answers questions about them, and
+An image encoder that names what stands where, two LLMs that read described scenes and answer questions about them, and
 a BERT that has read the same words.  Each is written as an ordinary checkpoint of transformers, in float16.  The seeds
 are not those of the demo; the encoder sees no pair of colour and shape that is held out, the LLM no picture.
 """
@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ TEXT_SEED, TEXT_TEST_SEED = 72_001, 72_002
 
 # -- the image encoder ------------------------------------------------------------------------------------------------
 
-PICTURE_STEPS, PICTURE_BATCH = 500, 64
+PICTURE_STEPS, PICTURE_BATCH = 800, 64
 HEADS: dict[str, tuple[str, ...]] = {
     "colour": tuple(scenes.COLOURS),
     "shape": scenes.SHAPES,
@@ -57,8 +58,8 @@ class Pictures:
 def picture_scene(seed: int, number: int, *, held_out: bool = False, strange: bool = False) -> Scene:
     """What the encoder's pictures show: two to five things.
 
-    With `strange`, a third of the things have a colour without a name and a quarter a shape without one, so that
-    shapes are not learnt by the colours they come in, nor colours by their shapes.
+    With `strange`, two fifths of the things have a colour without a name and more than that a shape without one, so
+    that shapes are not learnt by the colours they come in, nor colours by their shapes.
     """
     scene = scenes.sample_scene(seed, number, held_out=held_out, things=(2, 3, 4, 5))
     if not strange:
@@ -66,9 +67,9 @@ def picture_scene(seed: int, number: int, *, held_out: bool = False, strange: bo
     dice = Dice("strange", seed, number)
     things = []
     for thing in scene.things:
-        if dice.chance(0.35):
+        if dice.chance(0.4):
             thing = dataclasses.replace(thing, colour=unnamed_colour(dice))
-        elif dice.chance(0.4):
+        elif dice.chance(0.75):
             thing = dataclasses.replace(thing, shape=f"blob {dice.below(500)}")
         things.append(thing)
     return dataclasses.replace(scene, things=tuple(things))
@@ -184,18 +185,28 @@ def write_encoder(model: Namer, folder: Path, seen: dict[str, float], new: dict[
 # -- described scenes -------------------------------------------------------------------------------------------------
 
 FORM_WEIGHTS = {
-    "attribute": 4, "relation": 5, "word": 1, "place": 2, "exists": 2, "side": 4, "count": 2, "query": 3, "two_step": 1,
-    "verify": 2, "choose": 2, "statement": 4, "which": 2, "options": 2,
+    "attribute": 3, "relation": 4, "word": 1, "place": 2, "exists": 2, "side": 4, "count": 1, "query": 4, "two_step": 2,
+    "verify": 4, "choose": 3, "statement": 5, "which": 3, "options": 3,
 }  # fmt: skip
 FORMS = [form for form, weight in FORM_WEIGHTS.items() for _ in range(weight)]
+FINDING = ("attribute", "place")
+JUDGING = (
+    "attribute", "place", "exists", "side", "side", "statement", "statement", "relation", "query", "verify", "word",
+)  # fmt: skip
+TOLD = ("attribute", "exists", "place", "relation", "side", "count", "word")
+"""Forms of a dialogue's questions, which are answered in sentences."""
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """What is asked and answered in words; a dialogue has several turns."""
+    """What is asked and answered in words; a dialogue has several turns.
+
+    `mentions`: words of the first question that name one thing, and that thing.
+    """
 
     turns: tuple[tuple[str, str], ...]
     form: str = ""
+    mentions: tuple[tuple[str, scenes.Thing], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -217,8 +228,17 @@ def text_scene(seed: int, number: int, things: Sequence[int]) -> Scene:
     return scenes.sample_scene(seed, number, held_out=number % 2 == 1, things=things)
 
 
-def described(scene: Scene, dice: Dice, *, count: int, forms: Sequence[str] = FORMS, terse: float = 0.0) -> Description:
-    """A scene with two questions in each of `count` forms; with all forms also a caption, a dialogue, a VQG pair."""
+def described(
+    scene: Scene,
+    dice: Dice,
+    *,
+    count: int,
+    forms: Sequence[str] = FORMS,
+    terse: float = 0.0,
+    plain: float = 0.0,
+    telling: bool = True,
+) -> Description:
+    """A scene with two questions in each of `count` forms and, where `telling`, a caption, a dialogue, a VQG pair."""
     exchanges: list[Exchange] = []
     for _ in range(count):
         form = dice.choose(forms)
@@ -228,21 +248,19 @@ def described(scene: Scene, dice: Dice, *, count: int, forms: Sequence[str] = FO
                 answer = dice.choose(sorted({ask.answer for ask in found}))
                 ask = dice.choose([ask for ask in found if ask.answer == answer])
                 if ask.type in TERSE and dice.chance(terse):
-                    exchanges.append(Exchange(((in_brief(ask.question), ask.answer),), form))
+                    exchanges.append(Exchange(((in_brief(ask.question), ask.answer),), form, ask.mentions))
+                elif not ask.options and dice.chance(plain):
+                    exchanges.append(Exchange(((ask.question, ask.answer),), form, ask.mentions))
                 else:
-                    exchanges.append(
-                        asked(ask, dice) if len(forms) > 2 else Exchange(((ask.question, ask.answer),), form)
-                    )
-    if len(forms) < len(FORMS):
+                    exchanges.append(asked(ask, dice))
+    if not telling:
         return Description(groups(scene, dice), tuple(dice.shuffled(exchanges)))
-    if dice.chance(0.5):
+    if dice.chance(0.7):
         exchanges.append(
             Exchange(((dice.choose(wordings("caption")), scenes.captions(scene, 1, dice.below(99))[0]),), "caption")
         )
-    told = dice.shuffled(
-        scenes.FORMS[dice.choose(("attribute", "attribute", "exists", "place", "relation"))](scene, dice)
-    )
-    if len(told) > 1 and dice.chance(0.35):
+    told = dice.shuffled(scenes.FORMS[dice.choose(TOLD)](scene, dice))
+    if len(told) > 1 and dice.chance(0.5):
         exchanges.append(Exchange(tuple((ask.question, ask.sentence) for ask in told[:2]), "dialogue"))
     if told and dice.chance(0.25):
         wording = dice.choose(wordings("vqg")).format(answer=told[0].answer)
@@ -282,7 +300,7 @@ def asked(ask: scenes.Ask, dice: Dice) -> Exchange:
         wording = (
             "{question}" if chance < 5 else wordings("short_answer")[0] if chance < 7 else dice.choose(wordings("vqa"))
         )
-    return Exchange(((wording.format(**fields), ask.answer),), ask.form)
+    return Exchange(((wording.format(**fields), ask.answer),), ask.form, ask.mentions)
 
 
 def corpus(count: int) -> Iterator[str]:
@@ -296,7 +314,7 @@ def corpus(count: int) -> Iterator[str]:
                 yield f"{question} {answer}"
 
 
-def make_tokenizer(folder: Path) -> Any:
+def make_tokenizer(folder: Path, vocabulary: int) -> Any:
     """A byte-level BPE with most words of the scenes as one token, and BOS in front of a text; written to folder."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -306,7 +324,7 @@ def make_tokenizer(folder: Path) -> Any:
     found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     found.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=marks,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -325,35 +343,83 @@ def make_tokenizer(folder: Path) -> Any:
 
 # -- the LLM ----------------------------------------------------------------------------------------------------------
 
-VOCABULARY = 768
-TEXT_STEPS, TEXT_BATCH, TEXT_LENGTH = 1700, 24, 80
+
+@dataclass(frozen=True)
+class Reader:
+    """An LLM of the demo: its family in transformers, width, words."""
+
+    family: str
+    width: int
+    vocabulary: int
+
+
+READERS = {"language": Reader("Llama", 128, 768), "other": Reader("Qwen2", 160, 640)}
+"""By folder.  The second is what a tuned Q-Former is carried to."""
+TEXT_BATCH, TEXT_LENGTH = 24, 88
 GROUP_WORDS = 8
 QUESTION_WEIGHT = 0.02
+ANSWER_TOKENS = 4
+"""A longer answer counts as much as one of so many tokens, or captions would be most of the loss."""
+POINTER_WEIGHT = 0.5
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What is read up to a share of all steps: few things and plain questions first.
+    """What is read for some steps: few things and plain questions first.
 
-    A share `terse` of the questions is cut to its key words, "colour small cube".
+    A share `terse` of the questions is cut to its key words, "colour small cube"; a share `plain` of the others stands
+    without a template around it.  With `telling` there are captions, dialogues and questions to write as well.  The
+    description is disturbed by `noise`, and by up to `drift`, as `read` says.
     """
 
-    until: float
+    steps: int
     things: tuple[int, ...]
     forms: Sequence[str]
     count: int
-    noise: float
+    noise: float = 0.0
+    drift: float = 0.0
     terse: float = 0.0
+    plain: float = 0.0
+    telling: bool = False
 
 
-STAGES = (
-    Stage(0.16, (2, 3), ("attribute", "place"), 5, 0.0, terse=1.0),
-    Stage(0.26, (2, 3), ("attribute", "place"), 3, 0.0, terse=0.4),
-    Stage(
-        0.45, (2, 3), ("attribute", "place", "exists", "side", "statement", "relation", "query", "word"), 3, 0.0, 0.1
+@dataclass(frozen=True)
+class Course:
+    """Stages under one schedule of the rate, whose greatest value is a share of the optimizers' own."""
+
+    rate: float
+    stages: tuple[Stage, ...]
+
+    @property
+    def steps(self) -> int:
+        """Of all its stages."""
+        return sum(stage.steps for stage in self.stages)
+
+
+COURSES = (
+    Course(
+        1.0,
+        (
+            Stage(480, (2, 3), FINDING, 5, terse=1.0, plain=1.0),
+            Stage(420, (2, 3), FINDING, 3, terse=0.4, plain=1.0),
+            Stage(1800, (2, 3, 4), JUDGING, 3, noise=0.1, terse=0.1, plain=0.8),
+            Stage(3300, (3, 4), FORMS, 2, noise=0.2, plain=0.2, telling=True),
+        ),
     ),
-    Stage(1.0, (3, 4), FORMS, 2, 0.2),
+    Course(0.3, (Stage(900, (3, 4), FORMS, 2, drift=1.0, plain=0.2, telling=True),)),
 )
+TEXT_STEPS = sum(course.steps for course in COURSES)
+
+
+def lesson(step: int) -> tuple[Stage, Course, int]:
+    """The stage and the course of a step, and its number in the course."""
+    for course in COURSES:
+        if step < course.steps:
+            for stage, end in zip(course.stages, accumulate(each.steps for each in course.stages), strict=True):
+                if step < end:
+                    return stage, course, step
+        step -= course.steps
+    raise IndexError(step)
 
 
 @dataclass(frozen=True)
@@ -362,6 +428,8 @@ class Texts:
 
     groups (B, C, 8): token ids of each position of the description, 0 where there is none.  ids, targets, weights
     (B, T); positions (B, C + T); mask (B, 1, C + T, C + T), 0 where a position may look and -inf where not.
+    mentions (M, 3): row, place in T and depth of the last token of words that name one thing, where depth counts the
+    mentions that end there before; things (M, 6): that thing, as `POINTS` counts.
     """
 
     groups: Tensor
@@ -370,6 +438,14 @@ class Texts:
     weights: Tensor
     positions: Tensor
     mask: Tensor
+    mentions: Tensor
+    things: Tensor
+
+
+POINTS: dict[str, tuple[Any, ...]] = {**scenes.VALUES, "row": (0, 1, 2), "column": (0, 1, 2)}
+"""What a mention of a thing should bring to mind, and the values it may have."""
+DEPTHS = 2
+"""Mentions of this depth and deeper are left to themselves: no block is left to use them."""
 
 
 class Writer:
@@ -386,6 +462,18 @@ class Writer:
                 self._known.clear()
             self._known[text] = self.tokenizer(text, add_special_tokens=False).input_ids
         return self._known[text]
+
+    def mentions(self, exchange: Exchange) -> Iterator[tuple[int, int, scenes.Thing]]:
+        """Place in the exchange's ids of the last token of each mention, its depth, the thing."""
+        question, last, depth = exchange.turns[0][0], -1, 0
+        for words, thing in exchange.mentions:
+            at = question.find(words)
+            if at >= 0:
+                place = len(self.ids(question[: at + len(words)]))  # words end where tokens do; BOS comes first
+                depth = depth + 1 if place == last else 0
+                last = place
+                if depth < DEPTHS:
+                    yield place, depth, thing
 
     def exchange(self, exchange: Exchange) -> tuple[list[int], list[bool]]:
         """Ids of BOS, question, answer, EOS …, and which of them are answer."""
@@ -411,6 +499,8 @@ class Writer:
         weights = np.zeros((count, length), dtype=np.float32)
         positions = np.zeros((count, first + length), dtype=np.int64)
         block = np.full((count, first + length), -1)
+        mentions: list[tuple[int, int, int]] = []
+        things: list[list[int]] = []
         for row, (each, phrases) in enumerate(zip(found, told, strict=True)):
             for place, phrase in enumerate(phrases):
                 groups[row, place, : len(phrase)] = phrase
@@ -424,41 +514,52 @@ class Writer:
                     continue
                 ids[row, at:end] = tokens
                 targets[row, at : end - 1] = tokens[1:]
-                weights[row, at : end - 1] = np.where(answer[1:], 1.0, QUESTION_WEIGHT)
+                told = min(1.0, ANSWER_TOKENS / sum(answer))
+                weights[row, at : end - 1] = np.where(answer[1:], told, QUESTION_WEIGHT)
                 positions[row, first + at : first + end] = np.arange(len(tokens)) + len(phrases)
                 block[row, first + at : first + end] = number
+                for place, depth, thing in self.mentions(exchange):
+                    mentions.append((row, at + place, depth))
+                    things.append([values.index(getattr(thing, point)) for point, values in POINTS.items()])
                 at = end
-        arrays = (groups, ids, targets, weights, positions)
-        texts = [torch.from_numpy(array) for array in arrays]
-        return Texts(*texts, _mask(torch.from_numpy(block)))  # type: ignore[call-arg]
+        return Texts(
+            torch.from_numpy(groups),
+            torch.from_numpy(ids),
+            torch.from_numpy(targets),
+            torch.from_numpy(weights),
+            torch.from_numpy(positions),
+            _mask(torch.from_numpy(block)),
+            torch.tensor(mentions, dtype=torch.long).view(-1, 3),
+            torch.tensor(things, dtype=torch.long).view(-1, len(POINTS)),
+        )
 
 
 class Steps(Dataset[Texts]):
     """The texts of every step of the LLM's training, a function of the step alone."""
 
-    def __init__(self, writer: Writer, steps: int, begin: int = 0):
-        self.writer, self.steps, self.begin = writer, steps, begin
+    def __init__(self, writer: Writer):
+        self.writer = writer
 
     def __len__(self) -> int:
-        return self.steps - self.begin
+        return TEXT_STEPS
 
-    def __getitem__(self, place: int) -> Texts:
-        step = self.begin + place
-        stage = stage_of(step, self.steps)
+    def __getitem__(self, step: int) -> Texts:
+        stage, _, _ = lesson(step)
         found = []
         for number in range(step * TEXT_BATCH, (step + 1) * TEXT_BATCH):
             scene = text_scene(TEXT_SEED, number, stage.things)
             found.append(
                 described(
-                    scene, Dice("text", TEXT_SEED, number), count=stage.count, forms=stage.forms, terse=stage.terse
+                    scene,
+                    Dice("text", TEXT_SEED, number),
+                    count=stage.count,
+                    forms=stage.forms,
+                    terse=stage.terse,
+                    plain=stage.plain,
+                    telling=stage.telling,
                 )
             )
-        return self.writer.rows(found, words=stage.noise > 0 and step % 10 == 9)
-
-
-def stage_of(step: int, steps: int) -> Stage:
-    """Where in the curriculum a step is."""
-    return next(stage for stage in STAGES if step < stage.until * steps)
+        return self.writer.rows(found, words=bool(stage.noise or stage.drift) and step % 10 == 9)
 
 
 def _mask(block: Tensor) -> Tensor:
@@ -470,16 +571,17 @@ def _mask(block: Tensor) -> Tensor:
     return torch.zeros(allowed.shape).masked_fill(~allowed, float("-inf"))[:, None]
 
 
-def make_llm() -> Any:
-    """The LLM with fresh weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def make_llm(reader: Reader) -> Any:
+    """The LLM with fresh weights: 4 blocks, heads of 32."""
+    import transformers
 
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
-        intermediate_size=384, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
-        pad_token_id=0, initializer_range=0.08,
+    heads = reader.width // 32
+    config = getattr(transformers, f"{reader.family}Config")(
+        vocab_size=reader.vocabulary, hidden_size=reader.width, num_hidden_layers=4, num_attention_heads=heads,
+        num_key_value_heads=heads, intermediate_size=3 * reader.width, max_position_embeddings=512,
+        tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.08,
     )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     for layer in model.model.layers:
         start_by_likeness(layer.self_attn)
     return model
@@ -500,59 +602,86 @@ def start_by_likeness(attention: Any) -> None:
     attention.o_proj.weight.copy_(0.5 * attention.v_proj.weight.T)
 
 
-def read(model: Any, texts: Texts, noise: float = 0.0) -> Tensor:
-    """Hidden states (B, T, D) behind the description.
+class Pointers(nn.Module):
+    """What the LLM should know of a thing where words for it end: a teacher's questions, not kept.
 
-    A position of several words is the sum of their embeddings over the root of their number; `noise` is added to the
-    description, as a share of its own size.
+    A thing's own words are asked for behind the second block, words by its relation to another behind the third, so
+    that blocks are left to compare things.  Without this, judging takes many times the steps to begin.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(width, sum(map(len, POINTS.values()))) for _ in range(DEPTHS))
+
+    def forward(self, states: Sequence[Tensor], texts: Texts) -> Tensor:
+        """Mean cross-entropy in nats of a thing's values; states: (B, T, D) behind the embeddings and every block."""
+        losses = []
+        for depth, head in enumerate(self.heads):
+            chosen = texts.mentions[:, 2] == depth
+            rows, places, _ = texts.mentions[chosen].unbind(1)
+            found = head(states[2 + depth][rows, places]).split([len(values) for values in POINTS.values()], dim=1)
+            for logits, truth in zip(found, texts.things[chosen].unbind(1), strict=True):
+                losses.append(F.cross_entropy(logits, truth, reduction="sum"))
+        return torch.stack(losses).sum() / max(1, texts.things.numel())
+
+
+def read(model: Any, texts: Texts, noise: float = 0.0, drift: float = 0.0) -> list[Tensor]:
+    """Hidden states (B, T, D) behind the description: of the embeddings and of every block, the last one normed.
+
+    A position of several words is the sum of their embeddings over the root of their number.  As shares of the
+    description's own size, `noise` is added to it, and in every row, of strengths drawn up to `drift`, more noise and
+    one direction for all positions: soft prompts tend to have one in common.
     """
     table = model.get_input_embeddings()
     real = (texts.groups > 0).float()
     summed = (table(texts.groups) * real[..., None]).sum(2) / real.sum(2).clamp(min=1).sqrt()[..., None]
-    if noise:
-        summed = summed + noise * summed.detach().square().mean().sqrt() * torch.randn_like(summed)
+    if noise or drift:
+        rows, size = len(summed), summed.detach().square().mean().sqrt()
+        strength = noise + drift * torch.rand(rows, 1, 1)
+        shared = drift * torch.rand(rows, 1, 1) * torch.randn(rows, 1, summed.shape[2])
+        summed = summed + size * (strength * torch.randn_like(summed) + shared)
     inputs = torch.cat([summed, table(texts.ids)], 1)
-    states = model.model(inputs_embeds=inputs, attention_mask=texts.mask, position_ids=texts.positions, use_cache=False)
-    return states.last_hidden_state[:, texts.groups.shape[1] :]
+    found = model.model(
+        inputs_embeds=inputs,
+        attention_mask=texts.mask,
+        position_ids=texts.positions,
+        use_cache=False,
+        output_hidden_states=True,
+    )
+    return [states[:, texts.groups.shape[1] :] for states in found.hidden_states]
 
 
-def train_llm(out: Path, steps: int = TEXT_STEPS, start: Path | None = None, begin: int = 0) -> None:
-    """Write the LLM and its tokenizer to `out`/language, going on at step `begin` with the folder `start` if given."""
-    from transformers import AutoTokenizer, LlamaForCausalLM
-
+def train_llm(out: Path, name: str = "language") -> None:
+    """Write an LLM of `READERS` and its tokenizer to `out`/`name`."""
     torch.manual_seed(TEXT_SEED)
-    folder = out / "language"
-    if start is None:
-        tokenizer, model = make_tokenizer(folder), make_llm()
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(start)
-        tokenizer.save_pretrained(folder)
-        model = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
+    folder, reader = out / name, READERS[name]
+    tokenizer, model = make_tokenizer(folder, reader.vocabulary), make_llm(reader)
     writer = Writer(tokenizer)
     model.train()
     matrices = [
         p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name and "lm_head" not in name
     ]
-    others = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    pointers = Pointers(model.config.hidden_size)
+    others = [p for p in model.parameters() if all(p is not m for m in matrices)] + list(pointers.parameters())
     optimizers = [Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0)]
-    clock = Clock("language", steps)
-    for step, texts in enumerate(
-        DataLoader(Steps(writer, steps, begin), batch_size=None, num_workers=1, prefetch_factor=4), begin
-    ):
-        stage = stage_of(step, steps)
+    clock = Clock(name, TEXT_STEPS)
+    for step, texts in enumerate(DataLoader(Steps(writer), batch_size=None, num_workers=1, prefetch_factor=4)):
+        stage, course, place = lesson(step)
         for optimizer in optimizers:
-            set_rate(optimizer, step, steps, warmup=50)
-        states = read(model, texts, noise=stage.noise)
+            set_rate(optimizer, place, course.steps, warmup=50, most=course.rate)
+        states = read(model, texts, stage.noise, stage.drift)
         picked = texts.weights > 0
-        loss = F.cross_entropy(model.lm_head(states[picked]), texts.targets[picked], reduction="none")
+        loss = F.cross_entropy(model.lm_head(states[-1][picked]), texts.targets[picked], reduction="none")
         weights = texts.weights[picked]
         loss = (loss * weights).sum() / weights.sum()
+        pointed = pointers(states, texts)
         model.zero_grad()
-        loss.backward()
+        pointers.zero_grad()
+        (loss + POINTER_WEIGHT * pointed).backward()
         for optimizer in optimizers:
             optimizer.step()
-        clock.tick(step, loss)
-        if step % 200 == 199 or step == steps - 1:
+        clock.tick(step, loss, pointed)
+        if step % 200 == 199 or step == TEXT_STEPS - 1:
             scores = answer_accuracy(model, writer)
             save_half(model, folder)
             (folder / "scores.json").write_text(
@@ -579,7 +708,7 @@ def answer_accuracy(model: Any, writer: Writer, count: int = 80) -> dict[str, fl
                     exchanges.append(asked(dice.choose([ask for ask in every if ask.answer == answer]), dice))
             found.append(Description(groups(scene, dice), tuple(exchanges)))
         texts = writer.rows(found, words=False, length=600)
-        best = model.lm_head(read(model, texts)).argmax(-1) == texts.targets
+        best = model.lm_head(read(model, texts)[-1]).argmax(-1) == texts.targets
         for row, each in enumerate(found):
             at = 0
             for exchange in each.exchanges:
@@ -633,7 +762,7 @@ def orthogonal(matrices: Tensor, rounds: int = 5) -> Tensor:
 
 # -- the BERT ---------------------------------------------------------------------------------------------------------
 
-BERT_STEPS, BERT_BATCH, BERT_LENGTH = 300, 48, 40
+BERT_STEPS, BERT_BATCH, BERT_LENGTH = 900, 48, 40
 
 
 def make_wordpiece(folder: Path, texts: Sequence[str]) -> Any:
@@ -696,24 +825,26 @@ def say(line: str) -> None:
 
 
 class Clock:
-    """Prints a line now and then: step, mean loss since the last line, seconds."""
+    """Prints a line now and then: step, mean losses since the last line, seconds."""
 
     def __init__(self, name: str, steps: int, every: int = 50):
         self.name, self.steps, self.every = name, steps, every
-        self.began, self.total = time.perf_counter(), 0.0
+        self.began = time.perf_counter()
+        self.seen: list[list[float]] = []
 
-    def tick(self, step: int, loss: Tensor) -> None:
-        """Count one step's loss."""
-        self.total += loss.item()
+    def tick(self, step: int, *losses: Tensor) -> None:
+        """Count one step's losses."""
+        self.seen.append([loss.item() for loss in losses])
         if (step + 1) % self.every == 0:
             seconds = time.perf_counter() - self.began
-            say(f"{self.name} {step + 1}/{self.steps} loss {self.total / self.every:.4f} {seconds:.0f} s")
-            self.total = 0.0
+            means = " ".join(f"{sum(column) / len(column):.4f}" for column in zip(*self.seen, strict=True))
+            say(f"{self.name} {step + 1}/{self.steps} loss {means} {seconds:.0f} s")
+            self.seen.clear()
 
 
-def set_rate(optimizer: torch.optim.Optimizer, step: int, steps: int, warmup: int) -> None:
-    """Linear warm-up, then cosine to zero, as a share of each group's first rate."""
-    share = min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+def set_rate(optimizer: torch.optim.Optimizer, step: int, steps: int, warmup: int, most: float = 1.0) -> None:
+    """Linear warm-up, then cosine to zero, up to a share `most` of each group's first rate."""
+    share = most * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
     for group in optimizer.param_groups:
         group.setdefault("full_rate", group["lr"])
         group["lr"] = group["full_rate"] * share
@@ -731,17 +862,15 @@ def main() -> None:
     """Train and write the towers that are asked for (all by default)."""
     parser = argparse.ArgumentParser(prog="python -m qformer.demo.towers", description=__doc__)
     parser.add_argument("out", type=Path, help="a folder for the towers' folders")
-    parser.add_argument(
-        "--only", choices=("image", "language", "bert"), nargs="*", default=("image", "language", "bert")
-    )
-    parser.add_argument("--start", type=Path, help="weights of an LLM to go on with")
-    parser.add_argument("--begin", type=int, default=0, help="the step of the LLM's training to go on at")
+    every = ("image", *READERS, "bert")
+    parser.add_argument("--only", choices=every, nargs="*", default=every)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if "image" in options.only:
         train_encoder(options.out)
-    if "language" in options.only:
-        train_llm(options.out, start=options.start, begin=options.begin)
+    for name in READERS:
+        if name in options.only:
+            train_llm(options.out, name)
     if "bert" in options.only:
         train_bert(options.out)
 
