@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qformer.data.records import Records, read_lines
+from qformer.data.records import Records
+from qformer.data.streams import iterate_lines
 from qformer.errors import ConfigError, DataError
 from qformer.sample import Sample, Turn
 
@@ -25,14 +26,16 @@ class JsonLines(Records):
     settings = ("kind",)
     numbering = "line"
 
-    def _read(self) -> Iterator[tuple[int, Any]]:
+    def _prepare(self) -> None:
         try:
             self.kind = re.compile(self.options.get("kind", ""))
         except re.error as error:
             raise ConfigError(f"{self.task}: options.kind is not a regular expression: {error}.") from None
+
+    def _read(self) -> Iterator[tuple[int, Any]]:
         first_line: dict[str, int] = {}
         place = 0
-        for number, line in enumerate(read_lines(self.file), 1):
+        for number, line in iterate_lines(self.file):
             if not line.strip():
                 continue
             row = None

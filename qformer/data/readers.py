@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qformer.cards import EvalCard, TaskCard, TrainCard
+from qformer.data.index import Index
 from qformer.data.jsonl import JsonLines
-from qformer.data.records import Records, read_json, read_lines
+from qformer.data.records import Records
+from qformer.data.streams import iterate_items, iterate_json, iterate_lines, join, read_json
 from qformer.errors import ConfigError, DataError, did_you_mean, lookup
 from qformer.sample import Sample, Turn
 
@@ -29,14 +32,13 @@ class CocoCaptions(Records):
     settings = ("per",)
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
-        content = read_json(self.file)
-        pictures = {picture["id"]: picture for picture in content["images"]}
+        pictures = {picture["id"]: _kept(picture) for picture in iterate_json(self.file, "images")}
         if self.option("per", ("caption", "image")) == "caption":
-            for row in content["annotations"]:
+            for row in iterate_json(self.file, "annotations"):
                 yield row["id"], (pictures.get(row["image_id"]), [row])
             return
         captions: dict[Any, list[Any]] = {name: [] for name in pictures}
-        for row in content["annotations"]:
+        for row in iterate_json(self.file, "annotations"):
             captions.setdefault(row["image_id"], []).append(row)
         for name, rows in captions.items():
             yield name, (pictures.get(name), rows)
@@ -67,7 +69,7 @@ class Karpathy(Records):
     def _read(self) -> Iterator[tuple[Any, Any]]:
         splits = self.options.get("splits", ["train", "restval"])
         per_caption = self.option("per", ("caption", "image")) == "caption"
-        for picture in read_json(self.file)["images"]:
+        for picture in iterate_json(self.file, "images"):
             if picture["split"] not in splits:
                 continue
             if per_caption:
@@ -96,9 +98,10 @@ class VQA(Records):
     settings = ("image", "answer")
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
-        annotations = {row["question_id"]: row for row in read_json(self.files["annotations"])["annotations"]}
-        for row in read_json(self.file)["questions"]:
-            yield row["question_id"], (row, annotations.get(row["question_id"]))
+        questions = iterate_json(self.file, "questions")
+        annotations = partial(iterate_json, self.files["annotations"], "annotations")
+        for question, annotation in join(questions, annotations, "question_id"):
+            yield question["question_id"], (question, annotation)
 
     def _sample(self, key: Any, row: Any) -> Sample:
         question, annotation = row
@@ -128,10 +131,12 @@ class AOKVQA(Records):
     roles = ("questions", "images")
     settings = ("image", "form", "difficult")
 
-    def _read(self) -> Iterator[tuple[Any, Any]]:
+    def _prepare(self) -> None:
         self.form = self.option("form", ("direct_answer", "multiple_choice"))
+
+    def _read(self) -> Iterator[tuple[Any, Any]]:
         drop = self.option("difficult", ("keep", "drop")) == "drop"
-        for row in read_json(self.file):
+        for row in iterate_json(self.file):
             if not (drop and row["difficult_direct_answer"]):
                 yield row["question_id"], row
 
@@ -154,7 +159,7 @@ class LLaVA(Records):
     roles = ("conversations", "images")
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
-        yield from enumerate(read_json(self.file))  # `id` repeats between conversations about one picture
+        yield from enumerate(iterate_json(self.file))  # `id` repeats between conversations about one picture
 
     def _sample(self, key: Any, row: Any) -> Sample:
         said = row["conversations"]
@@ -182,7 +187,7 @@ class GQA(Records):
     roles = ("questions", "images")
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
-        yield from read_json(self.file).items()
+        yield from iterate_items(self.file)
 
     def _sample(self, key: Any, row: Any) -> Sample:
         fields = {
@@ -201,10 +206,12 @@ class VSR(Records):
     roles = ("statements", "images")
     settings = ("words",)
 
-    def _read(self) -> Iterator[tuple[Any, Any]]:
+    def _prepare(self) -> None:
         if not isinstance(self.options.get("words"), (list, tuple)) or len(self.options["words"]) != 2:
             raise ConfigError(f"{self.task}: options.words must be two words, for label 0 and label 1, in quotes.")
-        for number, line in enumerate(read_lines(self.file), 1):
+
+    def _read(self) -> Iterator[tuple[Any, Any]]:
+        for number, line in iterate_lines(self.file):
             if line.strip():
                 try:
                     yield number, json.loads(line)
@@ -255,8 +262,8 @@ READERS: dict[str, type[Records]] = {
 }
 
 
-def open_records(section: TrainCard | EvalCard, root: Path, card: TaskCard) -> Records:
-    """The records of one section of a card, under `data.root`.
+def open_records(section: TrainCard | EvalCard, root: Path, card: TaskCard, index: Index | None = None) -> Records:
+    """The records of one section of a card, under `data.root`; out of the index, if one is given.
 
     Raises:
         ConfigError: an unknown reader, role or option.
@@ -272,7 +279,7 @@ def open_records(section: TrainCard | EvalCard, root: Path, card: TaskCard) -> R
         if not path.exists():
             raise DataError(f"{card.key}: there is no '{path}' (files.{role} of the card, under data.root).{download}")
     split = section.split if isinstance(section, EvalCard) else "train"
-    return reader(files, section.options, card.key, split)
+    return reader(files, section.options, card.key, split, index)
 
 
 def _chosen(choices: Sequence[Any], place: int, name: str) -> Any:
@@ -280,6 +287,11 @@ def _chosen(choices: Sequence[Any], place: int, name: str) -> Any:
     if not 0 <= place < len(choices):
         raise DataError(f"'{name}' is {place}; it must be at least 0 and below {len(choices)}, the number of choices")
     return choices[place]
+
+
+def _kept(picture: Mapping[str, Any]) -> dict[str, Any]:
+    """What is used of a picture's entry, so that a hundred thousand of them are light."""
+    return {name: picture[name] for name in ("id", "file_name", "domain") if name in picture}
 
 
 def _caption(text: str) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from qformer.data.index import Entry, Index, in_memory
 from qformer.errors import ConfigError, DataError, did_you_mean
 from qformer.sample import Sample
 
@@ -15,27 +16,37 @@ from qformer.sample import Sample
 class Records(ABC):
     """The records of one set, in the file's order.
 
-    `rows` holds them as parsed, each with its key; `broken` the errors of those that were found broken at opening,
-    by their place: they keep it, and asking for one raises its error.
+    `rows` holds them as parsed, each with its key, in Arrow; `broken` the errors of those that were found broken at
+    reading, by their place: they keep it, and asking for one raises its error.
     """
 
     name: ClassVar[str]
     """What cards call the reader."""
     roles: ClassVar[tuple[str, ...]]
     """Names under `files` in a card; the first is the file that messages name."""
+    pictures: ClassVar[tuple[str, ...]] = ("images",)
+    """Roles that hold pictures: they are looked into when a picture is opened, and do not belong to the index."""
     settings: ClassVar[tuple[str, ...]] = ()
     """Names that `options` in a card may have."""
     numbering: ClassVar[str] = "record"
     """What a record's key counts, in messages."""
 
-    def __init__(self, files: Mapping[str, Path], options: Mapping[str, Any], task: str, split: str = "train"):
-        """Read the files.
+    def __init__(
+        self,
+        files: Mapping[str, Path],
+        options: Mapping[str, Any],
+        task: str,
+        split: str = "train",
+        index: Index | None = None,
+    ):
+        """Find the records in the index, or read the files.
 
         Args:
             files: paths by role.
             options: the reader's own settings.
             task: the card's key; filed in each sample, and first part of its id.
             split: second part of the ids.
+            index: where records are kept that were read before; None: they are read, and held in memory.
 
         Raises:
             ConfigError: a role or an option is missing or unknown.
@@ -52,10 +63,9 @@ class Records(ABC):
         self.files, self.options, self.task, self.split = dict(files), dict(options), task, split
         self.file = self.files[self.roles[0]]
         self.broken: dict[int, DataError] = {}
-        try:
-            self.rows = list(self._read())
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise DataError(f"{self.file}: {_what_is_wrong(error)}; is it the file that the card means?") from None
+        self._prepare()
+        self.rows = in_memory(self.entries()) if index is None else index.rows(self)
+        self.broken = {place: DataError(words) for place, words in self.rows.broken.items()}
         if not self.rows:
             raise DataError(f"{self.file}: holds no record.")
 
@@ -68,11 +78,12 @@ class Records(ABC):
         Raises:
             DataError: it is broken; names file and record.
         """
-        key, row = self.rows[place]
-        if place % len(self.rows) in self.broken:
-            raise self.broken[place % len(self.rows)]
+        place = range(len(self.rows))[place]
+        if place in self.broken:
+            raise self.broken[place]
+        key = self.rows.key(place)
         try:
-            return self._sample(key, row)
+            return self._sample(key, self.rows.row(place))
         except DataError as error:
             raise DataError(f"{self.file}, {self.numbering} {key}: {error}.") from None
         except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
@@ -80,11 +91,36 @@ class Records(ABC):
 
     def key(self, place: int) -> Any:
         """What messages call a record: its line, its number, or the file's own key."""
-        return self.rows[place][0]
+        return self.rows.key(place)
+
+    def sources(self) -> dict[str, Path]:
+        """The files that records are read from, by role."""
+        return {role: path for role, path in self.files.items() if role not in self.pictures}
+
+    def entries(self) -> Iterator[Entry]:
+        """Key, row and error of every record, read from the files one by one.
+
+        Raises:
+            DataError: a file is not of the form expected.
+        """
+        rows = self._read()
+        for place in itertools.count():
+            try:
+                key, row = next(rows)
+            except StopIteration:
+                return
+            except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+                raise DataError(f"{self.file}: {_what_is_wrong(error)}; is it the file that the card means?") from None
+            except OSError as error:
+                raise DataError(f"{self.file}: it cannot be read: {error}.") from None
+            yield key, row, str(self.broken[place]) if place in self.broken else None
+
+    def _prepare(self) -> None:  # noqa: B027 (most readers have nothing to prepare)
+        """Check and read the options; runs before `_read`, which does not run where an index holds the records."""
 
     @abstractmethod
     def _read(self) -> Iterator[tuple[Any, Any]]:
-        """Key and content of every record."""
+        """Key and content of every record, both such as JSON can write; files of any size, so as a stream."""
 
     @abstractmethod
     def _sample(self, key: Any, row: Any) -> Sample:
@@ -104,27 +140,6 @@ class Records(ABC):
         if value not in known:
             raise ConfigError(f"{self.task}: options.{name} is '{value}'; it takes {' or '.join(known)}.")
         return str(value)
-
-
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file; DataError if it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: it cannot be read as text: {error}.") from None
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; DataError if it cannot be read."""
-    try:
-        with path.open(encoding="utf-8") as stream:
-            return json.load(stream)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}: not valid JSON ({error.msg} at line {error.lineno}); was the download cut short?"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: it cannot be read: {error}.") from None
 
 
 def _what_is_wrong(error: Exception) -> str:
