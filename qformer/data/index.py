@@ -27,6 +27,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import orjson
 import pyarrow
 
 from qformer import __version__
@@ -35,19 +36,20 @@ from qformer.errors import DataError
 if TYPE_CHECKING:
     from qformer.data.records import Records
 
-Entry = tuple[Any, Any, str | None]
-"""A record's key, its row, and its error where it was found broken."""
+Entry = tuple[bytes, bytes, str | None]
+"""A record's key and row as JSON, and its error where it was found broken."""
 FORMAT = 1
 """Rises when the files below are written otherwise, or when streams are parsed otherwise."""
 FOLDER = ".qformer-index"
 """Where indices are kept under data.root."""
 SMALL = 8 << 20
 """Bytes of sources that are read faster than an index is worth."""
+HASHED = 16 << 30
+"""Bytes of sources beyond which they are known by size and times alone: archives and tables that hold pictures."""
 BATCH = 16 << 20
 """Bytes of rows that are held before they are written."""
 DAY = 24 * 60 * 60
 SCHEMA = pyarrow.schema([("key", pyarrow.binary()), ("row", pyarrow.binary())])
-ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 class Rows:
@@ -81,6 +83,18 @@ class Rows:
     def row(self, place: int) -> Any:
         """The row of the record at a place."""
         return json.loads(self._rows[place].as_py())
+
+
+def encoded(value: Any) -> bytes:
+    """A key or a row as JSON.
+
+    Raises:
+        TypeError, ValueError: JSON has nothing for it.
+    """
+    try:
+        return orjson.dumps(value)
+    except TypeError:  # whole numbers beyond 64 bits, halves of characters: what Python's own JSON writes
+        return json.dumps(value).encode()
 
 
 def in_memory(entries: Iterable[Entry]) -> Rows:
@@ -117,7 +131,9 @@ class Index:
         Raises:
             DataError: the files cannot be read, or `folder` or `always` was given and no index can be written.
         """
-        sources = _Sources(records.sources())
+        if not all(path.exists() for path in records.files.values()):  # a table on the hub, which is cached there
+            return in_memory(records.entries())
+        sources = _Sources(records.files)
         stems = {folder: _stem(records, sources, folder) for folder in self.folders}
         for folder, stem in stems.items():
             rows = _find(folder, stem, records, sources)
@@ -162,6 +178,9 @@ class _Sources:
     def content(self) -> str:
         """A hash of what is in them."""
         whole = hashlib.sha256()
+        if self.size > HASHED:
+            whole.update(json.dumps(self.state).encode())
+            return whole.hexdigest()
         for file in self.files:
             try:
                 with file.open("rb") as stream:
@@ -251,9 +270,9 @@ def _batches(entries: Iterable[Entry], broken: dict[int, str]) -> Iterator[tuple
     for place, (key, row, error) in enumerate(entries):
         if error is not None:
             broken[place] = error
-        keys.append(ENCODER.encode(key).encode("utf-8", "surrogatepass"))
-        rows.append(ENCODER.encode(row).encode("utf-8", "surrogatepass"))
-        held += len(keys[-1]) + len(rows[-1])
+        keys.append(key)
+        rows.append(row)
+        held += len(key) + len(row)
         if held > BATCH:
             yield keys, rows
             keys, rows, held = [], [], 0
@@ -276,13 +295,13 @@ def _code(reader: type) -> str:
 
 def _without_paths(words: str, records: Records) -> str:
     """A message without the places of files, which may be moved together with the index."""
-    for role, path in records.sources().items():
+    for role, path in records.files.items():
         words = words.replace(str(path), f"\0{role}\0")
     return words
 
 
 def _with_paths(words: str, records: Records) -> str:
-    for role, path in records.sources().items():
+    for role, path in records.files.items():
         words = words.replace(f"\0{role}\0", str(path))
     return words
 

@@ -43,16 +43,17 @@ class JsonLines(Records):
                 row = json.loads(line)
                 name = str(row["id"]) if isinstance(row, dict) and "id" in row else None
                 if name in first_line:
-                    self._break(place, number, f"the id '{name}' was given in line {first_line[name]} already")
+                    self.broken[place] = self.at_fault(
+                        number, f"the id '{name}' was given in line {first_line[name]} already"
+                    )
                 elif name is not None:
                     first_line[name] = number
             except json.JSONDecodeError as error:
-                self._break(place, number, f"not valid JSON ({error.msg} at column {error.colno})")
+                self.broken[place] = self.at_fault(number, f"not valid JSON ({error.msg} at column {error.colno})")
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+                self.broken[place] = self.at_fault(number, f"not JSON that can be read ({error})")
             yield number, row
             place += 1
-
-    def _break(self, place: int, number: int, problem: str) -> None:
-        self.broken[place] = DataError(f"{self.file}, line {number}: {problem}.")
 
     def _sample(self, key: Any, row: Any) -> Sample:
         if not isinstance(row, dict):
@@ -85,7 +86,7 @@ class JsonLines(Records):
         return Sample(
             id=str(row["id"]),
             task=self.task,
-            images=tuple(self.files["images"] / name for name in names),
+            images=tuple(self.pictures.find(name) for name in names),
             fields=fields,
             turns=turns,
             references=tuple(targets),
