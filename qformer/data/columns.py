@@ -48,30 +48,38 @@ class Columns(Records):
     settings = ("columns", "per", "repository", "revision", "configuration", "split", "form", "ocr_tokens")
 
     def _prepare(self) -> None:
-        self.form = self.option("form", ("direct_answer", "multiple_choice"))
-
-    def _read(self) -> Iterator[tuple[Any, Any]]:
         columns = self.options.get("columns")
         if not isinstance(columns, Mapping) or "image" not in columns:
             raise ConfigError(f"{self.task}: options.columns must say which column is for what, and name an 'image'.")
-        per = self.option("per", ("row", "item", "answer"))
-        most = ocr.limit(self.options)
-        table = self.table
-        for use, column in columns.items():
-            if str(column).partition(".")[0] not in table.column_names:
+        self.columns = {str(use): str(column) for use, column in columns.items()}
+        self.form = self.option("form", ("direct_answer", "multiple_choice"))
+        known = self.table.column_names
+        for use, column in self.columns.items():
+            if column.partition(".")[0] not in known:
                 raise DataError(
-                    f"{self.file}: there is no column '{column}' (options.columns.{use})."
-                    f"{did_you_mean(str(column), table.column_names)}"
+                    f"{self.file}: there is no column '{column}' (options.columns.{use}).{did_you_mean(column, known)}"
                 )
-        if _holds_pictures(table, columns["image"]):
-            wanted = {use: str(column) for use, column in columns.items() if use != "image"}
-        else:
-            wanted = {use: str(column) for use, column in columns.items()}
+
+    def sources(self) -> dict[str, Path]:
+        """What the table is read from: the folder, or files that the hub's client keeps."""
+        if self.file.is_dir():
+            return dict(self.files)
+        kept = self.table.cache_files
+        return {f"table {number}": Path(each["filename"]) for number, each in enumerate(kept)}
+
+    def _read(self) -> Iterator[tuple[Any, Any]]:
+        yield from self.once(self._rows())
+
+    def _rows(self) -> Iterator[tuple[Any, Any]]:
+        per, most = self.option("per", ("row", "item", "answer")), ocr.limit(self.options)
+        packed = _holds_pictures(self.table, self.columns["image"])
+        wanted = {use: column for use, column in self.columns.items() if use != "image" or not packed}
         heads = list(dict.fromkeys(column.partition(".")[0] for column in wanted.values()))
         place = 0
-        for batch in table.select_columns(heads).iter(BATCH):
-            for number in range(len(batch[heads[0]])):
-                row = {use: _value({head: batch[head][number] for head in heads}, each) for use, each in wanted.items()}
+        for batch in self.table.select_columns(heads).iter(BATCH):
+            for values in zip(*(batch[head] for head in heads), strict=True):
+                cells = dict(zip(heads, values, strict=True))
+                row = {use: _value(cells, column) for use, column in wanted.items()}
                 row |= {"place": place, "ocr": ocr.joined(_listed(row.get("ocr")), most)}
                 yield from _split(row.get("id", place), row, per)
                 place += 1
@@ -84,7 +92,7 @@ class Columns(Records):
     @functools.cached_property
     def shown(self) -> Any:
         """The column of pictures alone."""
-        return self.table.select_columns([self.options["columns"]["image"]])
+        return self.table.select_columns([self.columns["image"]])
 
     def _sample(self, key: Any, row: Any) -> Sample:
         picture: tuple[Path | Packed, ...]

@@ -44,8 +44,9 @@ FOLDER = ".qformer-index"
 """Where indices are kept under data.root."""
 SMALL = 8 << 20
 """Bytes of sources that are read faster than an index is worth."""
-HASHED = 16 << 30
-"""Bytes of sources beyond which they are known by size and times alone: archives and tables that hold pictures."""
+CONTAINERS = (".tar", ".parquet", ".arrow")
+"""Endings of files that hold pictures beside their records: of these, which may be terabytes, the ends are hashed."""
+END = 1 << 20
 BATCH = 16 << 20
 """Bytes of rows that are held before they are written."""
 DAY = 24 * 60 * 60
@@ -131,9 +132,10 @@ class Index:
         Raises:
             DataError: the files cannot be read, or `folder` or `always` was given and no index can be written.
         """
-        if not all(path.exists() for path in records.files.values()):  # a table on the hub, which is cached there
+        roles = records.sources()
+        if not roles or not all(path.exists() for path in roles.values()):  # a table that the hub's client holds
             return in_memory(records.entries())
-        sources = _Sources(records.files)
+        sources = _Sources(roles)
         stems = {folder: _stem(records, sources, folder) for folder in self.folders}
         for folder, stem in stems.items():
             rows = _find(folder, stem, records, sources)
@@ -178,12 +180,12 @@ class _Sources:
     def content(self) -> str:
         """A hash of what is in them."""
         whole = hashlib.sha256()
-        if self.size > HASHED:
-            whole.update(json.dumps(self.state).encode())
-            return whole.hexdigest()
         for file in self.files:
             try:
                 with file.open("rb") as stream:
+                    if file.suffix in CONTAINERS:
+                        whole.update(f"{file.stat().st_size} ".encode() + stream.read(END))
+                        stream.seek(max(0, file.stat().st_size - END))
                     whole.update(hashlib.file_digest(stream, "sha256").digest())
             except OSError as error:
                 raise DataError(f"{file}: it cannot be read: {error.strerror}.") from None
@@ -295,13 +297,13 @@ def _code(reader: type) -> str:
 
 def _without_paths(words: str, records: Records) -> str:
     """A message without the places of files, which may be moved together with the index."""
-    for role, path in records.files.items():
+    for role, path in records.sources().items():
         words = words.replace(str(path), f"\0{role}\0")
     return words
 
 
 def _with_paths(words: str, records: Records) -> str:
-    for role, path in records.files.items():
+    for role, path in records.sources().items():
         words = words.replace(f"\0{role}\0", str(path))
     return words
 

@@ -118,6 +118,10 @@ class Records(ABC):
         """What messages call a record: its line, its number, or the file's own key."""
         return self.rows.key(place)
 
+    def sources(self) -> dict[str, Path]:
+        """The files that records are read from, by role; pictures are looked for when one is opened."""
+        return dict(self.files)
+
     def entries(self) -> Iterator[Entry]:
         """Key, row and error of every record, read from the files one by one.
 
