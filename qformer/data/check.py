@@ -13,6 +13,7 @@ from typing import Any
 from qformer import cards, keyed, resources
 from qformer.cards import Download, EvalCard, TaskCard, TrainCard
 from qformer.data.index import Index, Rows
+from qformer.data.pictures import stands_for
 from qformer.data.readers import READERS, expected, is_there, read_records
 from qformer.data.records import Records
 from qformer.errors import DataError, lookup
@@ -71,18 +72,24 @@ class Found:
 
     @property
     def downloads(self) -> list[Download]:
-        """What brings the missing files: whatever goes where one of them belongs."""
+        """What brings the missing files: whatever goes where one of them belongs, or where there is nothing yet."""
         gone = [PurePosixPath(file.path.relative_to(self.root).as_posix()) for file in self.missing]
         return [
             each
             for each in self.card.downloads
-            if any(path.is_relative_to(each.into) or PurePosixPath(each.into).is_relative_to(path) for path in gone)
+            if not stands_for(self.root / each.into)
+            or any(path.is_relative_to(each.into) or PurePosixPath(each.into).is_relative_to(path) for path in gone)
         ]
+
+    @property
+    def lacking(self) -> bool:
+        """Whether something is still to be put into the root."""
+        return bool(self.missing or self.downloads)
 
     @property
     def sound(self) -> bool:
         """Whether nothing is missing or broken."""
-        return not self.missing and not any(each.error or each.broken or each.pictures for each in self.sections)
+        return not self.lacking and not any(each.error or each.broken or each.pictures for each in self.sections)
 
 
 def chosen(names: Sequence[str]) -> list[TaskCard]:

@@ -109,7 +109,7 @@ class Index:
     """The indices of the sets under one data root."""
 
     def __init__(
-        self, root: Path, folder: str | Path | None = None, *, always: bool = False, say: Callable[[str], None] = str
+        self, root: Path, folder: str | Path | None = None, *, always: bool = False, say: Callable[[str], object] = str
     ):
         """Where indices are looked for, and written.
 
