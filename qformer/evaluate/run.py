@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qformer import __version__, keyed
 from qformer.cards import EvalCard, TaskCard
+from qformer.data.index import Index
 from qformer.data.readers import Records, open_records
 from qformer.errors import ConfigError, DataError
 from qformer.evaluate import baselines
 from qformer.evaluate.metrics import METRICS, Answer, Outcome, bootstrap, checked_options
 from qformer.evaluate.predict import Model, Question, predict, question
 from qformer.evaluate.recipe import recipe, recipe_id
-from qformer.sample import Sample, Video
+from qformer.sample import Packed, Sample, Video
 from qformer.text import Profile, Templates, load_templates
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def score(
     shuffled: bool = True,
     seed: int = 0,
     on_error: Literal["fail", "skip"] = "fail",
+    index: str | None = None,
     say: Say = print,
     quiet: bool = False,
 ) -> dict[str, dict[str, Any]]:
@@ -102,6 +104,7 @@ def score(
         shuffled: whether each set is asked again with shuffled pictures.
         seed: of subset, shuffling and bootstrap.
         on_error: what a broken record does.
+        index: where annotations are kept once they were read, as `data.index`.
         say: is given every line meant for a person.
         quiet: no progress bars.
 
@@ -115,7 +118,8 @@ def score(
     for name, value in (("limit", limit), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise ConfigError(f"evaluation: {name} is {value}; it must be at least 1.")
-    tasks = {key: _open(card, root) for key, card in cards.items()}
+    kept = Index(root, index, say=say)
+    tasks = {key: _open(card, root, kept) for key, card in cards.items()}
     results, notes = {}, []
     with _progress(quiet) as track:
         for key, task in tasks.items():
@@ -172,11 +176,11 @@ def as_text(shown: Table) -> str:
 # -- one card ---------------------------------------------------------------------------------------------------------
 
 
-def _open(card: TaskCard, root: Path) -> Task:
+def _open(card: TaskCard, root: Path, index: Index) -> Task:
     section = card.eval
     assert section is not None, card.key
     options = checked_options(section, card.key)
-    return Task(card, section, load_templates(section.template), open_records(section, root, card), options)
+    return Task(card, section, load_templates(section.template), open_records(section, root, card, index), options)
 
 
 def _answered(
@@ -357,11 +361,14 @@ def _lines(asked: Answered, scores: Sequence[float], root: Path) -> list[dict[st
     return lines
 
 
-def picture_name(picture: Path | bytes | Video, root: Path) -> str:
-    """A picture's path from the data root, or a hash of one that came out of an archive."""
+def picture_name(picture: Path | bytes | Packed | Video, root: Path) -> str:
+    """A picture's path from the data root, through its archive if it lies in one, or a hash of one without a name."""
     if isinstance(picture, bytes):
         return f"sha256:{hashlib.sha256(picture).hexdigest()[:16]}"
-    path = picture.path if isinstance(picture, Video) else picture
+    if isinstance(picture, Packed):
+        path = picture.container / picture.name
+    else:
+        path = picture.path if isinstance(picture, Video) else picture
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 
