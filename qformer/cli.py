@@ -41,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("eval", help="score a run or a saved adapter, with baselines and intervals")
     command.add_argument("source", help="a run directory or a saved adapter")
+    command.add_argument("--last", action="store_true", help="of a run its last checkpoint, not its best")
     command.add_argument("--tasks", required=True, help="cards, comma-separated; also held_in, held_out")
     command.add_argument("--data", required=True, help="the folder the cards' paths start from")
     command.add_argument("--limit", type=int, help="score a seeded subset of this many samples; marked as partial")
@@ -55,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("ask", help="one picture, one instruction, one answer")
     command.add_argument("source", help="a run directory or a saved adapter")
     command.add_argument("picture")
+    command.add_argument("--last", action="store_true", help="of a run its last checkpoint, not its best")
     command.add_argument("instruction")
     command.add_argument("--max-new-tokens", type=int, default=64)
     command.add_argument("--beams", type=int, default=1)
@@ -71,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("export", help="write an adapter in the form of transformers or LAVIS")
     command.add_argument("source", help="a run, a saved adapter, a published model, or a .pth file of LAVIS")
     command.add_argument("directory", help="where it goes")
+    command.add_argument("--last", action="store_true", help="of a run its last checkpoint, not its best")
     command.add_argument("--to", required=True, choices=("transformers", "lavis"))
     command.add_argument("--vision", help="where the image encoder is now, if it moved")
     command.add_argument("--language", help="where the LLM is now, if it moved")
@@ -142,7 +145,7 @@ def _eval(options: argparse.Namespace) -> None:
     from qformer.run import score
 
     score(
-        options.source,
+        _source(options),
         options.tasks.split(","),
         options.data,
         limit=options.limit,
@@ -165,7 +168,7 @@ def _ask(options: argparse.Namespace) -> None:
     from qformer.run import best_device
 
     device = options.device or best_device()
-    model = load(options.source, vision=options.vision, language=options.language, device=device)
+    model = load(_source(options), vision=options.vision, language=options.language, device=device)
     [answer] = model.generate([options.picture], [options.instruction], **dataclasses.asdict(decoding))
     cut = model.language.truncations
     if cut.texts:
@@ -188,7 +191,7 @@ def _export(options: argparse.Namespace) -> None:
     from qformer.run import export
 
     towers = {"vision": options.vision, "language": options.language}
-    for line in export(options.source, options.directory, options.to, **towers):
+    for line in export(_source(options), options.directory, options.to, **towers):
         _say(line)
 
 
@@ -200,6 +203,15 @@ def _tasks(options: argparse.Namespace) -> None:
     console = Console(highlight=False, soft_wrap=bool(options.name))
     console.width = max(console.width, NARROWEST_TABLE)
     console.print(card_page(options.name) if options.name else table(), markup=False)
+
+
+def _source(options: argparse.Namespace) -> str:
+    """What is to be loaded: with --last a run's last checkpoint."""
+    if not options.last:
+        return str(options.source)
+    from qformer.loading import last_checkpoint
+
+    return str(last_checkpoint(options.source))
 
 
 def _say(line: object) -> None:

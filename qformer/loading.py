@@ -46,6 +46,9 @@ from qformer.weights import LoadReport
 EVA_CLIP_G = "eva_giant_patch14_clip_224"
 """timm's name of the encoder whose weights LAVIS calls eva_vit_g.pth."""
 
+BEST = "best"
+"""The checkpoint of a run that did best in validation, beside those of its last steps."""
+
 Tower = TypeVar("Tower", VisionConfig, LanguageConfig)
 
 
@@ -166,11 +169,12 @@ def load(
     strict: bool = True,
     report: Callable[[str], None] | None = None,
 ) -> VLM:
-    """A saved adapter, a run's last checkpoint, or a published model or adapter, between its towers.
+    """A saved adapter, a run's best or last checkpoint, or a published model or adapter, between its towers.
 
     Args:
-        source: a directory written by `save` or a run directory; a directory or hub id of a transformers InstructBLIP
-            or BLIP-2; a .pth file of LAVIS, which needs both towers named.
+        source: a directory written by `save`; a run directory, whose best checkpoint is taken where it was validated
+            and else its last (`last_checkpoint` gives the last in any case); a directory or hub id of a transformers
+            InstructBLIP or BLIP-2; a .pth file of LAVIS, which needs both towers named.
         vision: where the encoder is, if elsewhere than in training or in the source: a name, a file of LAVIS'
             EVA-CLIP-g (eva_vit_g.pth), settings, or an encoder of one's own (`OwnTower`).
         language: where the LLM is, likewise.
@@ -462,13 +466,16 @@ def _encoder(settings: RunConfig, own: Callable[[Tensor], Any] | None) -> tuple[
 
 
 def adapter_directory(source: Path) -> Path:
-    """Where the adapter's files are: the directory itself, or a run's last checkpoint.
+    """Where the adapter's files are: the directory itself, or a run's best checkpoint, or its last where none is best.
 
     Raises:
         ConfigError: neither is there.
     """
     if (source / ADAPTER_FILE).is_file():
         return source
+    best = source / "checkpoints" / BEST
+    if (best / ADAPTER_FILE).is_file():
+        return best
     steps = checkpoints(source)
     if steps:
         return steps[-1]
@@ -494,6 +501,18 @@ def checkpoints(run: Path) -> list[Path]:
     """The whole checkpoints of a run directory, oldest first."""
     found = [path for path in (run / "checkpoints").glob("step-*") if (path / ADAPTER_FILE).is_file()]
     return sorted((path for path in found if _step(path).isdecimal()), key=lambda path: int(_step(path)))
+
+
+def last_checkpoint(source: str | Path) -> Path:
+    """The checkpoint of a run's last step, whichever was the best.
+
+    Raises:
+        ConfigError: it is no run directory with a checkpoint.
+    """
+    steps = checkpoints(Path(source))
+    if not steps:
+        raise ConfigError(f"{source}: it is no run directory with a checkpoint, so there is no last one to take.")
+    return steps[-1]
 
 
 def _step(checkpoint: Path) -> str:

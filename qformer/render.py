@@ -25,12 +25,9 @@ def joiner_of(settings: RunConfig) -> Joiner:
 
 def render(settings: RunConfig, count: int, *, ids: bool = False) -> list[Styled]:
     """The first `count` samples of a run as they would be shown to the model, one block of text each."""
-    named = cards.load_all(settings.data.tasks, "train")
+    named, multipliers = cards.mixture(settings.data)
     sources = open_sources(named, Path(settings.data.root))
-    weights = {
-        card.key: settings.data.tasks[name] for name, card in zip(settings.data.tasks, named.values(), strict=True)
-    }
-    mixture = mixture_of(sources, settings.data, weights, settings.seed)
+    mixture = mixture_of(sources, settings.data, multipliers, settings.seed)
     joiner = joiner_of(settings)
     return [
         block(joiner, draw.task, item, settings.qformer.queries, ids=ids)

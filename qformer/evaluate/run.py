@@ -115,7 +115,7 @@ def score(
     for name, value in (("limit", limit), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise ConfigError(f"evaluation: {name} is {value}; it must be at least 1.")
-    tasks = {key: _open(card, root) for key, card in cards.items()}
+    tasks = {key: open_task(card, root) for key, card in cards.items()}
     results, notes = {}, []
     with _progress(quiet) as track:
         for key, task in tasks.items():
@@ -172,7 +172,13 @@ def as_text(shown: Table) -> str:
 # -- one card ---------------------------------------------------------------------------------------------------------
 
 
-def _open(card: TaskCard, root: Path) -> Task:
+def open_task(card: TaskCard, root: Path) -> Task:
+    """A card whose metric, template and files are there.
+
+    Raises:
+        ConfigError: an unknown metric, reader, template or option.
+        DataError: files that are missing or not of the form expected.
+    """
     section = card.eval
     assert section is not None, card.key
     options = checked_options(section, card.key)

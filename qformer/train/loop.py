@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch.utils.data import DataLoader
 
 from qformer import cards, config, keyed, loading, vlm, weights
@@ -26,17 +28,38 @@ from qformer.train.optim import learning_rate, optimizer_for
 from qformer.train.step import NotFiniteError, StepReport, train_step
 
 CONFIG_FILE, METRICS_FILE, MIXTURE_FILE, BROKEN_FILE = "config.yaml", "metrics.jsonl", "mixture.json", "broken.jsonl"
+VALIDATION = "validation"
+"""The key of a validation's mean in metrics.jsonl; `validation/TASK` are its parts."""
 DATA_FILE = "data.json"
 """What the run reads: by set, hashes of card and templates, and the number of records."""
+VALIDATION_TIMEOUT = timedelta(hours=12)
+"""How long other processes wait while the first one validates; by default they give up after ten minutes."""
 PROVEN_STEPS = 3
 """Steps at the start whose trained tokens are decoded and compared with their targets."""
 
 
-def train(settings: RunConfig, *, say: Callable[[str], None] = print, quiet: bool = False) -> Path:
+Validate = Callable[[vlm.VLM, int], dict[str, float]]
+"""Scores of a model after so many steps, by task; on the first process alone, and without a trace in the training."""
+
+
+def train(
+    settings: RunConfig,
+    *,
+    validate: Validate | None = None,
+    say: Callable[[str], None] = print,
+    quiet: bool = False,
+) -> Path:
     """Run, or go on with, the training that the settings describe; the run directory.
 
     Cards, files and settings are checked before any weight is read.  A run directory that holds checkpoints goes on
     from the last one, bit for bit as if it had never stopped.
+
+    Args:
+        settings: what to do.
+        validate: gives the scores that `validation` asks for; the adapter with the best mean is kept beside the
+            rolling checkpoints.
+        say: is given every line meant for a person.
+        quiet: no progress bars.
 
     Raises:
         ConfigError, DataError: the settings or the data are at fault.  TrainingError: a value that is not finite,
@@ -46,11 +69,8 @@ def train(settings: RunConfig, *, say: Callable[[str], None] = print, quiet: boo
     run = settings.directory
     _check_place(run)
     check_trackers(settings.train.log_with)
-    task_cards = cards.load_all(settings.data.tasks, "train")
+    task_cards, multipliers = cards.mixture(settings.data)
     sources = open_sources(task_cards, Path(settings.data.root), on_error=settings.data.on_error)
-    multipliers = {
-        card.key: settings.data.tasks[name] for name, card in zip(settings.data.tasks, task_cards.values(), strict=True)
-    }
     mixture = mixture_of(sources, settings.data, multipliers, settings.seed)
     described = {key: source.described() for key, source in sources.items()}
     last = loading.checkpoints(run)[-1:]
@@ -60,8 +80,10 @@ def train(settings: RunConfig, *, say: Callable[[str], None] = print, quiet: boo
     if last:
         checkpoint.enough_steps(last[0], settings.train.steps)
 
+    patience = [InitProcessGroupKwargs(timeout=VALIDATION_TIMEOUT)] if validate else []
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
+        kwargs_handlers=patience,
         mixed_precision="bf16" if settings.train.precision == "bfloat16" else "no",
         log_with=list(settings.train.log_with) or None,
         project_dir=str(run),
@@ -113,6 +135,9 @@ def train(settings: RunConfig, *, say: Callable[[str], None] = print, quiet: boo
         num_workers=settings.data.workers,
     )
     with _bar(settings, start, shown=first_process and not quiet) as advance, _Lines(run, first_process) as lines:
+        validation = _Validation(settings, validate, model, lines, accelerator, say)
+        if start and validation.due(start) and not validation.done(start):
+            validation(start)  # it was cut off by whatever ended the run before
         began = time.perf_counter()
         for data in loader:
             step = data.step
@@ -138,9 +163,12 @@ def train(settings: RunConfig, *, say: Callable[[str], None] = print, quiet: boo
                 if settings.train.log_with:
                     accelerator.log(values, step=done)
             advance(report.loss, settings.train.batch_size / seconds)
-            if done % settings.train.checkpoint_every == 0 or done == settings.train.steps:
+            # A step that is validated has a checkpoint too: a run that is ended in between goes on with validating.
+            if done % settings.train.checkpoint_every == 0 or done == settings.train.steps or validation.due(done):
                 if first_process:
                     checkpoint.save(run, done, model, optimizer, settings.train.keep_checkpoints)
+                if validation.due(done):
+                    validation(done)
                 accelerator.wait_for_everyone()
                 began = time.perf_counter()
     accelerator.wait_for_everyone()
@@ -151,6 +179,51 @@ def train(settings: RunConfig, *, say: Callable[[str], None] = print, quiet: boo
     if settings.train.log_with:
         accelerator.end_training()
     return run
+
+
+class _Validation:
+    """Scores a run at the steps that `validation.every` names, and keeps the adapter that does best."""
+
+    def __init__(
+        self,
+        settings: RunConfig,
+        validate: Validate | None,
+        model: vlm.VLM,
+        lines: _Lines,
+        accelerator: Accelerator,
+        say: Callable[[str], None],
+    ):
+        self.settings, self.validate, self.model = settings, validate, model
+        self.lines, self.accelerator, self.say = lines, accelerator, say
+
+    def due(self, step: int) -> bool:
+        """Whether the run is validated after so many steps."""
+        return self.validate is not None and (
+            step % self.settings.validation.every == 0 or step == self.settings.train.steps
+        )
+
+    def done(self, step: int) -> bool:
+        """Whether it was, by the lines of metrics.jsonl."""
+        lines = (self.settings.directory / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+        told = map(json.loads, lines)
+        return any(line["step"] == step and VALIDATION in line for line in told)
+
+    def __call__(self, step: int) -> None:
+        """Validate; the other processes wait for the first one at the next barrier."""
+        if self.validate is None or not self.accelerator.is_main_process:
+            return
+        with monitors.undisturbed(self.model):
+            scores = self.validate(self.model, step)
+        mean = sum(scores.values()) / len(scores)
+        best = checkpoint.keep_best(self.settings.directory, step, self.model, mean, scores)
+        values = {VALIDATION: mean, **{f"{VALIDATION}/{task}": score for task, score in scores.items()}}
+        self.lines.write({"step": step, **values})
+        if self.settings.train.log_with:
+            self.accelerator.log(values, step=step)
+        listed = ", ".join(f"{task} {score:.4f}" for task, score in scores.items())
+        self.say(
+            f"step {step}: validation {mean:.4f} ({listed}); the best is {best['mean']:.4f} at step {best['step']}"
+        )
 
 
 def check_trackers(names: list[str]) -> None:
