@@ -106,6 +106,23 @@ class EvalCard:
 
 
 @dataclass(frozen=True)
+class Download:
+    """A file or an archive that a set is read from, and where it must lie."""
+
+    what: str
+    """Its name, and of an archive what is taken from it."""
+    source: str
+    """Where it is to be had: a site and a page, in words."""
+    into: str
+    """The file or folder under data.root that it must be, or be unpacked in."""
+    gigabytes: float
+    """About how much disk it takes once it lies there."""
+
+    def __post_init__(self) -> None:
+        config.check_numbers("downloads", self, "gigabytes")
+
+
+@dataclass(frozen=True)
 class TaskCard:
     """One data set."""
 
@@ -117,7 +134,9 @@ class TaskCard:
     category: str = ""
     licence: str = ""
     source: str = ""
-    """Where the files are to be had, and the layout they are expected in."""
+    """Where the files are to be had, and the layout they are expected in, in one line."""
+    downloads: list[Download] = field(default_factory=list)
+    """The same, file by file."""
     train: TrainCard | None = None
     eval: EvalCard | None = None
     notes: list[str] = field(default_factory=list)
