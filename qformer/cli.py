@@ -38,6 +38,8 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("train", help="tune a Q-Former as a config says; goes on where it stopped")
     command.add_argument("config", help="a shipped config's name or a YAML file")
     command.add_argument("changes", nargs="*", metavar="key=value", help="settings to change")
+    told = "say what would be done, weights unread: settings, parameters, mixture, ten samples of each set"
+    command.add_argument("--dry-run", action="store_true", help=told)
 
     command = commands.add_parser("eval", help="score a run or a saved adapter, with baselines and intervals")
     command.add_argument("source", help="a run directory or a saved adapter")
@@ -86,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 done, 1 a failure, 2 wrong usage, 130 interrupted."""
     try:
-        options = parser().parse_args(arguments)
+        options = _parsed(arguments)
     except SystemExit as stop:
         return int(stop.code or 0)
     with _watching_for_ctrl_c() as interrupted:
@@ -104,6 +106,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise
             print(f"qformer: {error}", file=sys.stderr)
             return error.exit_code
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options; changes to settings may stand behind a flag too, where argparse by itself takes no more of them."""
+    top = parser()
+    options, left = top.parse_known_args(arguments)
+    if left and (not hasattr(options, "changes") or any(each.startswith("-") for each in left)):
+        top.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        options.changes = [*options.changes, *left]
+    return options
 
 
 @contextmanager
@@ -133,9 +146,24 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    if options.dry_run:
+        return _dry_run(options)
     from qformer.run import fit
 
     fit(options.config, options.changes, say=_say)
+
+
+def _dry_run(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from qformer import config
+    from qformer.dryrun import dry_run
+
+    console = Console(highlight=False)
+    console.width = max(console.width, NARROWEST_TABLE)
+    for shown in dry_run(config.load(options.config, options.changes)):
+        console.print(shown, soft_wrap=not isinstance(shown, Table))
 
 
 def _eval(options: argparse.Namespace) -> None:

@@ -28,6 +28,7 @@ from qformer.checkpoints import (
     is_transformers,
     own_names,
     place,
+    published_size,
     read_config,
     read_embeddings,
     read_lavis,
@@ -501,6 +502,20 @@ def checkpoints(run: Path) -> list[Path]:
     """The whole checkpoints of a run directory, oldest first."""
     found = [path for path in (run / "checkpoints").glob("step-*") if (path / ADAPTER_FILE).is_file()]
     return sorted((path for path in found if _step(path).isdecimal()), key=lambda path: int(_step(path)))
+
+
+def described_size(name: str) -> dict[str, Any] | None:
+    """The fields of `QFormerSize` that the config of a source of `qformer.init` tells, without its weights.
+
+    None where it has none at hand: a file of LAVIS, or a hub id that cannot be reached.
+    """
+    path = Path(resources.located(name))
+    if not path.is_dir():
+        return None if path.suffix in PICKLES else weights.bert_shape(name)
+    with suppress(ConfigError):
+        return dataclasses.asdict(_described(adapter_directory(path) / CONFIG_FILE)[1])
+    described = read_config(path, name)
+    return published_size(described) if is_transformers(described) else weights.bert_shape(str(path))
 
 
 def last_checkpoint(source: str | Path) -> Path:

@@ -13,7 +13,7 @@ from qformer.backbones.language import load_profile
 from qformer.config import RunConfig
 from qformer.data.batch import items_of, mixture_of, open_sources
 from qformer.loading import instruction_tokenizer, located
-from qformer.sample import Row, Slot
+from qformer.sample import Row, Slot, Turn
 from qformer.text import Joiner
 
 
@@ -53,6 +53,25 @@ def block(joiner: Joiner, task: str, item: Item, queries: int, *, ids: bool) -> 
     text.append_text(
         row_text(joiner, joiner.row(item.rendered, range(len(item.pictures)), answered=True), queries, ids=ids)
     )
+    text.append("\n")
+    return text
+
+
+def words_of(task: str, item: Item) -> Styled:
+    """One row in words, where there is no tokenizer to say its tokens; what is trained is marked as in `block`."""
+    text = Styled()
+    text.append(f"{item.name}\n", style="bold")
+    text.append(f"  set          {task}\n")
+    for picture in item.pictures:
+        text.append(f"  picture      {picture if isinstance(picture, Path) else '<bytes>'}\n")
+    rendered = item.rendered
+    turns = rendered.turns or (*rendered.history, Turn(rendered.instruction, rendered.target))
+    text.append("  words       ")
+    for number, turn in enumerate(turns):
+        trained = bool(rendered.turns) or number == len(turns) - 1
+        text.append(f" {turn.instruction} ".replace("\n", "⏎"))
+        marked = f"▸{turn.answer}◂" if trained else turn.answer
+        text.append(marked.replace("\n", "⏎"), style="bold green" if trained else "")
     text.append("\n")
     return text
 
