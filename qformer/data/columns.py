@@ -35,43 +35,61 @@ class Columns(Records):
     - `per`: `row`; `item`, a record of each caption, or of each question where `question` is a column of lists beside
       one of answers; `answer`, a record of each distinct answer.
     - `repository`, `revision`, `configuration`, `split`: what `datasets.load_dataset` is asked for.
+    - `drop`: a column; rows that say true there are left out.
     - `form`: `multiple_choice` makes the right choice the reference, as for A-OKVQA.
     - `ocr_tokens`: how many words of `ocr` are kept.
 
-    Pictures are read from the column when they are looked at, or below files.images where the column holds names.
+    Pictures are read from the column when they are looked at, or below files.images where the column holds names.  Under
+    files.ocr the words in pictures may stand apart, by `image_id`.
     """
 
     name = "columns"
     roles = ("table",)
-    optional = ("images",)
+    optional = ("images", "ocr")
     elsewhere = ("table",)
-    settings = ("columns", "per", "repository", "revision", "configuration", "split", "form", "ocr_tokens")
+    settings = ("columns", "per", "repository", "revision", "configuration", "split", "form", "ocr_tokens", "drop")
 
-    def _read(self) -> Iterator[tuple[Any, Any]]:
+    def _prepare(self) -> None:
         columns = self.options.get("columns")
         if not isinstance(columns, Mapping) or "image" not in columns:
             raise ConfigError(f"{self.task}: options.columns must say which column is for what, and name an 'image'.")
-        per = self.option("per", ("row", "item", "answer"))
+        self.columns = {str(use): str(column) for use, column in columns.items()}
         self.form = self.option("form", ("direct_answer", "multiple_choice"))
-        most = ocr.limit(self.options)
-        table = self.table
-        for use, column in columns.items():
-            if str(column).partition(".")[0] not in table.column_names:
+        known = self.table.column_names
+        for use, column in {
+            **self.columns,
+            **({"drop": self.options["drop"]} if "drop" in self.options else {}),
+        }.items():
+            if column.partition(".")[0] not in known:
                 raise DataError(
-                    f"{self.file}: there is no column '{column}' (options.columns.{use})."
-                    f"{did_you_mean(str(column), table.column_names)}"
+                    f"{self.file}: there is no column '{column}' (options.columns.{use}).{did_you_mean(column, known)}"
                 )
-        if _holds_pictures(table, columns["image"]):
-            wanted = {use: str(column) for use, column in columns.items() if use != "image"}
-        else:
-            wanted = {use: str(column) for use, column in columns.items()}
-        heads = list(dict.fromkeys(column.partition(".")[0] for column in wanted.values()))
+
+    def sources(self) -> dict[str, Path]:
+        """What the table is read from: the folder, or files that the hub's client keeps."""
+        if self.file.is_dir():
+            return dict(self.files)
+        kept = self.table.cache_files
+        return {f"table {number}": Path(each["filename"]) for number, each in enumerate(kept)}
+
+    def _read(self) -> Iterator[tuple[Any, Any]]:
+        yield from self.once(self._rows())
+
+    def _rows(self) -> Iterator[tuple[Any, Any]]:
+        per, most = self.option("per", ("row", "item", "answer")), ocr.limit(self.options)
+        written, drop = ocr.read_side_file(self.files.get("ocr"), most), self.options.get("drop")
+        packed = _holds_pictures(self.table, self.columns["image"])
+        wanted = {use: column for use, column in self.columns.items() if use != "image" or not packed}
+        heads = list(dict.fromkeys(column.partition(".")[0] for column in (*wanted.values(), drop) if column))
         place = 0
-        for batch in table.select_columns(heads).iter(BATCH):
-            for number in range(len(batch[heads[0]])):
-                row = {use: _value({head: batch[head][number] for head in heads}, each) for use, each in wanted.items()}
-                row |= {"place": place, "ocr": ocr.joined(_listed(row.get("ocr")), most)}
-                yield from _split(row.get("id", place), row, per)
+        for batch in self.table.select_columns(heads).iter(BATCH):
+            for values in zip(*(batch[head] for head in heads), strict=True):
+                cells = dict(zip(heads, values, strict=True))
+                row = {use: _value(cells, column) for use, column in wanted.items()}
+                own = ocr.joined(_listed(row.get("ocr")), most)
+                row |= {"place": place, "ocr": own or written.get(str(row.get("image_id")), "")}
+                if not (drop and cells[drop]):
+                    yield from _split(row.get("id", place), row, per)
                 place += 1
 
     @functools.cached_property
@@ -82,7 +100,7 @@ class Columns(Records):
     @functools.cached_property
     def shown(self) -> Any:
         """The column of pictures alone."""
-        return self.table.select_columns([self.options["columns"]["image"]])
+        return self.table.select_columns([self.columns["image"]])
 
     def _sample(self, key: Any, row: Any) -> Sample:
         picture: tuple[Path | Packed, ...]
@@ -134,11 +152,12 @@ def _load(folder: Path, options: Mapping[str, Any], task: str) -> Any:
             return datasets.load_from_disk(str(folder))[split]
         if folder.is_dir():
             files = sorted(folder.rglob("*.parquet"))
-            mine = [str(file) for file in files if split in (*file.parent.parts[-1:], file.name.partition("-")[0])]
+            wanted = split.split("+")
+            mine = [str(file) for file in files if {file.parent.name, file.name.partition("-")[0]} & set(wanted)]
             chosen_files = mine or ([] if _other_splits(files) else [str(file) for file in files])
             if not chosen_files:
                 raise DataError(f"{folder}: there is no parquet file of the split '{split}' in it.")
-            return datasets.load_dataset("parquet", data_files={split: chosen_files}, split=split)
+            return datasets.load_dataset("parquet", data_files={"rows": chosen_files}, split="rows")
         if not repository:
             raise DataError(f"{task}: there is no '{folder}' (files.table of the card, under data.root).")
         return datasets.load_dataset(

@@ -26,11 +26,13 @@ class JsonLines(Records):
     settings = ("kind",)
     numbering = "line"
 
-    def _read(self) -> Iterator[tuple[int, Any]]:
+    def _prepare(self) -> None:
         try:
             self.kind = re.compile(self.options.get("kind", ""))
         except re.error as error:
             raise ConfigError(f"{self.task}: options.kind is not a regular expression: {error}.") from None
+
+    def _read(self) -> Iterator[tuple[int, Any]]:
         first_line: dict[str, int] = {}
         place = 0
         for number, line in iterate_lines(self.file):

@@ -15,6 +15,7 @@ from urllib.parse import urlparse
 from qformer.cards import EvalCard, TaskCard, TrainCard
 from qformer.data import ocr
 from qformer.data.columns import Columns
+from qformer.data.index import Index
 from qformer.data.jsonl import JsonLines
 from qformer.data.pictures import stands_for
 from qformer.data.records import Records
@@ -110,8 +111,10 @@ class CaptionList(Records):
     roles = ("captions", "images")
     settings = ("image", "caption")
 
-    def _read(self) -> Iterator[tuple[Any, Any]]:
+    def _prepare(self) -> None:
         self.fields = [str(self.options.get(name, name)) for name in ("image", "caption")]
+
+    def _read(self) -> Iterator[tuple[Any, Any]]:
         for place, row in enumerate(iterate_json(self.file)):
             yield place, {name: row[name] for name in self.fields if name in row}
 
@@ -222,8 +225,10 @@ class AOKVQA(Records):
     roles = ("questions", "images")
     settings = ("image", "form", "difficult", "per")
 
-    def _read(self) -> Iterator[tuple[Any, Any]]:
+    def _prepare(self) -> None:
         self.form = self.option("form", ("direct_answer", "multiple_choice"))
+
+    def _read(self) -> Iterator[tuple[Any, Any]]:
         yield from self.once(_per_answer(self._rows(), self.option("per", ("question", "answer"))))
 
     def _rows(self) -> Iterator[tuple[Any, Any]]:
@@ -364,9 +369,11 @@ class VSR(Records):
     roles = ("statements", "images")
     settings = ("words",)
 
-    def _read(self) -> Iterator[tuple[Any, Any]]:
+    def _prepare(self) -> None:
         if not isinstance(self.options.get("words"), (list, tuple)) or len(self.options["words"]) != 2:
             raise ConfigError(f"{self.task}: options.words must be two words, for label 0 and label 1, in quotes.")
+
+    def _read(self) -> Iterator[tuple[Any, Any]]:
         for line_number, line in iterate_lines(self.file):
             if line.strip():
                 try:
@@ -423,8 +430,8 @@ READERS: dict[str, type[Records]] = {
 }  # fmt: skip
 
 
-def open_records(section: TrainCard | EvalCard, root: Path, card: TaskCard) -> Records:
-    """The records of one section of a card, under `data.root`.
+def open_records(section: TrainCard | EvalCard, root: Path, card: TaskCard, index: Index | None = None) -> Records:
+    """The records of one section of a card, under `data.root`; out of the index, if one is given.
 
     Raises:
         ConfigError: an unknown reader, role or option.
@@ -446,7 +453,7 @@ def open_records(section: TrainCard | EvalCard, root: Path, card: TaskCard) -> R
                     f"{card.key}: there is no '{path}' (files.{role} of the card, under data.root).{download}"
                 )
     split = section.split if isinstance(section, EvalCard) else "train"
-    return reader(files, section.options, card.key, split)
+    return reader(files, section.options, card.key, split, index)
 
 
 def _ocr(written: Mapping[str, str], row: Mapping[str, Any]) -> dict[str, str]:

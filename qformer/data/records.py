@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from qformer.data.index import Entry, Index, in_memory
 from qformer.data.pictures import Pictures
 from qformer.errors import ConfigError, DataError, did_you_mean
 from qformer.sample import Packed, Sample
@@ -18,8 +20,8 @@ MISFORMED = (KeyError, TypeError, AttributeError, ValueError, IndexError, Overfl
 class Records(ABC):
     """The records of one set, in the file's order.
 
-    `rows` holds them as parsed, each with its key; `broken` the errors of those that were found broken at opening,
-    by their place: they keep it, and asking for one raises its error.
+    `rows` holds them as parsed, each with its key, in Arrow; `broken` the errors of those that were found broken at
+    reading, by their place: they keep it, and asking for one raises its error.
     """
 
     name: ClassVar[str]
@@ -41,14 +43,16 @@ class Records(ABC):
         options: Mapping[str, Any],
         task: str,
         split: str = "train",
+        index: Index | None = None,
     ):
-        """Read the files.
+        """Find the records in the index, or read the files.
 
         Args:
             files: paths by role; under `images` there may be several.
             options: the reader's own settings.
             task: the card's key; filed in each sample, and first part of its id.
             split: second part of the ids.
+            index: where records are kept that were read before; None: they are read, and held in memory.
 
         Raises:
             ConfigError: a role or an option is missing or unknown.
@@ -71,10 +75,9 @@ class Records(ABC):
         self.options, self.task, self.split = dict(options), task, split
         self.file = self.files[self.roles[0]]
         self.broken: dict[int, DataError] = {}
-        try:
-            self.rows = list(self._read())
-        except MISFORMED as error:
-            raise DataError(f"{self.file}: {_what_is_wrong(error)}; is it the file that the card means?") from None
+        self._prepare()
+        self.rows = in_memory(self.entries()) if index is None else index.rows(self)
+        self.broken = {place: DataError(words) for place, words in self.rows.broken.items()}
         if not self.rows:
             raise DataError(f"{self.file}: holds no record.")
 
@@ -87,11 +90,12 @@ class Records(ABC):
         Raises:
             DataError: it is broken; names file and record.
         """
-        key, row = self.rows[place]
-        if place % len(self.rows) in self.broken:
-            raise self.broken[place % len(self.rows)]
+        place = range(len(self.rows))[place]
+        if place in self.broken:
+            raise self.broken[place]
+        key = self.rows.key(place)
         try:
-            return _encodable(self._sample(key, row))
+            return _encodable(self._sample(key, self.rows.row(place)))
         except DataError as error:
             raise self.at_fault(key, str(error)) from None
         except MISFORMED as error:
@@ -112,11 +116,36 @@ class Records(ABC):
 
     def key(self, place: int) -> Any:
         """What messages call a record: its line, its number, or the file's own key."""
-        return self.rows[place][0]
+        return self.rows.key(place)
+
+    def sources(self) -> dict[str, Path]:
+        """The files that records are read from, by role; pictures are looked for when one is opened."""
+        return dict(self.files)
+
+    def entries(self) -> Iterator[Entry]:
+        """Key, row and error of every record, read from the files one by one.
+
+        Raises:
+            DataError: a file is not of the form expected.
+        """
+        rows = self._read()
+        for place in itertools.count():
+            try:
+                key, row = next(rows)
+            except StopIteration:
+                return
+            except MISFORMED as error:
+                raise DataError(f"{self.file}: {_what_is_wrong(error)}; is it the file that the card means?") from None
+            except OSError as error:
+                raise DataError(f"{self.file}: it cannot be read: {error}.") from None
+            yield key, row, str(self.broken[place]) if place in self.broken else None
+
+    def _prepare(self) -> None:  # noqa: B027 (most readers have nothing to prepare)
+        """Check and read the options; runs before `_read`, which does not run where an index holds the records."""
 
     @abstractmethod
     def _read(self) -> Iterator[tuple[Any, Any]]:
-        """Key and content of every record."""
+        """Key and content of every record, both such as JSON can write; files of any size, so as a stream."""
 
     @abstractmethod
     def _sample(self, key: Any, row: Any) -> Sample:

@@ -163,9 +163,8 @@ class _Reading:
         assert self.stream is not None
         self.stream.close()
         if isinstance(error, json.JSONDecodeError):
-            raise DataError(
-                f"{self.path}: not valid JSON ({error.msg.removesuffix(' at')} {self.window.place(error.pos)}); was the download cut short?"
-            ) from None
+            what = f"{error.msg.removesuffix(' at')} {self.window.place(error.pos)}"
+            raise DataError(f"{self.path}: not valid JSON ({what}); was the download cut short?") from None
         if isinstance(error, RecursionError):
             raise DataError(f"{self.path}: its JSON is nested too deeply {self.window.place()}.") from None
         if isinstance(error, OSError | UnicodeDecodeError):
