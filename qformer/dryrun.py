@@ -241,7 +241,9 @@ def _end(missing: Mapping[str, DataError], settings: RunConfig) -> Text:
     shown = Text()
     if missing:
         shown.append("data that are not there\n", style="bold")
-        for key, error in missing.items():
+        if not Path(settings.data.root).is_dir():
+            shown.append(f"  data.root is '{settings.data.root}', and there is no such folder.\n")
+        for key, error in missing.items() if Path(settings.data.root).is_dir() else ():
             shown.append(f"  {key}: {str(error).partition(' To download:')[0].removeprefix(f'{key}: ')}\n")
         shown.append(f"  qformer data check --data {settings.data.root} says what to download and where it goes.\n")
     shown.append("No weight was read, and nothing was written.")

@@ -34,7 +34,7 @@ from qformer.checkpoints import (
     read_lavis,
     read_transformers,
 )
-from qformer.config import LanguageConfig, QFormerConfig, RunConfig, VisionConfig
+from qformer.config import InitSource, LanguageConfig, QFormerConfig, RunConfig, VisionConfig
 from qformer.errors import ConfigError
 from qformer.exporting import lavis_projection
 from qformer.nn.qformer import QFormer, QFormerConnector, QFormerSize
@@ -69,8 +69,8 @@ def build(
     language = language_backbone.load_language(located(settings.language))
     given = settings.qformer
     generator = torch.Generator().manual_seed(settings.seed)
-    if isinstance(given.init, list | tuple):
-        return _build_from_sources(settings, encoder, language, generator, report)
+    if (sources := _adapters(given.init)) is not None:
+        return _build_from_sources(settings, sources, encoder, language, generator, report)
     if given.init is not None:
         qformer, table = weights.start_from_bert(
             resources.located(given.init),
@@ -110,15 +110,29 @@ def build(
     return VLM(encoder, connector, language, tokenizer, settings)
 
 
+def _adapters(init: Any) -> tuple[InitSource, ...] | None:
+    """`qformer.init` as a list of sources: one that is given, or the one adapter that is named; None for a BERT."""
+    if isinstance(init, list | tuple):
+        return config.init_sources(init)
+    return (InitSource(init),) if isinstance(init, str) and _is_adapter(Path(resources.located(init))) else None
+
+
+def _is_adapter(path: Path) -> bool:
+    """Whether a path is of an adapter in any form: a run, a saved one, a whole model of transformers, LAVIS' file."""
+    if path.suffix in PICKLES or (path / ADAPTER_FILE).is_file() or checkpoints(path):
+        return True
+    return path.is_dir() and _is_published(path)
+
+
 def _build_from_sources(
     settings: RunConfig,
+    chosen: tuple[InitSource, ...],
     vision: FrozenTower | OwnTower,
     language: LanguageTower,
     generator: torch.Generator,
     report: Callable[[str], None],
 ) -> VLM:
     given = settings.qformer
-    chosen = config.init_sources(given.init)
     files = {each.source for each in chosen} - {starting.NEW, starting.COPIED}
     sources = {name: _read_source(name) for name in files}
     connector, table = starting.start(
@@ -574,13 +588,29 @@ def instruction_tokenizer(given: QFormerConfig) -> Any | None:
     """
     if not given.instruction:
         return None
-    source = given.tokenizer or (given.init if isinstance(given.init, str) else None)
+    source = given.tokenizer or _words_of(given.init)
     if source is None:
         raise ConfigError(
             "qformer.instruction is on and there is no tokenizer to read it with; set qformer.init to a BERT "
             "checkpoint, qformer.tokenizer to a BERT tokenizer, or qformer.instruction: false."
         )
-    return _tokenizer(resources.located(source))
+    return _tokenizer(resources.located(str(source)))
+
+
+def _words_of(init: Any) -> str | Path | None:
+    """Where the tokenizer is that comes with the start: a BERT's own, or that of the first adapter which brings one."""
+    sources = _adapters(init)
+    if sources is None:
+        return init if isinstance(init, str) else None
+    for each in sources:
+        path = Path(resources.located(each.source))
+        places = [path / "qformer_tokenizer"]
+        with suppress(ConfigError):
+            places.append(adapter_directory(path) / TOKENIZER_FOLDER)
+        for folder in places:
+            if folder.is_dir():
+                return folder
+    return None
 
 
 def _tokenizer(source: str | Path) -> Any:
