@@ -201,7 +201,8 @@ class QFormerConfig:
 
     init: Any = None
     """A directory or hub id of a BERT checkpoint to start from; its depth and widths are taken over. null: random.
-    Or an adapter that is here: a run, a saved one, a model of transformers, a file of LAVIS.  Or a list of sources, each `{from: SOURCE, parts: [...], strict: true}`: the first that covers a part gives it."""
+    Or an adapter that is here: a run, a saved one, a model of transformers, a file of LAVIS.
+    Or a list of sources, each `{from: SOURCE, parts: [...], strict: true}`: the first that covers a part gives it."""
     tokenizer: str | None = None
     """Where the instruction's tokenizer is read from; null: from `init`."""
     queries: int = 32
