@@ -19,6 +19,7 @@ from qformer.backbones.blueprints import Blueprint
 from qformer.cards import TaskCard
 from qformer.config import RunConfig
 from qformer.data.batch import Source, items_of, open_sources
+from qformer.data.index import Index
 from qformer.data.mixture import Mixture
 from qformer.errors import ConfigError, DataError
 from qformer.nn.qformer import QFormer, QFormerConnector, QFormerSize
@@ -169,11 +170,12 @@ def _whereabouts(name: str) -> str:
 
 def _opened(chosen: Mapping[str, TaskCard], settings: RunConfig) -> tuple[dict[str, Source], dict[str, DataError]]:
     """The sets whose files are there, and what is wrong with the others."""
-    sources: dict[str, Source] = {}
+    root, sources = Path(settings.data.root), dict[str, Source]()
+    index = Index(root, settings.data.index)
     missing: dict[str, DataError] = {}
     for key, card in chosen.items():
         try:
-            sources |= open_sources({key: card}, Path(settings.data.root), on_error=settings.data.on_error)
+            sources |= open_sources({key: card}, root, on_error=settings.data.on_error, index=index)
         except DataError as error:
             missing[key] = error
     return sources, missing
@@ -210,7 +212,7 @@ def _mixture(
     for key, share in mixture.shares().items():
         shown.add_row(
             key, f"{sizes[key]:,}", f"{multipliers[key]:g}", f"{share:.4f}", f"{here[key]:,}" if key in here else "–",
-            f"{draws * share:,.0f}", f"{draws * share / mixture.records[key]:.2f}",
+            f"{draws * share:,.0f}", f"{draws * share / mixture.records[key]:,.2f}",
         )  # fmt: skip
     return shown
 
@@ -246,5 +248,5 @@ def _end(missing: Mapping[str, DataError], settings: RunConfig) -> Text:
         for key, error in missing.items() if Path(settings.data.root).is_dir() else ():
             shown.append(f"  {key}: {str(error).partition(' To download:')[0].removeprefix(f'{key}: ')}\n")
         shown.append(f"  qformer data check --data {settings.data.root} says what to download and where it goes.\n")
-    shown.append("No weight was read, and nothing was written.")
+    shown.append("No weight was read.")
     return shown

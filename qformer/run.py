@@ -52,6 +52,7 @@ def fit(
             shuffled=settings.evaluate.shuffled,
             seed=settings.seed,
             on_error=settings.data.on_error,
+            index=settings.data.index,
             say=say,
             quiet=quiet,
         )
@@ -70,6 +71,7 @@ def score(
     shuffled: bool = True,
     seed: int = 0,
     on_error: Literal["fail", "skip"] = "fail",
+    index: str | None = None,
     output: str | Path | None = None,
     vision: str | None = None,
     language: str | None = None,
@@ -86,6 +88,7 @@ def score(
         tasks: card names (`name`, `name:variant`, a YAML file), "held_in" or "held_out".
         data: the folder the cards' paths start from.
         limit: a seeded subset of this many samples per set; the score is marked as partial.
+        index: where annotations are kept once they were read, as `data.index`.
         output: where predictions and scores go; by default `eval/` in the run directory.
         device: where the model is put; by default the accelerator, if there is one.
 
@@ -118,6 +121,7 @@ def score(
             seed=seed,
             directory=Path(output),
             on_error=on_error,
+            index=index,
             say=say,
             quiet=quiet,
         )
@@ -134,6 +138,7 @@ def _validation(settings: RunConfig, quiet: bool) -> Callable[[vlm.VLM, int], di
     Raises:
         ConfigError, DataError: a wrong card or missing files, before any training.
     """
+    from qformer.data.index import Index
     from qformer.evaluate.run import open_task
     from qformer.evaluate.run import score as score_cards
 
@@ -142,7 +147,7 @@ def _validation(settings: RunConfig, quiet: bool) -> Callable[[vlm.VLM, int], di
         return None
     root = Path(settings.data.root)
     for card in chosen.values():
-        open_task(card, root)
+        open_task(card, root, Index(root, settings.data.index))
 
     def validate(model: vlm.VLM, step: int) -> dict[str, float]:
         results = score_cards(
@@ -155,6 +160,7 @@ def _validation(settings: RunConfig, quiet: bool) -> Callable[[vlm.VLM, int], di
             seed=settings.seed,
             directory=settings.directory / "validation" / f"step-{step}",
             on_error=settings.data.on_error,
+            index=settings.data.index,
             say=lambda _: None,
             quiet=quiet,
         )

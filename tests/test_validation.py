@@ -208,19 +208,20 @@ def test_a_task_without_a_score_ends_the_run_in_a_sentence(
         run.fit(settings, say=lambda _: None, quiet=True)
 
 
+@pytest.mark.parametrize("validate", [None, lambda *_: {"one": 0.5}])
 def test_other_processes_wait_for_a_long_validation(
-    make: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, validate: Scores | None
 ) -> None:
     given: list[Any] = []
-    accelerator = loop.Accelerator
+    state = loop.PartialState
 
     def watched(**settings: Any) -> Any:
-        given.extend(settings["kwargs_handlers"])
-        return accelerator(**settings)
+        given.append(settings.get("timeout"))
+        return state(**settings)
 
-    monkeypatch.setattr(loop, "Accelerator", watched)
-    train(make("train.steps=1"), lambda *_: {"one": 0.5})
-    assert [handler.timeout for handler in given] == [timedelta(hours=12)]
+    monkeypatch.setattr(loop, "PartialState", watched)
+    train(make("train.steps=1"), validate)
+    assert given == [timedelta(hours=12) if validate else None]
 
 
 VALIDATED = """

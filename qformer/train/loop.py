@@ -10,16 +10,16 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate import Accelerator, PartialState
 from torch.utils.data import DataLoader
 
 from qformer import cards, config, keyed, loading, vlm, weights
 from qformer.config import RunConfig
 from qformer.data.batch import StepData, StepMaker, mixture_of, open_sources
+from qformer.data.index import Index
 from qformer.data.proof import LabelProof
 from qformer.errors import ConfigError, TrainingError, did_you_mean
 from qformer.sample import Batch, row_length
@@ -32,6 +32,7 @@ VALIDATION = "validation"
 """The key of a validation's mean in metrics.jsonl; `validation/TASK` are its parts."""
 DATA_FILE = "data.json"
 """What the run reads: by set, hashes of card and templates, and the number of records."""
+Value = TypeVar("Value")
 VALIDATION_TIMEOUT = timedelta(hours=12)
 """How long other processes wait while the first one validates; by default they give up after ten minutes."""
 PROVEN_STEPS = 3
@@ -69,8 +70,12 @@ def train(
     run = settings.directory
     _check_place(run)
     check_trackers(settings.train.log_with)
+    state = _processes(patient=validate is not None)
     task_cards, multipliers = cards.mixture(settings.data)
-    sources = open_sources(task_cards, Path(settings.data.root), on_error=settings.data.on_error)
+    index = Index(Path(settings.data.root), settings.data.index, say=say)
+    sources = _in_turn(
+        lambda: open_sources(task_cards, Path(settings.data.root), on_error=settings.data.on_error, index=index), state
+    )
     mixture = mixture_of(sources, settings.data, multipliers, settings.seed)
     described = {key: source.described() for key, source in sources.items()}
     last = loading.checkpoints(run)[-1:]
@@ -80,10 +85,8 @@ def train(
     if last:
         checkpoint.enough_steps(last[0], settings.train.steps)
 
-    patience = [InitProcessGroupKwargs(timeout=VALIDATION_TIMEOUT)] if validate else []
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
-        kwargs_handlers=patience,
         mixed_precision="bf16" if settings.train.precision == "bfloat16" else "no",
         log_with=list(settings.train.log_with) or None,
         project_dir=str(run),
@@ -179,6 +182,32 @@ def train(
     if settings.train.log_with:
         accelerator.end_training()
     return run
+
+
+def _processes(*, patient: bool) -> PartialState:
+    """The processes of the run, joined before anything else; patient where they will wait for a validation."""
+    return PartialState(cpu=not torch.cuda.is_available(), **({"timeout": VALIDATION_TIMEOUT} if patient else {}))
+
+
+def _in_turn(work: Callable[[], Value], state: PartialState) -> Value:
+    """What each process's work gives: the first process of all goes first, then the first of each machine, then the
+    rest, so that what one writes the others find.
+
+    A process whose work fails says so when all have had their turn, so that none waits for it.
+    """
+    mine = 0 if state.is_main_process else 1 if state.is_local_main_process else 2
+    error: Exception | None = None
+    for turn in range(3):
+        if turn == mine:
+            try:
+                result = work()
+            except Exception as raised:
+                error = raised
+        if state.num_processes > 1:
+            state.wait_for_everyone()
+    if error is not None:
+        raise error
+    return result
 
 
 class _Validation:
