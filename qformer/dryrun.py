@@ -85,7 +85,7 @@ def _parameters(settings: RunConfig) -> Table:
             towers.append(None)
     seen, spoken = towers
     size, known_from = adapter_size(settings)
-    trained, frozen = adapter_parameters(size, seen and seen.width, spoken and spoken.width)
+    trained, frozen = adapter_parameters(size, seen.width if seen else None, spoken.width if spoken else None)
     least = "" if seen and spoken else "at least "
     if least:
         known_from += "; less what is as wide as a tower that is not known"
@@ -115,7 +115,8 @@ def adapter_size(settings: RunConfig) -> tuple[QFormerSize, str]:
     """The Q-Former's size by the settings and the configs of its sources, and where it is known from."""
     given = settings.qformer
     found: dict[str, Any] = {}
-    configs, unread = [], []
+    configs: list[str] = []
+    unread: list[str] = []
     for name in _sources(settings):
         told = loading.described_size(name)
         (unread if told is None else configs).append(name)
