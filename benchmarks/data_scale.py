@@ -32,10 +32,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-WORDS = """
-red green blue white black kite dog cat man woman child table street window left right standing sitting holding two
-three large small wooden metal umbrella surfboard train bus beach field kitchen looking at the of in on with
-""".split()
+WORDS = [
+    "red", "green", "blue", "white", "black", "kite", "dog", "cat", "man", "woman",
+    "child", "table", "street", "window", "left", "right", "standing", "sitting", "holding", "two",
+    "three", "large", "small", "wooden", "metal", "umbrella", "surfboard", "train", "bus", "beach",
+    "field", "kitchen", "looking", "at", "the", "of", "in", "on", "with",
+]  # fmt: skip
 CARDS = {
     "vqa": (
         "reader: vqa, files: {questions: vqa/questions.json, annotations: vqa/annotations.json, images: pictures}, "

@@ -133,7 +133,7 @@ def test_a_link_out_of_the_root_is_not_followed(tmp_path: Path) -> None:
     zipped(tmp_path / "elsewhere" / "c.zip", "a.png")
     os.symlink(tmp_path / "elsewhere" / "c.zip", root / "c.zip")
     for name in ("file.png", "folder/a.png", "c/a.png"):
-        with pytest.raises(DataError, match="is a link that leads out of .*make the folder itself .* the link"):
+        with pytest.raises(DataError, match=r"is a link that leads out of .*make the folder itself .* the link"):
             Pictures(root).find(name)
     assert Pictures(root).find("within.png") == root / "within.png"
     os.symlink(root, tmp_path / "linked")  # the folder that the card names may be one

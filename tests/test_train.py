@@ -598,3 +598,30 @@ def test_a_run_of_two_processes_has_the_losses_of_one(make, tmp_path):
     for alone, shared in zip(one, pair, strict=True):
         assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-4)
         assert shared["learning_rate"] == alone["learning_rate"]
+
+
+@pytest.mark.parametrize(("first_of_all", "first_here", "mine"), [(True, True, 0), (False, True, 1), (False, False, 2)])
+def test_processes_open_their_data_in_turn_and_none_waits_for_one_that_failed(
+    monkeypatch, first_of_all, first_here, mine
+):
+    waits = []
+
+    class State:
+        num_processes, is_main_process, is_local_main_process = 4, first_of_all, first_here
+
+        def __init__(self, cpu):
+            pass
+
+        def wait_for_everyone(self):
+            waits.append("wait")
+
+    monkeypatch.setattr(loop, "PartialState", State)
+    assert loop._in_turn(lambda: len(waits)) == mine
+    assert len(waits) == 3
+
+    def fail():
+        raise DataError("the file is cut short")
+
+    with pytest.raises(DataError, match="cut short"):
+        loop._in_turn(fail)
+    assert len(waits) == 6

@@ -21,7 +21,8 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from array import array
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -256,30 +257,37 @@ def _build(folder: Path, stem: str, records: Records, sources: _Sources) -> Rows
 def _pack(entries: Iterable[Entry], sink: Any) -> dict[int, str]:
     """Write entries as Arrow; the errors of broken ones by place."""
     broken: dict[int, str] = {}
-    place = 0
+    keys, rows = _Column(), _Column()
     with pyarrow.ipc.new_file(sink, SCHEMA) as writer:
-        for keys, rows in _batches(entries, broken):
-            columns = [pyarrow.array(values, type=pyarrow.binary()) for values in (keys, rows)]
-            writer.write_batch(pyarrow.record_batch(columns, schema=SCHEMA))
-            place += len(rows)
+
+        def write() -> None:
+            writer.write_batch(pyarrow.record_batch([keys.array(), rows.array()], schema=SCHEMA))
+
+        for place, (key, row, error) in enumerate(entries):
+            if error is not None:
+                broken[place] = error
+            keys.append(key)
+            rows.append(row)
+            if len(keys.values) + len(rows.values) > BATCH:
+                write()
+                keys, rows = _Column(), _Column()
+        write()
     return broken
 
 
-def _batches(entries: Iterable[Entry], broken: dict[int, str]) -> Iterator[tuple[list[bytes], list[bytes]]]:
-    keys: list[bytes] = []
-    rows: list[bytes] = []
-    held = 0
-    for place, (key, row, error) in enumerate(entries):
-        if error is not None:
-            broken[place] = error
-        keys.append(key)
-        rows.append(row)
-        held += len(key) + len(row)
-        if held > BATCH:
-            yield keys, rows
-            keys, rows, held = [], [], 0
-    if rows:
-        yield keys, rows
+class _Column:
+    """Values one behind the other, as Arrow has them: each would take some 4 KB as orjson gives them."""
+
+    def __init__(self) -> None:
+        self.values, self.ends = bytearray(), array("i", [0])
+
+    def append(self, value: bytes) -> None:
+        self.values += value
+        self.ends.append(len(self.values))
+
+    def array(self) -> pyarrow.Array:
+        buffers = [None, pyarrow.py_buffer(self.ends), pyarrow.py_buffer(self.values)]
+        return pyarrow.Array.from_buffers(pyarrow.binary(), len(self.ends) - 1, buffers)
 
 
 def _code(reader: type) -> str:

@@ -359,7 +359,7 @@ class GQA(Records):
             "full_answer": row.get("fullAnswer", ""),
             "kind": row["types"]["structural"],
         }
-        picture = self.image(f"{row['imageId']}.jpg")
+        picture = self.image(f"{words(row, 'imageId')}.jpg")
         return Sample(self.id(key), self.task, picture, fields, references=(words(row, "answer"),))
 
 
