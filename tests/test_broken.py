@@ -310,5 +310,6 @@ def test_a_tenth_of_five_thousand_broken_files(cases: dict[str, Case], tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_five_thousand_broken_files(cases: dict[str, Case], tmp_path: Path) -> None:
     assert sum(try_variants(cases, tmp_path, 5000).values()) == 5000
