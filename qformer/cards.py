@@ -11,6 +11,7 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 
 from qformer import config, resources
+from qformer.config import DataConfig, RunConfig
 from qformer.errors import ConfigError, did_you_mean
 
 
@@ -203,25 +204,63 @@ def load(name: str) -> TaskCard:
     return replace(card, variant=variant, variants=known)
 
 
-def load_all(names: Iterable[str], section: Literal["train", "eval"]) -> dict[str, TaskCard]:
+def load_all(
+    names: Iterable[str], section: Literal["train", "eval"], *, allow_held_out: bool = False
+) -> dict[str, TaskCard]:
     """Cards by key for training or for scoring; "held_in" and "held_out" stand for all cards of that role.
 
     Raises:
-        ConfigError: a card is held out and asked for in training, or has no such section, or is named twice.
+        ConfigError: a card is held out and asked for in training, unless that is allowed, or has no such section, or is
+            named twice.
     """
     cards: dict[str, TaskCard] = {}
     for name in _expand(names, section):
         card = load(name)
-        if section == "train" and card.role == "held_out":
+        if section == "train" and card.role == "held_out" and not allow_held_out:
             raise ConfigError(
                 f"data.tasks names '{name}', which is held out: it is measured zero-shot and never trained on. "
-                f"Take it out of the mixture, or copy its card and set role: held_in."
+                f"Take it out of the mixture, or set data.allow_held_out: true to fine-tune on it."
             )
         if getattr(card, section) is None:
             raise ConfigError(f"the card '{name}' has no '{section}' section, so it cannot be used there.")
         if card.key in cards:
             raise ConfigError(f"the card '{card.key}' is named twice.")
         cards[card.key] = card
+    return cards
+
+
+def mixture(data: DataConfig) -> tuple[dict[str, TaskCard], dict[str, float]]:
+    """The cards of a training mixture and their multipliers on p_d, both by key.
+
+    Raises:
+        ConfigError: as `load_all`, or `data.variant` meets a card that is named with a variant of its own.
+    """
+    named: dict[str, float] = {}
+    for name, multiplier in data.tasks.items():
+        for each in _expand([name], "train"):
+            if data.variant is not None and ":" in each:
+                raise ConfigError(
+                    f"data.variant is '{data.variant}', and data.tasks names '{each}', which has a variant already; "
+                    f"name the card without one, or leave data.variant out."
+                )
+            named[f"{each}:{data.variant}" if data.variant is not None else each] = multiplier
+    cards = load_all(named, "train", allow_held_out=data.allow_held_out)
+    return cards, dict(zip(cards, named.values(), strict=True))
+
+
+def validated(settings: RunConfig) -> dict[str, TaskCard]:
+    """The cards that a run's checkpoints are chosen by.
+
+    Raises:
+        ConfigError: as `load_all`, or one is held out: what is chosen by its score is not measured zero-shot.
+    """
+    cards = load_all(settings.validation.tasks, "eval")
+    for key, card in cards.items():
+        if card.role == "held_out" and not settings.data.allow_held_out:
+            raise ConfigError(
+                f"validation.tasks names '{key}', which is held out: a checkpoint that is chosen by its score is not "
+                f"measured zero-shot. Name held-in cards, or set data.allow_held_out: true to fine-tune on it."
+            )
     return cards
 
 

@@ -250,16 +250,9 @@ def _measured(theirs: Mapping[str, Tensor], form: Form, source: str) -> QFormerS
 def _agreed(measured: QFormerSize, described: Mapping[str, Any], source: str) -> QFormerSize:
     """The measured shape with what config.json alone knows, if they agree in all that both know."""
     inner = described.get("qformer_config") or {}
-    said = {
-        "hidden": inner.get("hidden_size", 768),
-        "layers": inner.get("num_hidden_layers", 12),
-        "intermediate": inner.get("intermediate_size", 3072),
-        "cross_attention_every": inner.get("cross_attention_frequency", 2),
-        "vision_width": inner.get("encoder_hidden_size", 1408),
-        "queries": described.get("num_query_tokens", 32),
-    }
-    if measured.instruction:
-        said |= {"vocabulary": inner.get("vocab_size", 30522), "positions": inner.get("max_position_embeddings", 512)}
+    said = published_size(described)
+    if not measured.instruction:
+        said = {name: value for name, value in said.items() if name not in ("vocabulary", "positions")}
     lies = [
         f"{field} {value} (the tensors say {getattr(measured, field)})"
         for field, value in said.items()
@@ -280,6 +273,21 @@ def _agreed(measured: QFormerSize, described: Mapping[str, Any], source: str) ->
             f"{measured.hidden}; correct config.json."
         )
     return dataclasses.replace(measured, heads=heads, dropout=float(inner.get("hidden_dropout_prob", 0.1)))
+
+
+def published_size(described: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `QFormerSize` that config.json of a whole model tells."""
+    inner = described.get("qformer_config") or {}
+    return {
+        "hidden": inner.get("hidden_size", 768),
+        "layers": inner.get("num_hidden_layers", 12),
+        "intermediate": inner.get("intermediate_size", 3072),
+        "cross_attention_every": inner.get("cross_attention_frequency", 2),
+        "vision_width": inner.get("encoder_hidden_size", 1408),
+        "queries": described.get("num_query_tokens", 32),
+        "vocabulary": inner.get("vocab_size", 30522),
+        "positions": inner.get("max_position_embeddings", 512),
+    }
 
 
 def _renamed(

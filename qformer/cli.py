@@ -39,9 +39,12 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("train", help="tune a Q-Former as a config says; goes on where it stopped")
     command.add_argument("config", help="a shipped config's name or a YAML file")
     command.add_argument("changes", nargs="*", metavar="key=value", help="settings to change")
+    told = "say what would be done, weights unread: settings, parameters, mixture, ten samples of each set"
+    command.add_argument("--dry-run", action="store_true", help=told)
 
     command = commands.add_parser("eval", help="score a run or a saved adapter, with baselines and intervals")
     command.add_argument("source", help="a run directory or a saved adapter")
+    command.add_argument("--last", action="store_true", help="of a run its last checkpoint, not its best")
     command.add_argument("--tasks", required=True, help="cards, comma-separated; also held_in, held_out")
     command.add_argument("--data", required=True, help="the folder the cards' paths start from")
     command.add_argument("--limit", type=int, help="score a seeded subset of this many samples; marked as partial")
@@ -57,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("ask", help="one picture, one instruction, one answer")
     command.add_argument("source", help="a run directory or a saved adapter")
     command.add_argument("picture")
+    command.add_argument("--last", action="store_true", help="of a run its last checkpoint, not its best")
     command.add_argument("instruction")
     command.add_argument("--max-new-tokens", type=int, default=64)
     command.add_argument("--beams", type=int, default=1)
@@ -73,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("export", help="write an adapter in the form of transformers or LAVIS")
     command.add_argument("source", help="a run, a saved adapter, a published model, or a .pth file of LAVIS")
     command.add_argument("directory", help="where it goes")
+    command.add_argument("--last", action="store_true", help="of a run its last checkpoint, not its best")
     command.add_argument("--to", required=True, choices=("transformers", "lavis"))
     command.add_argument("--vision", help="where the image encoder is now, if it moved")
     command.add_argument("--language", help="where the LLM is now, if it moved")
@@ -106,7 +111,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 done, 1 a failure, 2 wrong usage, 130 interrupted."""
     try:
-        options = parser().parse_args(arguments)
+        options = _parsed(arguments)
     except SystemExit as stop:
         return int(stop.code or 0)
     with _watching_for_ctrl_c() as interrupted:
@@ -124,6 +129,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise
             print(f"qformer: {error}", file=sys.stderr)
             return error.exit_code
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options; changes to settings may stand behind a flag too, where argparse by itself takes no more of them."""
+    top = parser()
+    options, left = top.parse_known_args(arguments)
+    if left and (not hasattr(options, "changes") or any(each.startswith("-") for each in left)):
+        top.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        options.changes = [*options.changes, *left]
+    return options
 
 
 @contextmanager
@@ -153,9 +169,24 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    if options.dry_run:
+        return _dry_run(options)
     from qformer.run import fit
 
     fit(options.config, options.changes, say=_say)
+
+
+def _dry_run(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from qformer import config
+    from qformer.dryrun import dry_run
+
+    console = Console(highlight=False)
+    console.width = max(console.width, NARROWEST_TABLE)
+    for shown in dry_run(config.load(options.config, options.changes)):
+        console.print(shown, soft_wrap=not isinstance(shown, Table))
 
 
 def _eval(options: argparse.Namespace) -> None:
@@ -165,7 +196,7 @@ def _eval(options: argparse.Namespace) -> None:
     from qformer.run import score
 
     score(
-        options.source,
+        _source(options),
         options.tasks.split(","),
         options.data,
         limit=options.limit,
@@ -189,7 +220,7 @@ def _ask(options: argparse.Namespace) -> None:
     from qformer.run import best_device
 
     device = options.device or best_device()
-    model = load(options.source, vision=options.vision, language=options.language, device=device)
+    model = load(_source(options), vision=options.vision, language=options.language, device=device)
     [answer] = model.generate([options.picture], [options.instruction], **dataclasses.asdict(decoding))
     cut = model.language.truncations
     if cut.texts:
@@ -212,7 +243,7 @@ def _export(options: argparse.Namespace) -> None:
     from qformer.run import export
 
     towers = {"vision": options.vision, "language": options.language}
-    for line in export(options.source, options.directory, options.to, **towers):
+    for line in export(_source(options), options.directory, options.to, **towers):
         _say(line)
 
 
@@ -224,6 +255,15 @@ def _tasks(options: argparse.Namespace) -> None:
     console = Console(highlight=False, soft_wrap=bool(options.name))
     console.width = max(console.width, NARROWEST_TABLE)
     console.print(card_page(options.name) if options.name else table(), markup=False)
+
+
+def _source(options: argparse.Namespace) -> str:
+    """What is to be loaded: with --last a run's last checkpoint."""
+    if not options.last:
+        return str(options.source)
+    from qformer.loading import last_checkpoint
+
+    return str(last_checkpoint(options.source))
 
 
 def _data(options: argparse.Namespace) -> int:

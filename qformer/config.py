@@ -201,6 +201,7 @@ class QFormerConfig:
 
     init: Any = None
     """A directory or hub id of a BERT checkpoint to start from; its depth and widths are taken over. null: random.
+    Or an adapter that is here: a run, a saved one, a model of transformers, a file of LAVIS.
     Or a list of sources, each `{from: SOURCE, parts: [...], strict: true}`: the first that covers a part gives it."""
     tokenizer: str | None = None
     """Where the instruction's tokenizer is read from; null: from `init`."""
@@ -245,6 +246,10 @@ class DataConfig:
     or, where that cannot be written, the user's cache."""
     tasks: dict[str, float] = field(default_factory=dict)
     """The training mixture: card (a shipped name, `name:variant`, or a YAML file) and its multiplier on p_d."""
+    variant: str | None = None
+    """Takes every card of the mixture in this variant (`plain`, say); null: as `tasks` names them."""
+    allow_held_out: bool = False
+    """Fine-tuning on a set that is otherwise measured zero-shot; its score is then a fine-tuned one."""
     sampling: Literal["sqrt", "proportional", "uniform"] = "sqrt"
     """p_d in proportion to the square root of the set's size, to the size, or the same for all."""
     on_error: Literal["fail", "skip"] = "fail"
@@ -303,6 +308,22 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class ValidationConfig:
+    """What is scored while training goes on; the checkpoint with the best mean over these tasks is kept as `best`."""
+
+    tasks: list[str] = field(default_factory=list)
+    """Held-in cards with an `eval` section; none: no validation, and the last checkpoint is the run's result."""
+    every: int = 3000
+    """Steps between validations; the last step is validated too."""
+    limit: int | None = None
+    """Score a seeded subset of this many samples of each set, the same at every validation."""
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        check_numbers("validation", self, "every", "limit", "batch_size", least=1)
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """What is scored when training is done."""
 
@@ -330,6 +351,7 @@ class RunConfig:
     qformer: QFormerConfig = field(default_factory=QFormerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def __post_init__(self) -> None:
@@ -345,8 +367,10 @@ class RunConfig:
 def load(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The settings of a shipped config name or a YAML file, with `key=value` overrides on top.
 
-    A file may name a parent with `extends: NAME`; its own values win.  Cards given as files are looked for beside the
-    config first.  `data.tasks={…}` takes the place of the file's mixture, `data.tasks.CARD=2.0` changes one card of it.
+    A file may name a parent with `extends: NAME`, a shipped name or a file beside it: its own values win, key by key.
+    `replaces: [data.tasks]` names what is not merged: there the file's own value stands alone.  Cards given as files
+    are looked for beside the config first.  `data.tasks={…}` takes the place of the file's mixture,
+    `data.tasks.CARD=2.0` changes one card of it.
 
     Raises:
         ConfigError: no such file, an unknown key, a wrong type, a value that cannot work; says file and key.
@@ -355,7 +379,7 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     layers = _with_parents(path, seen=())
     changes, mixture, whole = _command_line(overrides)
     if whole:
-        layers = [(where, _without_mixture(raw)) for where, raw in layers]
+        layers = [(where, _without(raw, ["data", "tasks"])) for where, raw in layers]
     if mixture is not None:
         changes = [*changes, {"data": {"tasks": mixture}}]
     config = structured(RunConfig, [*layers, *(("command line", change) for change in changes)])
@@ -363,10 +387,13 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         if not getattr(getattr(config, section), key):
             raise ConfigError(f"{path}: {section}.{key} is not set; it takes a name or a directory.")
     beside = {_card_beside(path, name): weight for name, weight in config.data.tasks.items()}
-    scored = [_card_beside(path, name) for name in config.evaluate.tasks]
+    scored, validated = (
+        [_card_beside(path, name) for name in section.tasks] for section in (config.evaluate, config.validation)
+    )
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, tasks=beside),
+        validation=dataclasses.replace(config.validation, tasks=validated),
         evaluate=dataclasses.replace(config.evaluate, tasks=scored),
     )
 
@@ -414,15 +441,29 @@ def structured(cls: type[Config], layers: Sequence[tuple[str, Mapping[str, Any]]
 
 
 def _with_parents(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, Mapping[str, Any]]]:
+    """A file's settings behind those of its parent, its parent's parent …, each under its name."""
     if path.resolve() in seen:
         raise ConfigError(f"{path}: 'extends' leads back to itself.")
     own = read_yaml(path)
-    parent = own.pop("extends", None)
-    if parent is None:
+    parent, replaced = own.pop("extends", None), own.pop("replaces", None)
+    if parent is None and replaced is None:
         return [(str(path), own)]
-    beside = path.parent / f"{parent}"
-    source = beside if beside.suffix in (".yaml", ".yml") else Path(str(parent))
-    return [*_with_parents(resources.find("configs", str(source), "config"), (*seen, path.resolve())), (str(path), own)]
+    if not isinstance(parent, str):
+        raise ConfigError(
+            f"{path}: 'extends' is {_shown(parent)}; it takes the parent's name, a shipped config or a YAML file."
+        )
+    if not isinstance(replaced, list | None) or not all(isinstance(key, str) for key in replaced or ()):
+        raise ConfigError(f"{path}: 'replaces' is {_shown(replaced)}; it takes a list of keys, such as [data.tasks].")
+    beside = path.parent / parent
+    source = beside if beside.suffix in (".yaml", ".yml") else Path(parent)
+    try:
+        found = resources.find("configs", str(source), "config")
+    except ConfigError as error:
+        raise ConfigError(f"{path}: 'extends' names a parent that is not there: {error}") from None
+    layers = _with_parents(found, (*seen, path.resolve()))
+    for key in replaced or ():
+        layers = [(where, _without(raw, key.split("."))) for where, raw in layers]
+    return [*layers, (str(path), own)]
 
 
 def _card_beside(config: Path, name: str) -> str:
@@ -460,11 +501,13 @@ def _command_line(overrides: Sequence[str]) -> tuple[list[dict[str, Any]], Any, 
     return changes, mixture, whole
 
 
-def _without_mixture(raw: Mapping[str, Any]) -> dict[str, Any]:
-    data = raw.get("data")
-    if not isinstance(data, Mapping):
-        return dict(raw)
-    return {**raw, "data": {name: value for name, value in data.items() if name != "tasks"}}
+def _without(raw: Mapping[str, Any], key: Sequence[str]) -> dict[str, Any]:
+    """Plain settings without one of them, which is named by the keys that lead to it."""
+    first, *rest = key
+    inner = raw.get(first)
+    if rest and isinstance(inner, Mapping):
+        return {**raw, first: _without(inner, rest)}
+    return {name: value for name, value in raw.items() if rest or name != first}
 
 
 def check_shape(kind: Any, raw: Any, where: str, key: str = "") -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qformer import config
+from qformer import cards, config
 from qformer.cards import Download, TaskCard
 from qformer.config import DataConfig
 from qformer.data.check import Found, Section, Track, check, chosen, indexed, sections_of
@@ -51,7 +51,8 @@ def put_into_index(
             raise ConfigError("data index: give a config or --tasks, not both.")
         run = config.load(settings, changes)
         root, index = root or Path(run.data.root), index or run.data.index
-        wanted = [(card, "train") for card in chosen(list(run.data.tasks))] if run.data.tasks else []
+        wanted = [(card, "train") for card in cards.mixture(run.data)[0].values()]
+        wanted += [(card, "eval") for card in cards.validated(run).values()]
         wanted += [(card, "eval") for card in chosen(run.evaluate.tasks)] if run.evaluate.tasks else []
     else:
         wanted = [(card, name) for card in chosen(tasks) for name, _ in sections_of(card)]

@@ -36,7 +36,7 @@ def table() -> Table:
 
 def published_shares(loaded: list[TaskCard]) -> dict[str, float]:
     """p_d of the shipped held-in cards at their published sizes."""
-    sizes = {card.name: card.train.size for card in loaded if card.train and card.train.size}
+    sizes = {card.name: c.size for card in loaded if card.role == "held_in" and (c := card.train) and c.size}
     return cards.probabilities(sizes, {}) if sizes else {}
 
 

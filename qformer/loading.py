@@ -28,12 +28,13 @@ from qformer.checkpoints import (
     is_transformers,
     own_names,
     place,
+    published_size,
     read_config,
     read_embeddings,
     read_lavis,
     read_transformers,
 )
-from qformer.config import LanguageConfig, QFormerConfig, RunConfig, VisionConfig
+from qformer.config import InitSource, LanguageConfig, QFormerConfig, RunConfig, VisionConfig
 from qformer.errors import ConfigError
 from qformer.exporting import lavis_projection
 from qformer.nn.qformer import QFormer, QFormerConnector, QFormerSize
@@ -45,6 +46,9 @@ from qformer.weights import LoadReport
 
 EVA_CLIP_G = "eva_giant_patch14_clip_224"
 """timm's name of the encoder whose weights LAVIS calls eva_vit_g.pth."""
+
+BEST = "best"
+"""The checkpoint of a run that did best in validation, beside those of its last steps."""
 
 Tower = TypeVar("Tower", VisionConfig, LanguageConfig)
 
@@ -65,8 +69,8 @@ def build(
     language = language_backbone.load_language(located(settings.language))
     given = settings.qformer
     generator = torch.Generator().manual_seed(settings.seed)
-    if isinstance(given.init, list | tuple):
-        return _build_from_sources(settings, encoder, language, generator, report)
+    if (sources := _adapters(given.init)) is not None:
+        return _build_from_sources(settings, sources, encoder, language, generator, report)
     if given.init is not None:
         qformer, table = weights.start_from_bert(
             resources.located(given.init),
@@ -106,15 +110,29 @@ def build(
     return VLM(encoder, connector, language, tokenizer, settings)
 
 
+def _adapters(init: Any) -> tuple[InitSource, ...] | None:
+    """`qformer.init` as a list of sources: one that is given, or the one adapter that is named; None for a BERT."""
+    if isinstance(init, list | tuple):
+        return config.init_sources(init)
+    return (InitSource(init),) if isinstance(init, str) and _is_adapter(Path(resources.located(init))) else None
+
+
+def _is_adapter(path: Path) -> bool:
+    """Whether a path is of an adapter in any form: a run, a saved one, a whole model of transformers, LAVIS' file."""
+    if path.suffix in PICKLES or (path / ADAPTER_FILE).is_file() or checkpoints(path):
+        return True
+    return path.is_dir() and _is_published(path)
+
+
 def _build_from_sources(
     settings: RunConfig,
+    chosen: tuple[InitSource, ...],
     vision: FrozenTower | OwnTower,
     language: LanguageTower,
     generator: torch.Generator,
     report: Callable[[str], None],
 ) -> VLM:
     given = settings.qformer
-    chosen = config.init_sources(given.init)
     files = {each.source for each in chosen} - {starting.NEW, starting.COPIED}
     sources = {name: _read_source(name) for name in files}
     connector, table = starting.start(
@@ -166,11 +184,12 @@ def load(
     strict: bool = True,
     report: Callable[[str], None] | None = None,
 ) -> VLM:
-    """A saved adapter, a run's last checkpoint, or a published model or adapter, between its towers.
+    """A saved adapter, a run's best or last checkpoint, or a published model or adapter, between its towers.
 
     Args:
-        source: a directory written by `save` or a run directory; a directory or hub id of a transformers InstructBLIP
-            or BLIP-2; a .pth file of LAVIS, which needs both towers named.
+        source: a directory written by `save`; a run directory, whose best checkpoint is taken where it was validated
+            and else its last (`last_checkpoint` gives the last in any case); a directory or hub id of a transformers
+            InstructBLIP or BLIP-2; a .pth file of LAVIS, which needs both towers named.
         vision: where the encoder is, if elsewhere than in training or in the source: a name, a file of LAVIS'
             EVA-CLIP-g (eva_vit_g.pth), settings, or an encoder of one's own (`OwnTower`).
         language: where the LLM is, likewise.
@@ -462,13 +481,16 @@ def _encoder(settings: RunConfig, own: Callable[[Tensor], Any] | None) -> tuple[
 
 
 def adapter_directory(source: Path) -> Path:
-    """Where the adapter's files are: the directory itself, or a run's last checkpoint.
+    """Where the adapter's files are: the directory itself, or a run's best checkpoint, or its last where none is best.
 
     Raises:
         ConfigError: neither is there.
     """
     if (source / ADAPTER_FILE).is_file():
         return source
+    best = source / "checkpoints" / BEST
+    if (best / ADAPTER_FILE).is_file():
+        return best
     steps = checkpoints(source)
     if steps:
         return steps[-1]
@@ -494,6 +516,32 @@ def checkpoints(run: Path) -> list[Path]:
     """The whole checkpoints of a run directory, oldest first."""
     found = [path for path in (run / "checkpoints").glob("step-*") if (path / ADAPTER_FILE).is_file()]
     return sorted((path for path in found if _step(path).isdecimal()), key=lambda path: int(_step(path)))
+
+
+def described_size(name: str) -> dict[str, Any] | None:
+    """The fields of `QFormerSize` that the config of a source of `qformer.init` tells, without its weights.
+
+    None where it has none at hand: a file of LAVIS, or a hub id that cannot be reached.
+    """
+    path = Path(resources.located(name))
+    if not path.is_dir():
+        return None if path.suffix in PICKLES else weights.bert_shape(name)
+    with suppress(ConfigError):
+        return dataclasses.asdict(_described(adapter_directory(path) / CONFIG_FILE)[1])
+    described = read_config(path, name)
+    return published_size(described) if is_transformers(described) else weights.bert_shape(str(path))
+
+
+def last_checkpoint(source: str | Path) -> Path:
+    """The checkpoint of a run's last step, whichever was the best.
+
+    Raises:
+        ConfigError: it is no run directory with a checkpoint.
+    """
+    steps = checkpoints(Path(source))
+    if not steps:
+        raise ConfigError(f"{source}: it is no run directory with a checkpoint, so there is no last one to take.")
+    return steps[-1]
 
 
 def _step(checkpoint: Path) -> str:
@@ -540,13 +588,29 @@ def instruction_tokenizer(given: QFormerConfig) -> Any | None:
     """
     if not given.instruction:
         return None
-    source = given.tokenizer or (given.init if isinstance(given.init, str) else None)
+    source = given.tokenizer or _words_of(given.init)
     if source is None:
         raise ConfigError(
             "qformer.instruction is on and there is no tokenizer to read it with; set qformer.init to a BERT "
             "checkpoint, qformer.tokenizer to a BERT tokenizer, or qformer.instruction: false."
         )
-    return _tokenizer(resources.located(source))
+    return _tokenizer(resources.located(str(source)))
+
+
+def _words_of(init: Any) -> str | Path | None:
+    """Where the tokenizer is that comes with the start: a BERT's own, or that of the first adapter which brings one."""
+    sources = _adapters(init)
+    if sources is None:
+        return init if isinstance(init, str) else None
+    for each in sources:
+        path = Path(resources.located(each.source))
+        places = [path / "qformer_tokenizer"]
+        with suppress(ConfigError):
+            places.append(adapter_directory(path) / TOKENIZER_FOLDER)
+        for folder in places:
+            if folder.is_dir():
+                return folder
+    return None
 
 
 def _tokenizer(source: str | Path) -> Any:

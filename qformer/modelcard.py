@@ -18,6 +18,7 @@ def trained(settings: RunConfig) -> dict[str, Any]:
         return {}
     return {
         "tasks": {Path(name).name: weight for name, weight in settings.data.tasks.items()},
+        **({"variant": settings.data.variant} if settings.data.variant else {}),
         "sampling": settings.data.sampling,
         "steps": settings.train.steps,
         "batch_size": settings.train.batch_size,

@@ -14,7 +14,7 @@ from qformer.config import RunConfig
 from qformer.data.batch import items_of, mixture_of, open_sources
 from qformer.data.index import Index
 from qformer.loading import instruction_tokenizer, located
-from qformer.sample import Row, Slot
+from qformer.sample import Row, Slot, Turn
 from qformer.text import Joiner
 
 
@@ -26,13 +26,10 @@ def joiner_of(settings: RunConfig) -> Joiner:
 
 def render(settings: RunConfig, count: int, *, ids: bool = False) -> list[Styled]:
     """The first `count` samples of a run as they would be shown to the model, one block of text each."""
-    named = cards.load_all(settings.data.tasks, "train")
+    named, multipliers = cards.mixture(settings.data)
     root = Path(settings.data.root)
     sources = open_sources(named, root, index=Index(root, settings.data.index))
-    weights = {
-        card.key: settings.data.tasks[name] for name, card in zip(settings.data.tasks, named.values(), strict=True)
-    }
-    mixture = mixture_of(sources, settings.data, weights, settings.seed)
+    mixture = mixture_of(sources, settings.data, multipliers, settings.seed)
     joiner = joiner_of(settings)
     return [
         block(joiner, draw.task, item, settings.qformer.queries, ids=ids)
@@ -58,6 +55,25 @@ def block(joiner: Joiner, task: str, item: Item, queries: int, *, ids: bool) -> 
     text.append_text(
         row_text(joiner, joiner.row(item.rendered, range(len(item.pictures)), answered=True), queries, ids=ids)
     )
+    text.append("\n")
+    return text
+
+
+def words_of(task: str, item: Item) -> Styled:
+    """One row in words, where there is no tokenizer to say its tokens; what is trained is marked as in `block`."""
+    text = Styled()
+    text.append(f"{item.name}\n", style="bold")
+    text.append(f"  set          {task}\n")
+    for picture in item.pictures:
+        text.append(f"  picture      {picture if isinstance(picture, Path) else '<bytes>'}\n")
+    rendered = item.rendered
+    turns = rendered.turns or (*rendered.history, Turn(rendered.instruction, rendered.target))
+    text.append("  words       ")
+    for number, turn in enumerate(turns):
+        trained = bool(rendered.turns) or number == len(turns) - 1
+        text.append(f" {turn.instruction} ".replace("\n", "⏎"))
+        marked = f"▸{turn.answer}◂" if trained else turn.answer
+        text.append(marked.replace("\n", "⏎"), style="bold green" if trained else "")
     text.append("\n")
     return text
 

@@ -30,6 +30,7 @@ CURVES = {
         "Loss with another sample's picture minus loss with its own, nats a token. At 0 the pictures do not matter.",
         0.0,
     ),
+    "validation": ("Validation", "Mean score over the tasks of `validation`; the best checkpoint is kept.", None),
     "cosine": ("Query cosine", "Mean cosine between the queries' outputs. At 1 the queries have collapsed.", 1.0),
 }
 MORE_CURVES = {

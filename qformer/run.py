@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from qformer import cards, config, loading, vlm
 from qformer.config import RunConfig
-from qformer.errors import ConfigError
+from qformer.errors import ConfigError, DataError
 from qformer.exporting import LAVIS_FILE, to_lavis
 from qformer.report import write_report
 
@@ -39,7 +39,7 @@ def fit(
     if not isinstance(settings, RunConfig):
         settings = config.load(settings, overrides)
     cards.load_all(settings.evaluate.tasks, "eval")  # a wrong name fails before an hour of training
-    run = train(settings, say=say, quiet=quiet)
+    run = train(settings, validate=_validation(settings, quiet), say=say, quiet=quiet)
     if not _is_first_process():
         return run
     if settings.evaluate.tasks:
@@ -128,6 +128,51 @@ def score(
     finally:
         if run is not None and (run / METRICS_FILE).exists() and Path(output) == run / "eval":
             say(f"report: {write_report(run)}")
+
+
+def _validation(settings: RunConfig, quiet: bool) -> Callable[[vlm.VLM, int], dict[str, float]] | None:
+    """What scores a model in the midst of its training, as `validation` says; None where nothing is to be scored.
+
+    Predictions and scores of a step go to `validation/step-N` in the run directory.
+
+    Raises:
+        ConfigError, DataError: a wrong card or missing files, before any training.
+    """
+    from qformer.data.index import Index
+    from qformer.evaluate.run import open_task
+    from qformer.evaluate.run import score as score_cards
+
+    chosen = cards.validated(settings)
+    if not chosen:
+        return None
+    root = Path(settings.data.root)
+    for card in chosen.values():
+        open_task(card, root, Index(root, settings.data.index))
+
+    def validate(model: vlm.VLM, step: int) -> dict[str, float]:
+        results = score_cards(
+            model,
+            chosen,
+            root,
+            limit=settings.validation.limit,
+            batch_size=settings.validation.batch_size,
+            shuffled=False,
+            seed=settings.seed,
+            directory=settings.directory / "validation" / f"step-{step}",
+            on_error=settings.data.on_error,
+            index=settings.data.index,
+            say=lambda _: None,
+            quiet=quiet,
+        )
+        for task, result in results.items():
+            if result["score"] is None:
+                raise DataError(
+                    f"validation: '{task}' has no {result['metric']} over the {result['samples']} samples chosen; "
+                    f"raise validation.limit, or leave the task out."
+                )
+        return {task: result["score"] for task, result in results.items()}
+
+    return validate
 
 
 def best_device() -> str:

@@ -143,6 +143,28 @@ def start_from_bert(
     return qformer, _take_bert(qformer, read_weights(directory, str(source)), str(source))
 
 
+def bert_shape(source: str) -> dict[str, int] | None:
+    """A BERT checkpoint's sizes by `QFormerSize`'s names, from its config.json alone; None where none can be had.
+
+    Raises:
+        ConfigError: it is there, and not a BERT's.
+    """
+    from transformers.utils import cached_file
+
+    if (Path(source) / "config.json").is_file():
+        directory = Path(source)
+    else:
+        try:
+            found = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False)
+        except (OSError, ValueError):
+            return None
+        if found is None:
+            return None
+        directory = Path(found).parent
+    described = _bert_config(directory, source)
+    return {field: described[theirs] for field, theirs in SHAPE_FIELDS.items()}
+
+
 def read_bert(source: str | Path) -> tuple[dict[str, int], dict[str, Tensor], tuple[str, ...]]:
     """A BERT checkpoint's sizes by `QFormerSize`'s names, its tensors by the Q-Former's, and what it has besides.
 

@@ -147,6 +147,31 @@ def test_a_whole_mixture_replaces_the_files_and_one_card_changes_it(write, chang
     assert loaded.data.tasks == mixture and loaded.data.root == "/data"
 
 
+def test_what_a_file_replaces_is_not_merged_with_its_parents(write):
+    language = "vision: {name: v}\nlanguage: {name: l, architecture: {a: 1}}\n"
+    write(language + "data: {root: /data, tasks: {gqa: 1, vqav2: 2}}\n", "top.yaml")
+    write("extends: top.yaml\ndata: {tasks: {nocaps: 1}}\n", "middle.yaml")
+    child = "extends: middle.yaml\nreplaces: [data.tasks, language.architecture]\ndata: {tasks: {vsr: 3}}\n"
+    loaded = config.load(write(child))
+    assert loaded.data.tasks == {"vsr": 3.0} and loaded.data.root == "/data" and loaded.language.architecture == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("extends: nowhere", r"run\.yaml: 'extends' names a parent that is not there: unknown config 'nowhere'"),
+        ("extends: nowhere.yaml", r"run\.yaml: 'extends' names a parent .*nowhere\.yaml': there is no such file"),
+        ("extends: [demo]", r"run\.yaml: 'extends' is \['demo'\]; it takes the parent's name"),
+        ("extends: no", r"'extends' is the YAML boolean false; it takes"),
+        ("replaces: [data.tasks]", r"'extends' is None; it takes the parent's name"),
+        ("extends: demo\nreplaces: data.tasks", r"'replaces' is 'data\.tasks'; it takes a list of keys"),
+    ],
+)
+def test_parents_that_cannot_be_are_named_with_the_file(write, text, message):
+    with pytest.raises(ConfigError, match=message):
+        config.load(write(text + "\n"))
+
+
 def test_towers_must_be_named(write):
     with pytest.raises(ConfigError, match=r"run\.yaml: vision\.name is not set"):
         config.load(write("language: {name: x}\n"))

@@ -14,6 +14,7 @@ from qformer import cards, cli, config
 from qformer.backbones.vision import OwnTower
 from qformer.evaluate import metrics
 from qformer.sample import Sample
+from tests import fixtures, world
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
@@ -68,6 +69,53 @@ def test_the_commands_in_the_readme_are_understood() -> None:
     assert len(commands) >= 5
     for command in commands:
         cli.parser().parse_args(command)
+
+
+def section(document: Path, title: str) -> str:
+    """What stands under a heading."""
+    return document.read_text(encoding="utf-8").partition(f"## {title}\n")[2].partition("\n## ")[0]
+
+
+def test_the_commands_of_the_papers_mixture_do_what_the_readme_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In their order, with tiny towers, three steps and small files in the official layouts."""
+    words = section(ROOT / "README.md", "Train the paper's mixture")
+    commands = [shlex.split(line, comments=True)[1:] for line in words.splitlines() if line.startswith("qformer ")]
+    assert [command[0] for command in commands] == ["data", "train", "train", "train", "eval"]
+    data = fixtures.root(tmp_path)
+    places = world.towers(tmp_path / "towers", "llama")
+    tiny = [
+        f"vision.name={places['vision']}", "vision.block=null", "vision.dtype=float32", "data.workers=0",
+        f"language.name={places['language']}", "language.dtype=float32", f"qformer.tokenizer={places['bert']}",
+        "train.steps=3", "train.batch_size=8", "train.precision=float32", "validation.limit=2", "evaluate.limit=2",
+        "validation.every=2", "language.profile.opening=[1]",
+    ]  # fmt: skip
+    first = [f"qformer.init={places['bert']}", "validation.tasks=[okvqa]"]
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        given = [part.replace("/data", str(data)) for part in command]
+        if command[0] == "train":
+            given += tiny + ([] if "qformer.init=runs/instructblip_vicuna7b" in command else first)
+        if command[0] == "eval":
+            given[given.index("held_out")] = "scienceqa"
+            given += ["--limit", "2"]
+        assert cli.main(given) == 0, command
+    said = capsys.readouterr().out
+    assert "p_d in proportion to √S_d" in said and "step 3: validation" in said
+    assert (tmp_path / "runs" / "instructblip_vicuna7b" / "checkpoints" / "best").is_dir()
+    assert (tmp_path / "runs" / "finetune_okvqa" / "checkpoints" / "step-3").is_dir()
+
+
+def test_what_the_paper_leaves_open_names_settings_that_there_are() -> None:
+    words = section(ROOT / "README.md", "What the paper leaves open")
+    assert len(words.strip().splitlines()) <= 15
+    named = re.findall(r"`([\w.:=]+)`", words)
+    variants = [name for name in named if re.fullmatch(r"\w+:\w+", name)]
+    assert len(variants) >= 4 and all(cards.load(name) for name in variants)
+    settings = config.load("instructblip_vicuna7b", [name for name in named if "=" in name])
+    assert settings.data.tasks["aokvqa"] == 0.5 and settings.data.sampling == "sqrt"
+    assert sorted(settings.validation.tasks) == ["aokvqa", "coco_caption:val", "okvqa", "textcaps"]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

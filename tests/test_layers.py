@@ -22,20 +22,10 @@ LAYERS = {
     5: ("data",),
     6: ("train", "evaluate"),
     7: (
-        "demo",
-        "report",
-        "charts",
-        "gallery",
-        "results",
-        "render",
-        "listing",
-        "dataroot",
-        "run",
-        "cli",
-        "__init__",
-        "__main__",
+        "demo", "report", "charts", "gallery", "results", "render", "listing", "dryrun", "dataroot", "run", "cli",
+        "__init__", "__main__",
     ),
-}
+}  # fmt: skip
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names}
 HEAVY = {"torch", "torchvision", "transformers", "timm", "accelerate", "torchmetrics", "datasets", "matplotlib"}
 

@@ -15,6 +15,7 @@ from qformer import checkpoints, config, loading
 from qformer.config import QFormerConfig
 from qformer.errors import ConfigError
 from qformer.nn.qformer import QFormer, QFormerConnector, QFormerSize
+from qformer.train import loop
 from tests import world
 from tests.published import tiny_published
 from tests.tiny import redraw, tiny_llm
@@ -173,3 +174,38 @@ def test_new_and_copied_need_parts(towers: Path, tmp_path: Path) -> None:
     write(tmp_path / "x.pth", words_of(towers), 2)
     with pytest.raises(ConfigError, match="no tokenizer to read it with"):
         built(towers, tmp_path, [{"from": str(tmp_path / "x.pth")}], tokenizer=None)
+
+
+def test_fine_tuning_starts_from_whatever_was_tuned_before(towers: Path, tmp_path: Path) -> None:
+    """A run (its best checkpoint), a saved adapter or a file of LAVIS, named alone or in a list."""
+    world.write_pictures(tmp_path)
+    bert = world.towers(towers, "llama")["bert"]
+    settings = world.settings(towers, tmp_path, tmp_path / "run", "train.steps=2", "validation.every=1")
+    loop.train(settings, validate=lambda _, step: {"one": -step}, say=lambda _: None, quiet=True)
+    loading.load(tmp_path / "run", report=str).save(tmp_path / "adapter")
+    write(tmp_path / "tuned.pth", words_of(towers), 3)
+    kept = [loading.adapter_tensors(tmp_path / "run" / "checkpoints" / name)[0] for name in ("best", "step-2")]
+    assert not torch.equal(kept[0]["qformer.queries"], kept[1]["qformer.queries"])
+    for source, tokenizer in (("run", None), ("adapter", None), ("tuned.pth", bert)):
+        path = str(tmp_path / source)
+        named, _ = built(towers, tmp_path, path, tokenizer=tokenizer)
+        listed, _ = built(towers, tmp_path, [{"from": path}], tokenizer=tokenizer)
+        wanted = listed.connector.state_dict() if source == "tuned.pth" else kept[0]
+        for started in (named, listed):
+            found = started.connector.state_dict()
+            assert found.keys() == wanted.keys()
+            assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items()), source
+
+
+def test_fine_tuning_starts_from_a_published_model(towers: Path, tmp_path: Path) -> None:
+    published = str(tiny_published(tmp_path / "published", "llama", seed=5))
+    theirs = qformer.load(published, report=str)
+    world.write_pictures(tmp_path)
+    settings = world.settings(
+        towers, tmp_path, tmp_path / "run", f"vision.name={published}", f"language.name={published}",
+        f"qformer.init={published}", "qformer.queries=4", "qformer.instruction_limit=40", "train.steps=1",
+    )  # fmt: skip
+    started = loading.build(settings, report=str)
+    for name, tensor in theirs.connector.state_dict().items():
+        assert torch.equal(started.connector.state_dict()[name], tensor), name
+    assert loop.train(settings, say=lambda _: None, quiet=True) == tmp_path / "run"

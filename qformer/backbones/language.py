@@ -586,7 +586,7 @@ def load_language(settings: LanguageConfig) -> LanguageTower:
     config = _read(settings, "AutoConfig")
     tower = inside.language(config)
     config = config if tower is None else tower.config
-    _rebuilt(config, settings)
+    rebuild(config, settings)
     if settings.dtype == "float16" and _overflows_in_half(config):
         raise ConfigError(
             "language.dtype is float16, and T5 overflows in it (it was trained in bfloat16); use bfloat16 or float32."
@@ -628,7 +628,16 @@ def load_language(settings: LanguageConfig) -> LanguageTower:
     return kind(model, tokenizer, profile, gradient_checkpointing=settings.gradient_checkpointing)
 
 
-def _rebuilt(config: Any, settings: LanguageConfig) -> None:
+def read_architecture(settings: LanguageConfig) -> Any:
+    """An LLM's config.json, or that of the whole model which it stands in.
+
+    Raises:
+        ConfigError: it is neither there nor to be had.
+    """
+    return _read(settings, "AutoConfig")
+
+
+def rebuild(config: Any, settings: LanguageConfig) -> None:
     """Put the values of `language.architecture` in the place of those in the model's config."""
     for name, value in settings.architecture.items():
         if not hasattr(config, name):

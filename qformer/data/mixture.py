@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -78,3 +79,10 @@ class Mixture:
             before -= mine
             after -= then
         raise AssertionError("every draw belongs to one set")
+
+    def nth(self, name: str, count: int) -> Draw:
+        """A set's own draw `count`, counted from 0."""
+        end = 1
+        while self.totals(end)[name] <= count:
+            end *= 2
+        return self.draw(bisect_right(range(end + 1), count, key=lambda number: self.totals(number)[name]) - 1)

@@ -19,6 +19,7 @@ from qformer.data.index import Index
 from qformer.data.jsonl import JsonLines
 from qformer.data.pictures import stands_for
 from qformer.data.records import Records
+from qformer.data.scienceqa import ScienceQA
 from qformer.data.shards import Shards
 from qformer.data.streams import iterate_items, iterate_json, iterate_lines, join, read_json
 from qformer.data.values import answers, chosen, number, several, words
@@ -425,7 +426,7 @@ READERS: dict[str, type[Records]] = {
     reader.name: reader
     for reader in (
         JsonLines, CocoCaptions, Karpathy, CaptionList, TextVQA, VQA, AOKVQA, OCRVQA, LLaVA, Shards, Columns,
-        GQA, VSR, IconQA,
+        GQA, VSR, IconQA, ScienceQA,
     )
 }  # fmt: skip
 

@@ -119,7 +119,7 @@ def score(
         if value is not None and value < 1:
             raise ConfigError(f"evaluation: {name} is {value}; it must be at least 1.")
     kept = Index(root, index, say=say)
-    tasks = {key: _open(card, root, kept) for key, card in cards.items()}
+    tasks = {key: open_task(card, root, kept) for key, card in cards.items()}
     results, notes = {}, []
     with _progress(quiet) as track:
         for key, task in tasks.items():
@@ -176,7 +176,13 @@ def as_text(shown: Table) -> str:
 # -- one card ---------------------------------------------------------------------------------------------------------
 
 
-def _open(card: TaskCard, root: Path, index: Index) -> Task:
+def open_task(card: TaskCard, root: Path, index: Index) -> Task:
+    """A card whose metric, template and files are there.
+
+    Raises:
+        ConfigError: an unknown metric, reader, template or option.
+        DataError: files that are missing or not of the form expected.
+    """
     section = card.eval
     assert section is not None, card.key
     options = checked_options(section, card.key)

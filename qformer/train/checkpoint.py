@@ -16,16 +16,17 @@ import torch
 from qformer import config, weights
 from qformer.config import RunConfig
 from qformer.errors import ConfigError, TrainingError
-from qformer.loading import adapter_tensors, checkpoints
+from qformer.loading import BEST, adapter_tensors, checkpoints
 from qformer.vlm import ADAPTER_FILE, VLM, whole_directory
 
 OPTIMIZER_FILE = "optimizer.pt"
 STATE_FILE = "state.json"
+BEST_FILE = "validation.json"
 
 FREE = {
     "name", "output", "data.root", "data.index", "data.workers", "data.max_pixels", "data.on_error",
     "train.steps", "train.log_every", "train.monitor_every", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.log_with", "evaluate",
+    "train.log_with", "validation.batch_size", "evaluate",
 }  # fmt: skip
 """Settings that may change when a run goes on: how long, how it is reported, where things are."""
 PATHS = {"vision.name", "vision.checkpoint", "language.name", "qformer.init", "qformer.tokenizer"}
@@ -51,6 +52,40 @@ def save(run: Path, step: int, model: VLM, optimizer: torch.optim.Optimizer, kee
     for old in checkpoints(run)[:-keep]:
         shutil.rmtree(old)
     return target
+
+
+def keep_best(run: Path, step: int, model: VLM, mean: float, scores: Mapping[str, float]) -> dict[str, Any]:
+    """Write `checkpoints/best` if no earlier step was validated with as high a mean; which step is now the best.
+
+    It holds the adapter alone, with its step and scores in `validation.json`; as a directory it appears whole.
+    """
+    target = run / "checkpoints" / BEST
+    best = best_of(run)
+    if best is not None and best["step"] != step and best["mean"] >= mean:
+        return best
+    best = {"step": step, "mean": mean, "scores": dict(scores)}
+    with whole_directory(target) as work:
+        model.write(work)
+        (work / BEST_FILE).write_text(json.dumps(best, indent=2), encoding="utf-8")
+    return best
+
+
+def best_of(run: Path) -> dict[str, Any] | None:
+    """Step, mean and scores of a run's best checkpoint; None where nothing was validated.
+
+    Raises:
+        TrainingError: its description is not whole.
+    """
+    file = run / "checkpoints" / BEST / BEST_FILE
+    if not file.exists():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return {"step": int(found["step"]), "mean": float(found["mean"]), "scores": dict(found["scores"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainingError(
+            f"{file}: it is not whole ({error}); remove {file.parent}, and the next validation writes a new one."
+        ) from None
 
 
 def restore(checkpoint: Path, model: VLM, optimizer: torch.optim.Optimizer) -> int:

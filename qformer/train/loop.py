@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,18 +28,39 @@ from qformer.train.optim import learning_rate, optimizer_for
 from qformer.train.step import NotFiniteError, StepReport, train_step
 
 CONFIG_FILE, METRICS_FILE, MIXTURE_FILE, BROKEN_FILE = "config.yaml", "metrics.jsonl", "mixture.json", "broken.jsonl"
+VALIDATION = "validation"
+"""The key of a validation's mean in metrics.jsonl; `validation/TASK` are its parts."""
 DATA_FILE = "data.json"
 """What the run reads: by set, hashes of card and templates, and the number of records."""
 Value = TypeVar("Value")
+VALIDATION_TIMEOUT = timedelta(hours=12)
+"""How long other processes wait while the first one validates; by default they give up after ten minutes."""
 PROVEN_STEPS = 3
 """Steps at the start whose trained tokens are decoded and compared with their targets."""
 
 
-def train(settings: RunConfig, *, say: Callable[[str], None] = print, quiet: bool = False) -> Path:
+Validate = Callable[[vlm.VLM, int], dict[str, float]]
+"""Scores of a model after so many steps, by task; on the first process alone, and without a trace in the training."""
+
+
+def train(
+    settings: RunConfig,
+    *,
+    validate: Validate | None = None,
+    say: Callable[[str], None] = print,
+    quiet: bool = False,
+) -> Path:
     """Run, or go on with, the training that the settings describe; the run directory.
 
     Cards, files and settings are checked before any weight is read.  A run directory that holds checkpoints goes on
     from the last one, bit for bit as if it had never stopped.
+
+    Args:
+        settings: what to do.
+        validate: gives the scores that `validation` asks for; the adapter with the best mean is kept beside the
+            rolling checkpoints.
+        say: is given every line meant for a person.
+        quiet: no progress bars.
 
     Raises:
         ConfigError, DataError: the settings or the data are at fault.  TrainingError: a value that is not finite,
@@ -48,14 +70,12 @@ def train(settings: RunConfig, *, say: Callable[[str], None] = print, quiet: boo
     run = settings.directory
     _check_place(run)
     check_trackers(settings.train.log_with)
-    task_cards = cards.load_all(settings.data.tasks, "train")
+    state = _processes(patient=validate is not None)
+    task_cards, multipliers = cards.mixture(settings.data)
     index = Index(Path(settings.data.root), settings.data.index, say=say)
     sources = _in_turn(
-        lambda: open_sources(task_cards, Path(settings.data.root), on_error=settings.data.on_error, index=index)
+        lambda: open_sources(task_cards, Path(settings.data.root), on_error=settings.data.on_error, index=index), state
     )
-    multipliers = {
-        card.key: settings.data.tasks[name] for name, card in zip(settings.data.tasks, task_cards.values(), strict=True)
-    }
     mixture = mixture_of(sources, settings.data, multipliers, settings.seed)
     described = {key: source.described() for key, source in sources.items()}
     last = loading.checkpoints(run)[-1:]
@@ -118,6 +138,9 @@ def train(settings: RunConfig, *, say: Callable[[str], None] = print, quiet: boo
         num_workers=settings.data.workers,
     )
     with _bar(settings, start, shown=first_process and not quiet) as advance, _Lines(run, first_process) as lines:
+        validation = _Validation(settings, validate, model, lines, accelerator, say)
+        if start and validation.due(start) and not validation.done(start):
+            validation(start)  # it was cut off by whatever ended the run before
         began = time.perf_counter()
         for data in loader:
             step = data.step
@@ -143,9 +166,12 @@ def train(settings: RunConfig, *, say: Callable[[str], None] = print, quiet: boo
                 if settings.train.log_with:
                     accelerator.log(values, step=done)
             advance(report.loss, settings.train.batch_size / seconds)
-            if done % settings.train.checkpoint_every == 0 or done == settings.train.steps:
+            # A step that is validated has a checkpoint too: a run that is ended in between goes on with validating.
+            if done % settings.train.checkpoint_every == 0 or done == settings.train.steps or validation.due(done):
                 if first_process:
                     checkpoint.save(run, done, model, optimizer, settings.train.keep_checkpoints)
+                if validation.due(done):
+                    validation(done)
                 accelerator.wait_for_everyone()
                 began = time.perf_counter()
     accelerator.wait_for_everyone()
@@ -158,13 +184,17 @@ def train(settings: RunConfig, *, say: Callable[[str], None] = print, quiet: boo
     return run
 
 
-def _in_turn(work: Callable[[], Value]) -> Value:
+def _processes(*, patient: bool) -> PartialState:
+    """The processes of the run, joined before anything else; patient where they will wait for a validation."""
+    return PartialState(cpu=not torch.cuda.is_available(), **({"timeout": VALIDATION_TIMEOUT} if patient else {}))
+
+
+def _in_turn(work: Callable[[], Value], state: PartialState) -> Value:
     """What each process's work gives: the first process of all goes first, then the first of each machine, then the
     rest, so that what one writes the others find.
 
     A process whose work fails says so when all have had their turn, so that none waits for it.
     """
-    state = PartialState(cpu=not torch.cuda.is_available())
     mine = 0 if state.is_main_process else 1 if state.is_local_main_process else 2
     error: Exception | None = None
     for turn in range(3):
@@ -178,6 +208,51 @@ def _in_turn(work: Callable[[], Value]) -> Value:
     if error is not None:
         raise error
     return result
+
+
+class _Validation:
+    """Scores a run at the steps that `validation.every` names, and keeps the adapter that does best."""
+
+    def __init__(
+        self,
+        settings: RunConfig,
+        validate: Validate | None,
+        model: vlm.VLM,
+        lines: _Lines,
+        accelerator: Accelerator,
+        say: Callable[[str], None],
+    ):
+        self.settings, self.validate, self.model = settings, validate, model
+        self.lines, self.accelerator, self.say = lines, accelerator, say
+
+    def due(self, step: int) -> bool:
+        """Whether the run is validated after so many steps."""
+        return self.validate is not None and (
+            step % self.settings.validation.every == 0 or step == self.settings.train.steps
+        )
+
+    def done(self, step: int) -> bool:
+        """Whether it was, by the lines of metrics.jsonl."""
+        lines = (self.settings.directory / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+        told = map(json.loads, lines)
+        return any(line["step"] == step and VALIDATION in line for line in told)
+
+    def __call__(self, step: int) -> None:
+        """Validate; the other processes wait for the first one at the next barrier."""
+        if self.validate is None or not self.accelerator.is_main_process:
+            return
+        with monitors.undisturbed(self.model):
+            scores = self.validate(self.model, step)
+        mean = sum(scores.values()) / len(scores)
+        best = checkpoint.keep_best(self.settings.directory, step, self.model, mean, scores)
+        values = {VALIDATION: mean, **{f"{VALIDATION}/{task}": score for task, score in scores.items()}}
+        self.lines.write({"step": step, **values})
+        if self.settings.train.log_with:
+            self.accelerator.log(values, step=step)
+        listed = ", ".join(f"{task} {score:.4f}" for task, score in scores.items())
+        self.say(
+            f"step {step}: validation {mean:.4f} ({listed}); the best is {best['mean']:.4f} at step {best['step']}"
+        )
 
 
 def check_trackers(names: list[str]) -> None:

@@ -1,0 +1,66 @@
+"""The reader of ScienceQA's problems with a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from qformer.data.records import Records
+from qformer.data.streams import read_json
+from qformer.data.values import answers, chosen, shown, words
+from qformer.errors import ConfigError, DataError, did_you_mean
+from qformer.sample import Sample
+
+
+class ScienceQA(Records):
+    """ScienceQA's problems that have a picture; files.images is the folder of `SPLIT/ID/image.png`.
+
+    Options: `split`, a key of `pid_splits.json`; `context`, what stands in the field of that name: the `hint`,
+    `hint_and_lecture`, or nothing (`none`).
+    """
+
+    name = "scienceqa"
+    roles = ("problems", "splits", "images")
+    settings = ("split", "context")
+
+    def _prepare(self) -> None:
+        self.context = {
+            "hint": ("hint",),
+            "hint_and_lecture": ("hint", "lecture"),
+            "none": (),
+        }[self.option("context", ("hint", "hint_and_lecture", "none"))]
+
+    def _read(self) -> Iterator[tuple[Any, Any]]:
+        problems, splits = read_json(self.file), read_json(self.files["splits"])
+        split = self.options.get("split", "train")
+        if split not in splits:
+            raise ConfigError(f"{self.files['splits']}: no split '{split}'.{did_you_mean(str(split), splits)}")
+        numbered = ((number, problems.get(str(number))) for number in splits[split])
+        yield from self.once((number, row) for number, row in numbered if row is None or row["image"] is not None)
+
+    def _sample(self, key: Any, row: Any) -> Sample:
+        if row is None:
+            raise DataError(f"it is in {self.files['splits']} and not among the problems")
+        choices = answers(row["choices"], "'choices'")
+        fields = {
+            "question": words(row, "question"),
+            "context": " ".join(filter(None, (_optional(row, name) for name in self.context))),
+            "image_id": key,
+            "subject": row.get("subject", ""),
+        }
+        return Sample(
+            self.id(key),
+            self.task,
+            self.image(f"{words(row, 'split')}/{key}/{words(row, 'image')}"),
+            fields,
+            references=(chosen(choices, row["answer"], "answer"),),
+            candidates=choices,
+        )
+
+
+def _optional(row: Any, name: str) -> str:
+    """A text that a record may leave empty, on one line."""
+    value = row.get(name) or ""
+    if not isinstance(value, str):
+        raise DataError(f"'{name}' is {shown(value)} where text belongs")
+    return " ".join(value.split())
