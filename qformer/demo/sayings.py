@@ -6,21 +6,20 @@ their own: statements to judge, references in two steps, options to choose from.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import permutations
 
 from qformer.demo import scenes
-from qformer.demo.scenes import ATTRIBUTES, HELD_OUT_PAIRS, PAIRS, QUERY, VALUES, WORDS, Ask, Dice, Scene, Thing
+from qformer.demo.scenes import ATTRIBUTES, HELD_OUT_PAIRS, PAIRS, QUERY, WORDS, Ask, Dice, Scene, Thing
 
 # -- written words: OCR-VQA and TextCaps ------------------------------------------------------------------------------
 
 
 def title_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
-    """What is the title of this picture?  The word that is written in it."""
+    """What word is the title?  The one that is written in the picture."""
     for thing in scene.things:
         if thing.word:
-            yield Ask("What is the title of this picture?", thing.word, "title", "word")
+            yield Ask("What word is the title?", thing.word, "title", "word")
 
 
 def says_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
@@ -87,9 +86,9 @@ FACTS: dict[str, dict[str, str]] = {
 """Words for a value that never say it: who knows the fact knows which thing is meant."""
 
 SUITS = {
-    "rubber": "Would the {} bounce?",
-    "metal": "Would a magnet hold the {}?",
-    "wood": "Could a carpenter make the {}?",
+    "rubber": "Is the {} made to bounce?",
+    "metal": "Is the {} held by magnets?",
+    "wood": "Is the {} made by carpenters?",
 }
 """Asks for what is true of things of one material alone."""
 
@@ -109,7 +108,7 @@ def fact_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
 
 
 def suits_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
-    """Would a magnet hold the small cube?"""
+    """Is the small cube held by magnets?"""
     for thing in scene.things:
         words = scenes.referent(thing, scene.things, dice, without="material")
         if words is not None:
@@ -134,81 +133,73 @@ DETAIL = (
 def description(scene: Scene, dice: Dice) -> str:
     """Everything about a scene: how many things, each with all it has, what is written, how two of them stand."""
     things = sorted(scene.things, key=scenes.reading_order)
-    told = [f"There are {len(things)} things in the picture."]
+    told = []
     for thing in things:
         words = f"{thing.size} {thing.colour} {thing.material} {thing.shape}"
-        told.append(f"{_a(words).capitalize()} is at the {thing.place}.")
-        if thing.word:
-            told.append(f"The word {thing.word} is written below it.")
-    stands = [
-        f"The {scenes.name(one)} is {relation} the {scenes.name(other)}."
-        for one, other in permutations(things, 2)
-        for relation, holds in scenes.RELATIONS.items()
-        if holds(one, other)
-    ]
-    return " ".join([*told, dice.choose(stands)])
+        told.append(f"{_a(words)} at the {thing.place}" + (f" saying {thing.word}" if thing.word else ""))
+    return scenes.joined(told)
 
 
 def same_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
-    """Do the small cube and the red ball have the same material?  Neither is told by what is asked for."""
+    """Is the small cube of the same material as the red ball?  Neither is told by what is asked for."""
     for one, other in permutations(scene.things, 2):
         for attribute in ATTRIBUTES:
             first, second = (scenes.referent(thing, scene.things, dice, without=attribute) for thing in (one, other))
             if first is None or second is None:
                 continue
             own, others = scenes.value_of(one, attribute), scenes.value_of(other, attribute)
-            answer, same = ("yes", "the same") if own == others else ("no", "not the same")
-            told = (
-                scenes.attribute_sentence(first, attribute, own),
-                scenes.attribute_sentence(second, attribute, others),
-            )
+            told = scenes.attribute_words(first, attribute, own), scenes.attribute_words(second, attribute, others)
             yield Ask(
-                f"Do the {first} and the {second} have the same {attribute}?",
-                answer,
+                f"Is the {first} of the same {attribute} as the {second}?",
+                _yes(own == others),
                 "same",
                 "yes/no",
-                f"{' '.join(told)} {answer.capitalize()}, the {attribute} is {same}.",
+                f"{_yes(own == others).capitalize()}, {' and '.join(told)}.",
                 mentions=((first, one), (second, other)),
             )
 
 
-def more_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
-    """Are there more cubes than balls?"""
-    for attribute in ATTRIBUTES:
-        counts = Counter(scenes.value_of(thing, attribute) for thing in scene.things)
-        for one, other in permutations([value for value in VALUES[attribute] if counts[value]], 2):
-            answer, many, few = _yes(counts[one] > counts[other]), _kind(one, attribute), _kind(other, attribute)
-            first, second = (_counted(counts[value], value, attribute) for value in (one, other))
-            said = f"there are {'more' if answer == 'yes' else 'not more'} {many} than {few}"
-            question = f"Are there more {many} than {few}?"
-            sentence = f"There {first} and there {second}. {answer.capitalize()}, {said}."
-            yield Ask(question, answer, "more", "yes/no", sentence)
+def alike_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
+    """What thing has the colour of the small cube?  Only where one other thing shares it."""
+    for one in scene.things:
+        for attribute in ATTRIBUTES:
+            value = scenes.value_of(one, attribute)
+            others = [thing for thing in scene.things if thing != one and scenes.value_of(thing, attribute) == value]
+            if len(others) != 1:
+                continue
+            words, found = (scenes.referent(t, scene.things, dice, without=attribute) for t in (one, others[0]))
+            if words is not None and found is not None:
+                told = scenes.attribute_words(found, attribute, value)
+                yield Ask(
+                    f"What thing has the {attribute} of the {words}?",
+                    found,
+                    "alike",
+                    "options",
+                    f"{told.capitalize()}.",
+                    mentions=((words, one),),
+                )
 
 
 def further_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
     """Which is higher, the red cube or the blue ball?"""
-    further: dict[str, Callable[[Thing], int]] = {
-        "further left": lambda thing: thing.column,
-        "further right": lambda thing: -thing.column,
-        "higher": lambda thing: thing.row,
-        "lower": lambda thing: -thing.row,
-    }
     for one, other in permutations(scene.things, 2):
         first, second = scenes.referent(one, scene.things, dice), scenes.referent(other, scene.things, dice)
-        for way, least in further.items():
-            if first is not None and second is not None and least(one) != least(other):
-                answer = first if least(one) < least(other) else second
-                seen = f"The {first} is at the {one.place}. The {second} is at the {other.place}."
-                yield Ask(
-                    f"Which is {way}, the {first} or the {second}?",
-                    answer,
-                    "further",
-                    "options",
-                    f"{seen} So the {answer} is {way}.",
-                    options=(first, second),
-                    mentions=((first, one), (second, other)),
-                )
+        for way, relation in FURTHER.items():
+            if first is not None and second is not None:
+                for found, than, thing, rest in ((first, second, one, other), (second, first, other, one)):
+                    if scenes.RELATIONS[relation](thing, rest):
+                        yield Ask(
+                            f"Which is {way}, the {first} or the {second}?",
+                            found,
+                            "further",
+                            "options",
+                            f"The {found} is {relation} the {than}.",
+                            options=(first, second),
+                            mentions=((first, one), (second, other)),
+                        )
 
+
+FURTHER = {"further left": "left of", "further right": "right of", "higher": "above", "lower": "below"}
 
 # -- captions from the web: Web CapFilt -------------------------------------------------------------------------------
 
@@ -219,20 +210,19 @@ def web_captions(scene: Scene, dice: Dice) -> list[str]:
     The captioner names all things or one, and sometimes sees what is not there; the text that stood by the picture is a
     few words about one thing of it, and often gets through the filter.
     """
-    things = dice.shuffled(scene.things)
-    kept = things if dice.chance(0.7) else things[:1]
+    things = sorted(scene.things, key=scenes.reading_order)
+    kept = things if dice.chance(0.7) else [dice.choose(things)]
     shown = [scenes.name(thing) for thing in kept]
     if dice.chance(0.08):
         shown[0] = " ".join(dice.choose([pair for pair in PAIRS if pair not in HELD_OUT_PAIRS]))
     found = [scenes.joined(map(_a, shown))]
     if dice.chance(0.75):
         thing, told = dice.choose(things), dice.choose(WEB_WORDS)
-        by_it = [str(getattr(thing, attribute)) for attribute in told if getattr(thing, attribute)]
-        found.append(" ".join(by_it))
+        found.append(_a(scenes.named({attribute: scenes.value_of(thing, attribute) for attribute in told})))
     return found
 
 
-WEB_WORDS = (("shape",), ("material", "shape"), ("size", "shape"), ("colour", "shape"), ("colour", "shape", "word"))
+WEB_WORDS = (("colour", "shape"), ("colour", "shape"), ("colour",), ("shape",), ("material", "shape"))
 """What of a thing the text by its picture tells."""
 
 # -- all of them ------------------------------------------------------------------------------------------------------
@@ -245,7 +235,7 @@ FORMS: Mapping[str, scenes.Form] = {
     "fact": fact_asks,
     "suits": suits_asks,
     "same": same_asks,
-    "more": more_asks,
+    "alike": alike_asks,
     "further": further_asks,
 }
 
@@ -262,14 +252,3 @@ def _short(thing: Thing, *, placed: bool) -> str:
     at = f" at the {thing.place}" if placed else ""
     saying = f" saying {thing.word}" if thing.word else ""
     return f"{_a(scenes.name(thing))}{at}{saying}"
-
-
-def _kind(value: str, attribute: str, count: int = 2) -> str:
-    """Cubes, red things."""
-    if attribute != "shape":
-        return f"{value} {'thing' if count == 1 else 'things'}"
-    return value if count == 1 else scenes.plural(value)
-
-
-def _counted(count: int, value: str, attribute: str) -> str:
-    return f"{'is' if count == 1 else 'are'} {count} {_kind(value, attribute, count)}"

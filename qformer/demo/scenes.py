@@ -313,9 +313,11 @@ NAMINGS = (
 )
 
 
-def plural(shape: str) -> str:
-    """Cubes, crosses."""
-    return f"{shape}es" if shape.endswith("s") else f"{shape}s"
+def several(value: str, attribute: str) -> str:
+    """Words for things that share a value: "red things", "crosses"."""
+    if attribute != "shape":
+        return f"{value} things"
+    return f"{value}es" if value.endswith("s") else f"{value}s"
 
 
 def fits(thing: Thing, wanted: dict[str, str]) -> bool:
@@ -360,13 +362,13 @@ GQA_QUERY = {
 }
 
 
-def attribute_sentence(words: str, attribute: str, value: str) -> str:
-    """The red thing is a cube."""
-    if attribute == "shape":
-        return f"The {words} is a {value}."
-    if attribute == "material":
-        return f"The {words} is made of {value}."
-    return f"The {words} is {value}."
+def attribute_words(words: str, attribute: str, value: str) -> str:
+    """Words for an attribute of a thing: "the red thing is a cube"."""
+    return f"the {words} is {({'shape': 'a ', 'material': 'made of '}).get(attribute, '')}{value}"
+
+
+def _attribute_sentence(words: str, attribute: str, value: str) -> str:
+    return f"T{attribute_words(words, attribute, value)[1:]}."
 
 
 def attribute_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
@@ -376,7 +378,7 @@ def attribute_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
             words = referent(thing, scene.things, dice, without=attribute)
             if words is not None:
                 value = value_of(thing, attribute)
-                said = attribute_sentence(words, attribute, value)
+                said = _attribute_sentence(words, attribute, value)
                 mentions = ((words, thing),)
                 yield Ask(QUERY[attribute].format(words), value, "attribute", attribute, said, mentions=mentions)
 
@@ -443,7 +445,7 @@ def relation_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
     for attribute in ATTRIBUTES:
         for found in related(scene, dice, hide=attribute):
             words, value = found.words(), value_of(found.thing, attribute)
-            said = attribute_sentence(words, attribute, value)
+            said = _attribute_sentence(words, attribute, value)
             question = QUERY[attribute].format(words)
             yield Ask(question, value, "relation", attribute, said, mentions=found.mentions())
 
@@ -482,7 +484,7 @@ def count_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
     for attribute in ATTRIBUTES:
         for value in VALUES[attribute]:
             count = sum(value_of(thing, attribute) == value for thing in scene.things)
-            words = plural(value) if attribute == "shape" else f"{value} things"
+            words = several(value, attribute)
             if count <= 3:
                 yield Ask(f"How many {words} are there?", str(count), "count", "number", f"There are {count} {words}.")
 

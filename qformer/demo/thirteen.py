@@ -20,7 +20,7 @@ from qformer.demo.scenes import Ask, Dice, Scene, Thing
 WEB, TEXTCAPS, TEXTCAPS_VAL, OCRVQA = range(formats.NOCAPS + 1, formats.NOCAPS + 5)
 FACT_FORMS = ("fact", "fact", "suits")
 READING_FORMS = ("word", "title", "says", "written")
-REASONING_FORMS = ("same", "more", "further")
+REASONING_FORMS = ("same", "further", "alike")
 CATEGORY = {"fact": "one", "suits": "two"}
 """OKVQA calls its categories by numbers."""
 SPLITS = {"train": 1, "val": 2, "test": 3}
@@ -121,7 +121,7 @@ def ten_typed(ask: Ask, *key: object) -> list[tuple[str, str]]:
     typed = [(ask.answer, ask.answer)] * right
     typed += [(wrong, wrong) for wrong in dice.shuffled(formats.near_answers(ask))[: 5 - right]]
     if ask.type == "shape" and dice.chance(0.3):
-        typed[0] = (scenes.plural(ask.answer), ask.answer)
+        typed[0] = (scenes.several(ask.answer, "shape"), ask.answer)
     return [each for each in dice.shuffled(typed) for _ in range(2)]
 
 
