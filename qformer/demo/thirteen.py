@@ -142,11 +142,11 @@ def _capfilt(root: Path, made: Sequence[Scene], advance: Callable[[int], None]) 
     rows = []
     for scene in made:
         name = f"{image_id(scene) % BLOCK // 1000:05d}/{image_id(scene):09d}.jpg"
-        save(scene, root / f"capfilt/images/{name}")
+        save(scene, root / f"web_capfilt/images/{name}")
         dice = Dice("capfilt", scene.seed, scene.number)
         rows += [{"image": name, "caption": caption} for caption in sayings.web_captions(scene, dice)]
         advance(1)
-    put(root / "capfilt/annotation.json", rows)
+    put(root / "web_capfilt/annotation.json", rows)
 
 
 def _textcaps(root: Path, made: Sequence[Scene], split: str, advance: Callable[[int], None]) -> None:
@@ -154,7 +154,7 @@ def _textcaps(root: Path, made: Sequence[Scene], split: str, advance: Callable[[
     tokens = []
     for scene in made:
         name = f"{keyed.keyed_hash('textcaps', scene.seed, scene.number):016x}"
-        save(scene, root / f"textcaps/train_images/{name}.jpg")  # there is no folder for val
+        save(scene, root / f"textvqa/train_images/{name}.jpg")  # those of val lie there too
         dice = Dice("textcaps", scene.seed, scene.number)
         captions = [sayings.caption_with_words(scene, dice) for _ in range(5)]
         about = {
@@ -179,7 +179,7 @@ def _textcaps(root: Path, made: Sequence[Scene], split: str, advance: Callable[[
     head = {"dataset_type": split, "dataset_name": "textcaps", "dataset_version": "0.1"}
     put(root / f"textcaps/TextCaps_0.1_{split}.json", {**head, "data": rows})
     head = {"dataset_type": split, "dataset_name": "textvqa", "dataset_version": "0.2"}
-    put(root / f"textcaps/TextVQA_Rosetta_OCR_v0.2_{split}.json", {**head, "data": tokens})
+    put(root / f"textvqa/TextVQA_Rosetta_OCR_v0.2_{split}.json", {**head, "data": tokens})
 
 
 def _words(caption: str) -> list[str]:
@@ -209,10 +209,12 @@ def _box(thing: Thing, word: str) -> dict[str, float]:
 
 def _ocrvqa(root: Path, made: Sequence[Scene], advance: Callable[[int], None]) -> None:
     books: dict[str, dict[str, Any]] = {}
+    tokens = {}
     for scene in made:
         key = f"{image_id(scene):010d}"
         save(scene, root / f"ocrvqa/images/{key}.jpg")
         [word] = [thing.word for thing in scene.things if thing.word]
+        tokens[key] = _seen_words(scene, Dice("ocrvqa", scene.seed, scene.number))["ocr_tokens"]
         books[key] = {
             "imageURL": f"{key}.jpg",
             "questions": [],
@@ -229,6 +231,7 @@ def _ocrvqa(root: Path, made: Sequence[Scene], advance: Callable[[int], None]) -
             book = books[f"{image_id(scene):010d}"]
             book["questions"].append(ask.question)
             book["answers"].append(ask.answer)
+    put(root / "ocrvqa/ocr_tokens.json", tokens)
     put(root / "ocrvqa/dataset.json", {key: book for key, book in books.items() if book["questions"]})
 
 
