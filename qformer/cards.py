@@ -51,14 +51,25 @@ def check_template(template: str, where: str) -> None:
             raise ConfigError(f"{where}: '{template}' cannot be filled by name; {hint}.")
 
 
+def _check_common(section: str, files: Mapping[str, Any], preface: Iterable[str]) -> None:
+    for role, given in files.items():
+        paths = given if isinstance(given, list) and given and role == "images" else [given]
+        if not all(isinstance(path, str) and path for path in paths):
+            raise ConfigError(
+                f"{section}.files.{role} is {given!r}; it takes a path, or as files.images a list of folders."
+            )
+    for piece in preface:
+        check_template(piece, f"{section}.preface")
+
+
 @dataclass(frozen=True)
 class TrainCard:
     """How a set is trained on."""
 
     reader: str
     """A name in `qformer.data.readers.READERS`."""
-    files: dict[str, str]
-    """The reader's files and folders by role, relative to data.root."""
+    files: dict[str, Any]
+    """The reader's files and folders by role, relative to data.root; under `images` a list of folders may stand."""
     template: str
     """The templates (a shipped name or a YAML file) one of which is drawn for each sample and pass."""
     size: int | None = None
@@ -69,12 +80,15 @@ class TrainCard:
     """Which of several reference answers is trained on; `sampled` weighs them by their count."""
     target: str = "{answer}"
     """What the LLM learns to write, over the sample's fields and the drawn `answer`."""
-    turns: Literal["each", "whole"] = "each"
-    """Dialogues: one row per turn, or one row with every answer trained."""
+    turns: Literal["each", "whole", "last"] = "each"
+    """Dialogues: one row per turn, one row with every answer trained, or the last turn's alone with the others read."""
+    preface: list[str] = field(default_factory=list)
+    """What stands before the template, piece by piece; a piece whose fields are absent or empty vanishes."""
 
     def __post_init__(self) -> None:
         config.check_numbers("train", self, "size", least=1)
         check_template(self.target, "train.target")
+        _check_common("train", self.files, self.preface)
 
 
 @dataclass(frozen=True)
@@ -82,7 +96,7 @@ class EvalCard:
     """How a set is scored."""
 
     reader: str
-    files: dict[str, str]
+    files: dict[str, Any]
     template: str
     split: str
     answer: Literal["generate", "rank"]
@@ -99,9 +113,29 @@ class EvalCard:
     question_type: str | None = None
     """The field that the most-frequent-answer baseline is counted by."""
     decoding: Decoding = field(default_factory=Decoding)
+    preface: list[str] = field(default_factory=list)
+    """As in training."""
 
     def __post_init__(self) -> None:
         config.check_numbers("eval", self, "size", least=1)
+        _check_common("eval", self.files, self.preface)
+
+
+@dataclass(frozen=True)
+class Download:
+    """A file or an archive that a set is read from, and where it must lie."""
+
+    what: str
+    """Its name, and of an archive what is taken from it."""
+    source: str
+    """Where it is to be had: a site and a page, in words."""
+    into: str
+    """The file or folder under data.root that it must be, or be unpacked in."""
+    gigabytes: float
+    """About how much disk it takes once it lies there."""
+
+    def __post_init__(self) -> None:
+        config.check_numbers("downloads", self, "gigabytes")
 
 
 @dataclass(frozen=True)
@@ -116,13 +150,15 @@ class TaskCard:
     category: str = ""
     licence: str = ""
     source: str = ""
-    """Where the files are to be had, and the layout they are expected in."""
+    """Where the files are to be had, and the layout they are expected in, in one line."""
+    downloads: list[Download] = field(default_factory=list)
+    """The same, file by file."""
     train: TrainCard | None = None
     eval: EvalCard | None = None
     notes: list[str] = field(default_factory=list)
     """What the paper leaves open and which choice was made."""
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Named changes, taken as `name:variant`."""
+    """Named changes, taken as `name:variant`; null takes a file or an option away."""
     variant: str = ""
 
     @property
@@ -147,6 +183,11 @@ def load(name: str) -> TaskCard:
             raise ConfigError(f"{path}: no variant '{variant}'.{did_you_mean(variant, known)}")
         config.check_shape(TaskCard, known[variant], f"{path}: variant '{variant}'")
         raw = OmegaConf.to_container(OmegaConf.merge(raw, known[variant] or {}))  # type: ignore[assignment]
+        for section in ("train", "eval"):
+            for group in ("files", "options"):  # null takes away what the card has and the variant's reader has not
+                given = (raw.get(section) or {}).get(group)
+                if given:
+                    raw[section][group] = {name: value for name, value in given.items() if value is not None}
     for section, kind in (("train", TrainCard), ("eval", EvalCard)):
         missing = [
             key

@@ -16,6 +16,7 @@ from torch import Tensor
 from qformer import keyed
 from qformer.config import TransformConfig
 from qformer.errors import DataError
+from qformer.sample import Packed
 
 FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -24,18 +25,23 @@ FILTERS = {
 }
 
 
-def load_image(source: Path | str | bytes | Image.Image, max_pixels: int, where: str) -> Image.Image:
+def load_image(source: Path | str | bytes | Packed | Image.Image, max_pixels: int, where: str) -> Image.Image:
     """A picture in RGB, upright as its EXIF says, transparency laid on white.
 
     Args:
-        source: a path, the bytes of a file, or an opened picture.
+        source: a path, the bytes of a file, a picture packed away, or an opened one.
         max_pixels: refused beyond this, before anything is decoded.
         where: what the picture belongs to, for messages.
 
     Raises:
         DataError: missing, not a picture, cut short, or too large; names the file.
     """
-    name = f"{where}: the picture {source}" if isinstance(source, Path | str) else f"{where}: a picture"
+    name = f"{where}: the picture {source}" if isinstance(source, Path | str | Packed) else f"{where}: a picture"
+    if isinstance(source, Packed):
+        try:
+            source = source.read()
+        except DataError as error:
+            raise DataError(f"{where}: {error}.") from None
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is checked below, with a sentence
     try:
         if isinstance(source, Image.Image):
@@ -61,8 +67,8 @@ def load_image(source: Path | str | bytes | Image.Image, max_pixels: int, where:
 
 def picture_key(source: Any, root: Path = Path()) -> str:
     """What tells pictures apart within a step: the path (from `root`, if it lies there), or a hash of the content."""
-    if isinstance(source, Path | str):
-        path = Path(source)
+    if isinstance(source, Path | str | Packed):
+        path = source.container / source.name if isinstance(source, Packed) else Path(source)
         return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(source)
     if isinstance(source, bytes):
         return hashlib.sha256(source).hexdigest()

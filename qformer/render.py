@@ -45,7 +45,7 @@ def block(joiner: Joiner, task: str, item: Item, queries: int, *, ids: bool) -> 
     text.append(f"{item.name}\n", style="bold")
     text.append(f"  set          {task}\n")
     for picture in item.pictures:
-        text.append(f"  picture      {picture if isinstance(picture, Path) else '<bytes>'}\n")
+        text.append(f"  picture      {'<bytes>' if isinstance(picture, bytes) else picture}\n")
     read = joiner.read_ids(item.rendered.turns[0].instruction if item.rendered.turns else item.rendered.instruction)
     text.append("  Q-Former     ")
     if read:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,26 @@ class Video:
 
     path: Path
     frames: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Packed(ABC):
+    """A picture that is no file of its own: a member of an archive, a cell of a table.  Read when it is opened."""
+
+    container: Path
+    name: str
+    """Tells it apart inside its container."""
+
+    def __str__(self) -> str:
+        return f"{self.container}/{self.name}"
+
+    @abstractmethod
+    def read(self) -> bytes:
+        """The bytes of the picture's file.
+
+        Raises:
+            DataError: it is not there, cannot be read, or is larger than any picture should be.
+        """
 
 
 @dataclass(frozen=True)
@@ -37,7 +58,7 @@ class Sample:
 
     id: str
     task: str
-    images: tuple[Path | bytes | Video, ...]
+    images: tuple[Path | bytes | Packed | Video, ...]
     fields: Mapping[str, Any] = field(default_factory=dict)
     turns: tuple[Turn, ...] = ()
     references: tuple[str, ...] = ()

@@ -78,6 +78,16 @@ def fill(template: str, fields: Mapping[str, Any], where: str) -> str:
     return template.format_map({name: fields[name] for name in wanted})
 
 
+def prefaced(preface: Sequence[str], fields: Mapping[str, Any], instruction: str) -> str:
+    """An instruction behind the pieces of a preface; a piece that names an absent or empty field is left out whole."""
+    pieces = []
+    for piece in preface:
+        wanted = [name for _, name, _, _ in string.Formatter().parse(piece) if name is not None]
+        if all(fields.get(name) not in (None, "", (), []) for name in wanted):
+            pieces.append(fill(piece, fields, "preface"))
+    return " ".join(filter(None, (*pieces, instruction)))
+
+
 # -- what is asked, and what is answered ------------------------------------------------------------------------------
 
 
@@ -102,11 +112,14 @@ def render_train(card: TrainCard, templates: Templates, sample: Sample, seed: in
     """
     where = f"{sample.task}, sample '{sample.id}'"
     if sample.turns:
+        turns = sample.turns
         if card.turns == "whole":
-            return [Rendered(sample.turns[0].instruction, turns=sample.turns)]
+            opened = Turn(prefaced(card.preface, sample.fields, turns[0].instruction), turns[0].answer)
+            return [Rendered(opened.instruction, turns=(opened, *turns[1:]))]
         return [
-            Rendered(turn.instruction, turn.answer, history=sample.turns[:place])
-            for place, turn in enumerate(sample.turns)
+            Rendered(prefaced(card.preface, sample.fields, turn.instruction), turn.answer, history=turns[:place])
+            for place, turn in enumerate(turns)
+            if card.turns == "each" or place == len(turns) - 1
         ]
     key = (seed, sample.task, sample.id, number)
     answer = choose_answer(sample.references, card.answer, key)
@@ -114,7 +127,7 @@ def render_train(card: TrainCard, templates: Templates, sample: Sample, seed: in
     fields = _fields(sample, sample.candidates, template)
     if answer is not None:
         fields["answer"] = answer
-    instruction = fill(template, fields, where)
+    instruction = prefaced(card.preface, fields, fill(template, fields, where))
     target = fill(card.target, fields, where)
     if not target.strip():
         raise DataError(f"{where}: the target is empty, so there is nothing to train on.")
@@ -129,10 +142,11 @@ def render_eval(card: EvalCard, templates: Templates, sample: Sample, prompt: in
     """
     if sample.turns:
         *history, last = sample.turns
-        return Rendered(last.instruction, history=tuple(history))
+        return Rendered(prefaced(card.preface, sample.fields, last.instruction), history=tuple(history))
     template = templates.templates[prompt]
     fields = _fields(sample, candidates_of(card, sample), template)
-    return Rendered(fill(template, fields, f"{sample.task}, sample '{sample.id}'"))
+    filled = fill(template, fields, f"{sample.task}, sample '{sample.id}'")
+    return Rendered(prefaced(card.preface, fields, filled))
 
 
 def candidates_of(card: EvalCard, sample: Sample) -> tuple[str, ...]:

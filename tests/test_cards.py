@@ -26,6 +26,7 @@ def test_every_card_names_only_what_there_is(name: str) -> None:
     assert card.title
     assert card.licence
     assert card.source
+    assert card.downloads
     for section in (card.train, card.eval):
         if section is None:
             continue
@@ -86,6 +87,10 @@ TRAIN = "train: {reader: jsonl, files: {records: r, images: i}, template: instru
         ("name: 'x'\nversion: 'new'\n", "version"),
         ("name: no\nversion: 1\n", "name is the YAML boolean false"),
         ("name: [x\n", "not valid YAML"),
+        (BASE + "downloads: a.zip\n", r"downloads is 'a\.zip'; it takes a list"),
+        (BASE + "downloads: [{what: a.zip, source: x, into: y}]\n", "downloads.*gigabytes"),
+        (BASE + "downloads: [{what: a, source: x, into: y, gigabytes: -1}]\n", r"downloads\.gigabytes is -1"),
+        (BASE + "downloads: [{what: a, into: y, url: x}]\n", r"unknown key 'downloads\[0\]\.url'"),
         (BASE + "train: no\n", "train is the YAML boolean false; it takes named values"),
         (BASE + "variants: [v]\n", r"variants is \['v'\]; it takes named values"),
         (BASE + "variants: {v: no}\n", r"variants\.v is the YAML boolean false; it takes named values"),

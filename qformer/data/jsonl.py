@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qformer.data.records import Records, read_lines
+from qformer.data.records import Records
+from qformer.data.streams import iterate_lines
 from qformer.errors import ConfigError, DataError
 from qformer.sample import Sample, Turn
 
@@ -25,14 +26,16 @@ class JsonLines(Records):
     settings = ("kind",)
     numbering = "line"
 
-    def _read(self) -> Iterator[tuple[int, Any]]:
+    def _prepare(self) -> None:
         try:
             self.kind = re.compile(self.options.get("kind", ""))
         except re.error as error:
             raise ConfigError(f"{self.task}: options.kind is not a regular expression: {error}.") from None
+
+    def _read(self) -> Iterator[tuple[int, Any]]:
         first_line: dict[str, int] = {}
         place = 0
-        for number, line in enumerate(read_lines(self.file), 1):
+        for number, line in iterate_lines(self.file):
             if not line.strip():
                 continue
             row = None
@@ -40,16 +43,17 @@ class JsonLines(Records):
                 row = json.loads(line)
                 name = str(row["id"]) if isinstance(row, dict) and "id" in row else None
                 if name in first_line:
-                    self._break(place, number, f"the id '{name}' was given in line {first_line[name]} already")
+                    self.broken[place] = self.at_fault(
+                        number, f"the id '{name}' was given in line {first_line[name]} already"
+                    )
                 elif name is not None:
                     first_line[name] = number
             except json.JSONDecodeError as error:
-                self._break(place, number, f"not valid JSON ({error.msg} at column {error.colno})")
+                self.broken[place] = self.at_fault(number, f"not valid JSON ({error.msg} at column {error.colno})")
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+                self.broken[place] = self.at_fault(number, f"not JSON that can be read ({error})")
             yield number, row
             place += 1
-
-    def _break(self, place: int, number: int, problem: str) -> None:
-        self.broken[place] = DataError(f"{self.file}, line {number}: {problem}.")
 
     def _sample(self, key: Any, row: Any) -> Sample:
         if not isinstance(row, dict):
@@ -82,7 +86,7 @@ class JsonLines(Records):
         return Sample(
             id=str(row["id"]),
             task=self.task,
-            images=tuple(self.files["images"] / name for name in names),
+            images=tuple(self.pictures.find(name) for name in names),
             fields=fields,
             turns=turns,
             references=tuple(targets),

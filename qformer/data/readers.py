@@ -1,19 +1,27 @@
 """Readers, one per on-disk shape: official files in, `Sample`s out.
 
-A reader parses its annotation files when it is opened and makes one record into a `Sample` when it is asked for; no
-picture is touched here.  The table `READERS` is closed: cards name its keys.
+A reader yields a row for each record when it is opened and makes a `Sample` of one row when it is asked for; no
+picture is opened here.  The table `READERS` is closed: cards name its keys.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlparse
 
 from qformer.cards import EvalCard, TaskCard, TrainCard
+from qformer.data import ocr
+from qformer.data.columns import Columns
+from qformer.data.index import Index
 from qformer.data.jsonl import JsonLines
-from qformer.data.records import Records, read_json, read_lines
+from qformer.data.pictures import stands_for
+from qformer.data.records import Records
+from qformer.data.shards import Shards
+from qformer.data.streams import iterate_items, iterate_json, iterate_lines, join, read_json
+from qformer.data.values import answers, chosen, number, several, words
 from qformer.errors import ConfigError, DataError, did_you_mean, lookup
 from qformer.sample import Sample, Turn
 
@@ -29,17 +37,20 @@ class CocoCaptions(Records):
     settings = ("per",)
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
-        content = read_json(self.file)
-        pictures = {picture["id"]: picture for picture in content["images"]}
+        kept = ("id", "file_name", "domain")
+        pictures = {
+            picture["id"]: {name: picture[name] for name in kept if name in picture}
+            for picture in iterate_json(self.file, "images")
+        }
         if self.option("per", ("caption", "image")) == "caption":
-            for row in content["annotations"]:
-                yield row["id"], (pictures.get(row["image_id"]), [row])
+            rows = iterate_json(self.file, "annotations")
+            yield from self.once((row["id"], [pictures.get(row["image_id"]), [row]]) for row in rows)
             return
         captions: dict[Any, list[Any]] = {name: [] for name in pictures}
-        for row in content["annotations"]:
+        for row in iterate_json(self.file, "annotations"):
             captions.setdefault(row["image_id"], []).append(row)
-        for name, rows in captions.items():
-            yield name, (pictures.get(name), rows)
+        for name, said in captions.items():
+            yield name, [pictures.get(name), said]
 
     def _sample(self, key: Any, row: Any) -> Sample:
         picture, annotations = row
@@ -50,8 +61,8 @@ class CocoCaptions(Records):
         fields = {"image_id": picture["id"]}
         if "domain" in picture:
             fields["domain"] = picture["domain"]
-        captions = tuple(_caption(each["caption"]) for each in annotations)
-        return Sample(self.id(key), self.task, self.image(picture["file_name"]), fields, references=captions)
+        captions = tuple(words(each, "caption") for each in annotations)
+        return Sample(self.id(key), self.task, self.image(words(picture, "file_name")), fields, references=captions)
 
 
 class Karpathy(Records):
@@ -65,54 +76,140 @@ class Karpathy(Records):
     settings = ("splits", "per")
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
+        yield from self.once(self._rows())
+
+    def _rows(self) -> Iterator[tuple[Any, Any]]:
         splits = self.options.get("splits", ["train", "restval"])
         per_caption = self.option("per", ("caption", "image")) == "caption"
-        for picture in read_json(self.file)["images"]:
+        for picture in iterate_json(self.file, "images"):
             if picture["split"] not in splits:
                 continue
+            number = picture.get("cocoid", picture["imgid"])
+            shown = {"filepath": picture.get("filepath") or "", "filename": picture["filename"], "image_id": number}
+            said = [{"raw": sentence.get("raw")} for sentence in picture["sentences"]]
             if per_caption:
-                for sentence in picture["sentences"]:
-                    yield sentence["sentid"], (picture, [sentence])
+                for sentence, kept in zip(picture["sentences"], said, strict=True):
+                    yield sentence["sentid"], [shown, [kept]]
             else:
-                yield picture.get("cocoid", picture["imgid"]), (picture, picture["sentences"])
+                yield number, [shown, said]
 
     def _sample(self, key: Any, row: Any) -> Sample:
         picture, sentences = row
-        path = str(Path(picture.get("filepath", ""), picture["filename"]))
-        fields = {"image_id": picture.get("cocoid", picture["imgid"])}
-        captions = tuple(_caption(each["raw"]) for each in sentences)
+        path = str(PurePosixPath(picture["filepath"], words(picture, "filename")))
+        captions = tuple(words(each, "raw") for each in several(sentences, "'sentences'"))
+        fields = {"image_id": picture["image_id"]}
         return Sample(self.id(key), self.task, self.image(path), fields, references=captions)
+
+
+class CaptionList(Records):
+    """A list of pictures with their captions, as BLIP's CapFilt files and LAVIS's own: `[{"image", "caption"}]`.
+
+    A caption is a text, or a list of texts.  Options: `image` and `caption`, the names of the two fields.
+    """
+
+    name = "caption_list"
+    roles = ("captions", "images")
+    settings = ("image", "caption")
+
+    def _prepare(self) -> None:
+        self.fields = [str(self.options.get(name, name)) for name in ("image", "caption")]
+
+    def _read(self) -> Iterator[tuple[Any, Any]]:
+        for place, row in enumerate(iterate_json(self.file)):
+            yield place, {name: row[name] for name in self.fields if name in row}
+
+    def _sample(self, key: Any, row: Any) -> Sample:
+        image, caption = self.fields
+        captions = answers(row[caption], f"'{caption}'") if isinstance(row[caption], list) else (words(row, caption),)
+        return Sample(self.id(key), self.task, self.image(row[image]), {"image_id": row[image]}, references=captions)
+
+
+class TextVQA(Records):
+    """TextCaps and TextVQA: `{"data": [...]}` over pictures with words in them, and those words in a file of their own.
+
+    Under files.ocr may stand Rosetta's file (`TextVQA_Rosetta_OCR_v0.2_train.json`).  Options: `per`: `caption`,
+    `image` (one record a picture with all its captions) or `question`; `image`, the picture's file name with a place
+    for its id; `ocr_tokens`, how many words are kept.
+    """
+
+    name = "textvqa"
+    roles = ("records", "images")
+    optional = ("ocr",)
+    settings = ("per", "image", "ocr_tokens")
+
+    def _read(self) -> Iterator[tuple[Any, Any]]:
+        per = self.option("per", ("caption", "image", "question"))
+        written = ocr.read_side_file(self.files.get("ocr"), ocr.limit(self.options))
+        rows = iterate_json(self.file, "data")
+        if per == "image":
+            yield from self._pictures(rows, written)
+            return
+        name = "caption_id" if per == "caption" else "question_id"
+        kept = ("image_id", "caption_str") if per == "caption" else ("image_id", "question", "answers")
+        yield from self.once(
+            (row[name], {each: row[each] for each in kept if each in row} | _ocr(written, row)) for row in rows
+        )
+
+    def _pictures(self, rows: Iterable[Any], written: Mapping[str, str]) -> Iterator[tuple[Any, Any]]:
+        pictures: dict[Any, Any] = {}
+        for row in rows:
+            picture = pictures.setdefault(
+                row["image_id"], {"image_id": row["image_id"], "captions": []} | _ocr(written, row)
+            )
+            picture["captions"].append(row["caption_str"])
+        yield from pictures.items()
+
+    def _sample(self, key: Any, row: Any) -> Sample:
+        name = words(row, "image_id")
+        fields = {"image_id": name, "ocr": row["ocr"]}
+        if "question" in row:
+            fields["question"] = words(row, "question")
+            said = answers(row["answers"], "'answers'", blank=True)
+        elif "captions" in row:
+            said = answers(row["captions"], "'caption_str'")
+        else:
+            said = (words(row, "caption_str"),)
+        picture = self.image(_named(self.options, name, "%s.jpg", self.task))
+        return Sample(self.id(key), self.task, picture, fields, references=said)
 
 
 class VQA(Records):
     """Questions and annotations of VQAv2 or OKVQA, joined by `question_id`.
 
     Options: `image`, the picture's file name with a place for its number (`COCO_train2014_%012d.jpg`); `answer`, the
-    field of an annotator's answer that is taken (`answer`; OKVQA's unstemmed words are in `raw_answer`).
+    field of an annotator's answer that is taken (`answer`; OKVQA's unstemmed words are in `raw_answer`); `per`:
+    `question`, or `answer` for a record of each distinct answer to a question.
     """
 
     name = "vqa"
     roles = ("questions", "annotations", "images")
-    settings = ("image", "answer")
+    settings = ("image", "answer", "per")
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
-        annotations = {row["question_id"]: row for row in read_json(self.files["annotations"])["annotations"]}
-        for row in read_json(self.file)["questions"]:
-            yield row["question_id"], (row, annotations.get(row["question_id"]))
+        yield from self.once(_per_answer(self._rows(), self.option("per", ("question", "answer"))))
+
+    def _rows(self) -> Iterator[tuple[Any, Any]]:
+        field = self.options.get("answer", "answer")
+
+        def annotations() -> Iterator[Any]:
+            return iterate_json(self.files["annotations"], "annotations")
+
+        for question, annotation in join(iterate_json(self.file, "questions"), annotations, "question_id"):
+            row = {name: question[name] for name in ("question", "image_id") if name in question}
+            row["annotated"] = annotation is not None
+            if annotation is not None:
+                row |= {name: annotation[name] for name in ("question_type", "answer_type") if name in annotation}
+                row["answers"] = [_answer(each, field) for each in annotation.get("answers") or ()]
+            yield question["question_id"], row
 
     def _sample(self, key: Any, row: Any) -> Sample:
-        question, annotation = row
-        if annotation is None:
+        if not row["annotated"]:
             raise DataError(f"there is no such question_id in {self.files['annotations']}")
-        fields = {
-            "question": question["question"],
-            "image_id": question["image_id"],
-            "question_type": annotation["question_type"],
-            "answer_type": annotation["answer_type"],
-        }
-        answers = tuple(str(each[self.options.get("answer", "answer")]) for each in annotation["answers"])
+        fields = {"question": words(row, "question"), "image_id": row["image_id"]}
+        fields |= {name: row[name] for name in ("question_type", "answer_type")}
+        picture = self.numbered(number(row, "image_id"))
         return Sample(
-            self.id(key), self.task, self.image(_numbered(self.options, key, question)), fields, references=answers
+            self.id(key), self.task, picture, fields, references=answers(row["answers"], "'answers'", blank=True)
         )
 
 
@@ -121,57 +218,125 @@ class AOKVQA(Records):
 
     Options: `image`, the file name pattern (`%012d.jpg`); `form`: `direct_answer` or `multiple_choice`, which decides
     what the references are; `difficult`: `keep`, or `drop` for questions marked `difficult_direct_answer`, as the
-    official scorer of direct answers does.
+    official scorer of direct answers does; `per`: `question`, or `answer` for a record of each distinct answer.
     """
 
     name = "aokvqa"
     roles = ("questions", "images")
-    settings = ("image", "form", "difficult")
+    settings = ("image", "form", "difficult", "per")
+
+    def _prepare(self) -> None:
+        self.form = self.option("form", ("direct_answer", "multiple_choice"))
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
-        self.form = self.option("form", ("direct_answer", "multiple_choice"))
+        yield from self.once(_per_answer(self._rows(), self.option("per", ("question", "answer"))))
+
+    def _rows(self) -> Iterator[tuple[Any, Any]]:
         drop = self.option("difficult", ("keep", "drop")) == "drop"
-        for row in read_json(self.file):
+        kept = ("image_id", "question", "choices", "correct_choice_idx")
+        for row in iterate_json(self.file):
             if not (drop and row["difficult_direct_answer"]):
-                yield row["question_id"], row
+                said = {"answers": row["direct_answers"]} if "direct_answers" in row else {}
+                yield row["question_id"], {name: row[name] for name in kept if name in row} | said
 
     def _sample(self, key: Any, row: Any) -> Sample:
-        right = (_chosen(row["choices"], row["correct_choice_idx"], "correct_choice_idx"),)
+        choices = answers(row["choices"], "'choices'")
+        right = (chosen(choices, row["correct_choice_idx"], "correct_choice_idx"),)
+        if self.form == "direct_answer" and "answers" not in row:
+            raise DataError("there is no field 'direct_answers'")
         return Sample(
             self.id(key),
             self.task,
-            self.image(_numbered(self.options, key, row)),
-            {"question": row["question"], "image_id": row["image_id"]},
-            references=right if self.form == "multiple_choice" else tuple(row["direct_answers"]),
-            candidates=tuple(row["choices"]),
+            self.numbered(number(row, "image_id")),
+            {"question": words(row, "question"), "image_id": row["image_id"]},
+            references=right if self.form == "multiple_choice" else answers(row["answers"], "'direct_answers'"),
+            candidates=choices,
+        )
+
+
+class OCRVQA(Records):
+    """OCR-VQA's dictionary of book covers, each with a list of questions and a list of answers.
+
+    A picture is looked for as ID with the ending of its address, and as ID.jpg.  Options: `splits`, the numbers of
+    `split` that are taken (1 train, 2 val, 3 test); `ocr_tokens`, how many words of files.ocr are kept, which is a
+    file beside it of the form that `ocr.read_side_file` takes.
+    """
+
+    name = "ocrvqa"
+    roles = ("books", "images")
+    optional = ("ocr",)
+    settings = ("splits", "ocr_tokens")
+
+    def _read(self) -> Iterator[tuple[Any, Any]]:
+        written = ocr.read_side_file(self.files.get("ocr"), ocr.limit(self.options))
+        yield from self.once(self._rows(written))
+
+    def _rows(self, written: Mapping[str, str]) -> Iterator[tuple[Any, Any]]:
+        splits = self.options.get("splits", [1])
+        for name, book in iterate_items(self.file):
+            if book["split"] not in splits:
+                continue
+            shown = {"book": name, "address": book.get("imageURL"), "ocr": written.get(name, "")}
+            asked, said = book["questions"], book["answers"]
+            if not isinstance(asked, list) or not isinstance(said, list) or len(asked) != len(said):
+                yield name, shown | {"questions": asked, "answers": said}
+                continue
+            for place, (question, answer) in enumerate(zip(asked, said, strict=True)):
+                yield f"{name}/{place}", shown | {"question": question, "answer": answer}
+
+    def _sample(self, key: Any, row: Any) -> Sample:
+        if "question" not in row:
+            asked, said = (several(row[name], f"'{name}'") for name in ("questions", "answers"))
+            raise DataError(f"it has {len(asked)} questions and {len(said)} answers; there must be as many")
+        address = row["address"] if isinstance(row["address"], str) else ""
+        ending = PurePosixPath(urlparse(address).path).suffix or ".jpg"
+        return Sample(
+            self.id(key),
+            self.task,
+            self.image(*dict.fromkeys((f"{row['book']}{ending}", f"{row['book']}.jpg"))),
+            {"question": words(row, "question"), "image_id": row["book"], "ocr": row["ocr"]},
+            references=answers([row["answer"]], "'answers'"),
         )
 
 
 class LLaVA(Records):
-    """LLaVA-Instruct's conversations; the `<image>` tag is taken off, since soft tokens come first anyway."""
+    """LLaVA-Instruct's conversations; the `<image>` tag is taken off, since soft tokens come first anyway.
+
+    Options: `per`: `dialogue`, `turn` for a record of each exchange with those before it as its history, or `first`
+    for the first exchange alone; `image`: patterns of COCO's file names, where others than the file's own are wanted.
+    """
 
     name = "llava"
     roles = ("conversations", "images")
+    settings = ("per", "image")
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
-        yield from enumerate(read_json(self.file))  # `id` repeats between conversations about one picture
+        per = self.option("per", ("dialogue", "turn", "first"))
+        for place, row in enumerate(iterate_json(self.file)):  # `id` repeats between conversations about one picture
+            kept = {name: row[name] for name in ("id", "image", "conversations") if name in row}
+            said = kept.get("conversations")
+            if per == "dialogue" or not isinstance(said, list) or len(said) < 2:
+                yield place, kept
+            elif per == "first":
+                yield place, kept | {"conversations": said[:2]}
+            else:
+                for end in range(2, len(said) + 1, 2):
+                    yield f"{place}/{end // 2}", kept | {"conversations": said[:end]}
 
     def _sample(self, key: Any, row: Any) -> Sample:
-        said = row["conversations"]
-        speakers = [each["from"] for each in said]
-        if not said or speakers != ["human", "gpt"] * (len(said) // 2):
-            raise DataError(f"its turns are by {', '.join(speakers) or 'nobody'}; they must be by human, gpt in turn")
-        words = [each["value"].replace("<image>", "").strip() for each in said]
-        if "" in words:
-            raise DataError(f"turn {words.index('') + 1} is empty")
-        turns = tuple(Turn(*pair) for pair in zip(words[::2], words[1::2]))
+        said = several(row["conversations"], "'conversations'")
+        speakers = [str(each["from"]) for each in said]
+        if speakers != ["human", "gpt"] * (len(said) // 2):
+            raise DataError(f"its turns are by {', '.join(speakers)}; they must be by human, gpt in turn")
+        spoken = [each["value"].replace("<image>", "").strip() for each in said]
+        if "" in spoken:
+            raise DataError(f"turn {spoken.index('') + 1} is empty")
+        turns = tuple(Turn(*pair) for pair in zip(spoken[::2], spoken[1::2], strict=True))
+        image = words(row, "image")
+        stem = PurePosixPath(image).stem
+        picture = self.numbered(number({"image": stem}, "image")) if "image" in self.options else self.image(image)
         return Sample(
-            self.id(key),
-            self.task,
-            self.image(row["image"]),
-            {"image_id": row["id"]},
-            turns=turns,
-            references=(turns[-1].answer,),
+            self.id(key), self.task, picture, {"image_id": row["id"]}, turns=turns, references=(turns[-1].answer,)
         )
 
 
@@ -182,16 +347,19 @@ class GQA(Records):
     roles = ("questions", "images")
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
-        yield from read_json(self.file).items()
+        kept = ("question", "imageId", "answer", "fullAnswer", "types")
+        rows = iterate_items(self.file)
+        yield from self.once((key, {name: row[name] for name in kept if name in row}) for key, row in rows)
 
     def _sample(self, key: Any, row: Any) -> Sample:
         fields = {
-            "question": row["question"],
+            "question": words(row, "question"),
             "image_id": row["imageId"],
             "full_answer": row.get("fullAnswer", ""),
             "kind": row["types"]["structural"],
         }
-        return Sample(self.id(key), self.task, self.image(f"{row['imageId']}.jpg"), fields, references=(row["answer"],))
+        picture = self.image(f"{row['imageId']}.jpg")
+        return Sample(self.id(key), self.task, picture, fields, references=(words(row, "answer"),))
 
 
 class VSR(Records):
@@ -201,20 +369,24 @@ class VSR(Records):
     roles = ("statements", "images")
     settings = ("words",)
 
-    def _read(self) -> Iterator[tuple[Any, Any]]:
+    def _prepare(self) -> None:
         if not isinstance(self.options.get("words"), (list, tuple)) or len(self.options["words"]) != 2:
             raise ConfigError(f"{self.task}: options.words must be two words, for label 0 and label 1, in quotes.")
-        for number, line in enumerate(read_lines(self.file), 1):
+
+    def _read(self) -> Iterator[tuple[Any, Any]]:
+        for line_number, line in iterate_lines(self.file):
             if line.strip():
                 try:
-                    yield number, json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{self.file}, line {number}: not valid JSON ({error.msg}).") from None
+                    yield line_number, json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    problem = getattr(error, "msg", str(error))
+                    raise DataError(f"{self.file}, line {line_number}: not valid JSON ({problem}).") from None
 
     def _sample(self, key: Any, row: Any) -> Sample:
-        word = _chosen(self.options["words"], int(row["label"]), "label")
-        fields = {"statement": row["caption"], "relation": row.get("relation", ""), "image_id": Path(row["image"]).stem}
-        return Sample(self.id(key), self.task, self.image(row["image"]), fields, references=(str(word),))
+        word = chosen(self.options["words"], number(row, "label"), "label")
+        image = words(row, "image")
+        fields = {"statement": words(row, "caption"), "relation": row.get("relation", ""), "image_id": Path(image).stem}
+        return Sample(self.id(key), self.task, self.image(image), fields, references=(str(word),))
 
 
 class IconQA(Records):
@@ -232,31 +404,34 @@ class IconQA(Records):
         split = self.options.get("split", "choose_txt_test")
         if split not in splits:
             raise ConfigError(f"{self.files['splits']}: no split '{split}'.{did_you_mean(str(split), splits)}")
-        for name in splits[split]:
-            yield name, problems.get(str(name))
+        yield from self.once((name, problems.get(str(name))) for name in splits[split])
 
     def _sample(self, key: Any, row: Any) -> Sample:
         if row is None:
             raise DataError(f"it is in {self.files['splits']} and not among the problems")
-        right = _chosen(row["choices"], row["answer"], "answer")
-        fields = {"question": row["question"], "image_id": key, "grade": row.get("grade", "")}
+        choices = answers(row["choices"], "'choices'")
+        fields = {"question": words(row, "question"), "image_id": key, "grade": row.get("grade", "")}
         return Sample(
             self.id(key),
             self.task,
             self.image(f"{key}/image.png"),
             fields,
-            references=(right,),
-            candidates=tuple(row["choices"]),
+            references=(chosen(choices, row["answer"], "answer"),),
+            candidates=choices,
         )
 
 
 READERS: dict[str, type[Records]] = {
-    reader.name: reader for reader in (JsonLines, CocoCaptions, Karpathy, VQA, AOKVQA, LLaVA, GQA, VSR, IconQA)
-}
+    reader.name: reader
+    for reader in (
+        JsonLines, CocoCaptions, Karpathy, CaptionList, TextVQA, VQA, AOKVQA, OCRVQA, LLaVA, Shards, Columns,
+        GQA, VSR, IconQA,
+    )
+}  # fmt: skip
 
 
-def open_records(section: TrainCard | EvalCard, root: Path, card: TaskCard) -> Records:
-    """The records of one section of a card, under `data.root`.
+def open_records(section: TrainCard | EvalCard, root: Path, card: TaskCard, index: Index | None = None) -> Records:
+    """The records of one section of a card, under `data.root`; out of the index, if one is given.
 
     Raises:
         ConfigError: an unknown reader, role or option.
@@ -267,26 +442,43 @@ def open_records(section: TrainCard | EvalCard, root: Path, card: TaskCard) -> R
     root = Path(root)
     if not root.is_dir():
         raise DataError(f"data.root is '{root}', and there is no such folder; {card.key} is read from it.{download}")
-    files = {role: root / name for role, name in section.files.items()}
-    for role, path in files.items():
-        if not path.exists():
-            raise DataError(f"{card.key}: there is no '{path}' (files.{role} of the card, under data.root).{download}")
+    files: dict[str, Path | list[Path]] = {}
+    for role, name in section.files.items():
+        paths = [root / each for each in ([name] if isinstance(name, str) else name)]
+        files[role] = paths[0] if isinstance(name, str) else paths
+        for path in paths:
+            there = stands_for(path) if role in ("images", "shards") else path.exists()
+            if not there and role not in reader.elsewhere:
+                raise DataError(
+                    f"{card.key}: there is no '{path}' (files.{role} of the card, under data.root).{download}"
+                )
     split = section.split if isinstance(section, EvalCard) else "train"
-    return reader(files, section.options, card.key, split)
+    return reader(files, section.options, card.key, split, index)
 
 
-def _chosen(choices: Sequence[Any], place: int, name: str) -> Any:
-    """The choice that a field numbers; a negative number would silently count from the end."""
-    if not 0 <= place < len(choices):
-        raise DataError(f"'{name}' is {place}; it must be at least 0 and below {len(choices)}, the number of choices")
-    return choices[place]
+def _ocr(written: Mapping[str, str], row: Mapping[str, Any]) -> dict[str, str]:
+    return {"ocr": written.get(str(row["image_id"]), "")}
 
 
-def _caption(text: str) -> str:
-    """A caption on one line, without blanks at its ends."""
-    return " ".join(text.split())
+def _answer(given: Any, field: str) -> Any:
+    """An annotator's answer; one without the field stays, so that its record is named when it is asked for."""
+    return given.get(field) if isinstance(given, dict) else None
 
 
-def _numbered(options: Mapping[str, Any], key: Any, row: Mapping[str, Any]) -> str:
-    """A COCO picture's file name from its number."""
-    return str(options.get("image", "%012d.jpg")) % int(row["image_id"])
+def _per_answer(rows: Iterable[tuple[Any, Any]], per: str) -> Iterator[tuple[Any, Any]]:
+    """Rows as they are, or one for each distinct answer among theirs."""
+    for key, row in rows:
+        said = row.get("answers")
+        if per == "question" or not isinstance(said, list) or not said:
+            yield key, row
+            continue
+        for place, answer in enumerate(dict.fromkeys(json.dumps(each) for each in said)):
+            yield f"{key}/{place}", row | {"answers": [json.loads(answer)]}
+
+
+def _named(options: Mapping[str, Any], name: str, pattern: str, task: str) -> str:
+    """A picture's file name from its id."""
+    given = options.get("image", pattern)
+    if not isinstance(given, str) or given.count("%s") != 1:
+        raise ConfigError(f"{task}: options.image is {given!r}; it takes a file name with %s in the place of the id.")
+    return given.replace("%s", name)

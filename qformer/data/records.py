@@ -2,40 +2,57 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from qformer.data.index import Entry, Index, in_memory
+from qformer.data.pictures import Pictures
 from qformer.errors import ConfigError, DataError, did_you_mean
-from qformer.sample import Sample
+from qformer.sample import Packed, Sample
+
+MISFORMED = (KeyError, TypeError, AttributeError, ValueError, IndexError, OverflowError, RecursionError)
+"""What Python raises where a file or a record is of another form than its reader takes it for."""
 
 
 class Records(ABC):
     """The records of one set, in the file's order.
 
-    `rows` holds them as parsed, each with its key; `broken` the errors of those that were found broken at opening,
-    by their place: they keep it, and asking for one raises its error.
+    `rows` holds them as parsed, each with its key, in Arrow; `broken` the errors of those that were found broken at
+    reading, by their place: they keep it, and asking for one raises its error.
     """
 
     name: ClassVar[str]
     """What cards call the reader."""
     roles: ClassVar[tuple[str, ...]]
     """Names under `files` in a card; the first is the file that messages name."""
+    optional: ClassVar[tuple[str, ...]] = ()
+    """Further names under `files`, which a card may leave out."""
+    elsewhere: ClassVar[tuple[str, ...]] = ()
+    """Roles whose file need not be under data.root."""
     settings: ClassVar[tuple[str, ...]] = ()
     """Names that `options` in a card may have."""
     numbering: ClassVar[str] = "record"
     """What a record's key counts, in messages."""
 
-    def __init__(self, files: Mapping[str, Path], options: Mapping[str, Any], task: str, split: str = "train"):
-        """Read the files.
+    def __init__(
+        self,
+        files: Mapping[str, Path | Sequence[Path]],
+        options: Mapping[str, Any],
+        task: str,
+        split: str = "train",
+        index: Index | None = None,
+    ):
+        """Find the records in the index, or read the files.
 
         Args:
-            files: paths by role.
+            files: paths by role; under `images` there may be several.
             options: the reader's own settings.
             task: the card's key; filed in each sample, and first part of its id.
             split: second part of the ids.
+            index: where records are kept that were read before; None: they are read, and held in memory.
 
         Raises:
             ConfigError: a role or an option is missing or unknown.
@@ -45,17 +62,22 @@ class Records(ABC):
         for role in self.roles:
             if role not in files:
                 raise ConfigError(f"{reader} needs files.{role}; it takes {', '.join(self.roles)}.")
-        for given, known, where in ((files, self.roles, "files"), (options, self.settings, "options")):
+        roles = (*self.roles, *self.optional)
+        for given, known, where in ((files, roles, "files"), (options, self.settings, "options")):
             for name in given:
                 if name not in known:
                     raise ConfigError(f"{reader} has no {where}.{name}.{did_you_mean(name, known)}")
-        self.files, self.options, self.task, self.split = dict(files), dict(options), task, split
+        for role, path in files.items():
+            if role != "images" and not isinstance(path, Path):
+                raise ConfigError(f"{reader} takes one file as files.{role}; only files.images may be several folders.")
+        self.files = {role: path for role, path in files.items() if isinstance(path, Path) and role != "images"}
+        self.pictures = Pictures(files.get("images", ()))
+        self.options, self.task, self.split = dict(options), task, split
         self.file = self.files[self.roles[0]]
         self.broken: dict[int, DataError] = {}
-        try:
-            self.rows = list(self._read())
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise DataError(f"{self.file}: {_what_is_wrong(error)}; is it the file that the card means?") from None
+        self._prepare()
+        self.rows = in_memory(self.entries()) if index is None else index.rows(self)
+        self.broken = {place: DataError(words) for place, words in self.rows.broken.items()}
         if not self.rows:
             raise DataError(f"{self.file}: holds no record.")
 
@@ -68,23 +90,62 @@ class Records(ABC):
         Raises:
             DataError: it is broken; names file and record.
         """
-        key, row = self.rows[place]
-        if place % len(self.rows) in self.broken:
-            raise self.broken[place % len(self.rows)]
+        place = range(len(self.rows))[place]
+        if place in self.broken:
+            raise self.broken[place]
+        key = self.rows.key(place)
         try:
-            return self._sample(key, row)
+            return _encodable(self._sample(key, self.rows.row(place)))
         except DataError as error:
-            raise DataError(f"{self.file}, {self.numbering} {key}: {error}.") from None
-        except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-            raise DataError(f"{self.file}, {self.numbering} {key}: {_what_is_wrong(error)}.") from None
+            raise self.at_fault(key, str(error)) from None
+        except MISFORMED as error:
+            raise self.at_fault(key, _what_is_wrong(error)) from None
+
+    def at_fault(self, key: Any, problem: str) -> DataError:
+        """The error of one record, which names it."""
+        return DataError(f"{self.file}, {self.numbering} {_printable(key)}: {_printable(problem)}.")
+
+    def once(self, pairs: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
+        """Keys and rows as they come; a record whose key an earlier one has is noted as broken."""
+        seen: set[Any] = set()
+        for place, (key, row) in enumerate(pairs):
+            if key in seen:
+                self.broken[place] = self.at_fault(key, "an earlier record has the same id")
+            seen.add(key)
+            yield key, row
 
     def key(self, place: int) -> Any:
         """What messages call a record: its line, its number, or the file's own key."""
-        return self.rows[place][0]
+        return self.rows.key(place)
+
+    def sources(self) -> dict[str, Path]:
+        """The files that records are read from, by role; pictures are looked for when one is opened."""
+        return dict(self.files)
+
+    def entries(self) -> Iterator[Entry]:
+        """Key, row and error of every record, read from the files one by one.
+
+        Raises:
+            DataError: a file is not of the form expected.
+        """
+        rows = self._read()
+        for place in itertools.count():
+            try:
+                key, row = next(rows)
+            except StopIteration:
+                return
+            except MISFORMED as error:
+                raise DataError(f"{self.file}: {_what_is_wrong(error)}; is it the file that the card means?") from None
+            except OSError as error:
+                raise DataError(f"{self.file}: it cannot be read: {error}.") from None
+            yield key, row, str(self.broken[place]) if place in self.broken else None
+
+    def _prepare(self) -> None:  # noqa: B027 (most readers have nothing to prepare)
+        """Check and read the options; runs before `_read`, which does not run where an index holds the records."""
 
     @abstractmethod
     def _read(self) -> Iterator[tuple[Any, Any]]:
-        """Key and content of every record."""
+        """Key and content of every record, both such as JSON can write; files of any size, so as a stream."""
 
     @abstractmethod
     def _sample(self, key: Any, row: Any) -> Sample:
@@ -94,9 +155,21 @@ class Records(ABC):
         """A name that is unique over all sets and splits."""
         return f"{self.task}/{self.split}/{key}"
 
-    def image(self, name: str) -> tuple[Path, ...]:
-        """The one picture of a record, in the folder of the role `images`."""
-        return (self.files["images"] / name,)
+    def image(self, *names: str) -> tuple[Path | Packed]:
+        """The one picture of a record, under the first of its possible names that the role `images` has."""
+        return (self.pictures.find(*names),)
+
+    def numbered(self, number: int) -> tuple[Path | Packed]:
+        """COCO's picture of a number; option `image` is the pattern of its file name, or a list of patterns."""
+        patterns = self.options.get("image", "%012d.jpg")
+        try:
+            names = [pattern % number for pattern in ([patterns] if isinstance(patterns, str) else patterns)]
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"{self.task}: options.image is {patterns!r}; it takes a file name with a place for a number, as "
+                f"'%012d.jpg', or a list of such."
+            ) from None
+        return self.image(*names)
 
     def option(self, name: str, known: Sequence[str]) -> str:
         """An option that takes one of a few words, the first of them by default."""
@@ -106,25 +179,17 @@ class Records(ABC):
         return str(value)
 
 
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file; DataError if it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: it cannot be read as text: {error}.") from None
+def _encodable(sample: Sample) -> Sample:
+    """The sample, if its words can be written down: JSON may hold halves of characters, which no tokenizer takes."""
+    said = (word for turn in sample.turns for word in (turn.instruction, turn.answer))
+    for word in (sample.id, *sample.references, *sample.candidates, *said, *sample.fields.values()):
+        if isinstance(word, str):
+            word.encode()
+    return sample
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; DataError if it cannot be read."""
-    try:
-        with path.open(encoding="utf-8") as stream:
-            return json.load(stream)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}: not valid JSON ({error.msg} at line {error.lineno}); was the download cut short?"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: it cannot be read: {error}.") from None
+def _printable(value: Any) -> str:
+    return str(value).encode("utf-8", "backslashreplace").decode()
 
 
 def _what_is_wrong(error: Exception) -> str:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from qformer import keyed
 from qformer.errors import DataError
-from qformer.sample import Sample, Video
+from qformer.sample import Packed, Sample, Video
 
-Pictures = tuple[Path | bytes | Video, ...]
+Pictures = tuple[Path | bytes | Packed | Video, ...]
 
 
 def shuffled_pictures(samples: Sequence[Sample], *key: object) -> list[Pictures]:

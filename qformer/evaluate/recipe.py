@@ -51,6 +51,8 @@ def recipe(
         "answer": section.answer,
         "metric": {"name": section.metric, "version": metric_version, "options": dict(metric_options)},
     }
+    if section.preface:
+        settings["template"]["preface"] = list(section.preface)
     if section.answer == "rank":
         candidates = list(section.candidates) or {"own": fingerprint(map(list, own_candidates))}
         settings["ranking"] = {"candidates": candidates, "normalize": section.normalize, "end": section.end}

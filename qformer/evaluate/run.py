@@ -25,7 +25,7 @@ from qformer.evaluate import baselines
 from qformer.evaluate.metrics import METRICS, Answer, Outcome, bootstrap, checked_options
 from qformer.evaluate.predict import Model, Question, predict, question
 from qformer.evaluate.recipe import recipe, recipe_id
-from qformer.sample import Sample, Video
+from qformer.sample import Packed, Sample, Video
 from qformer.text import Profile, Templates, load_templates
 
 if TYPE_CHECKING:
@@ -357,11 +357,14 @@ def _lines(asked: Answered, scores: Sequence[float], root: Path) -> list[dict[st
     return lines
 
 
-def picture_name(picture: Path | bytes | Video, root: Path) -> str:
-    """A picture's path from the data root, or a hash of one that came out of an archive."""
+def picture_name(picture: Path | bytes | Packed | Video, root: Path) -> str:
+    """A picture's path from the data root, through its archive if it lies in one, or a hash of one without a name."""
     if isinstance(picture, bytes):
         return f"sha256:{hashlib.sha256(picture).hexdigest()[:16]}"
-    path = picture.path if isinstance(picture, Video) else picture
+    if isinstance(picture, Packed):
+        path = picture.container / picture.name
+    else:
+        path = picture.path if isinstance(picture, Video) else picture
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 
