@@ -177,8 +177,8 @@ def load(name: str) -> TaskCard:
     path = resources.find("tasks", base, "task card")
     raw = config.read_yaml(path)
     config.check_shape(TaskCard, raw, str(path))
+    known = raw.pop("variants", None) or {}
     if variant:
-        known = raw.get("variants") or {}
         if variant not in known:
             raise ConfigError(f"{path}: no variant '{variant}'.{did_you_mean(variant, known)}")
         config.check_shape(TaskCard, known[variant], f"{path}: variant '{variant}'")
@@ -200,7 +200,7 @@ def load(name: str) -> TaskCard:
         if key not in raw:
             raise ConfigError(f"{path}: the card lacks '{key}'.")
     card = config.structured(TaskCard, [(str(path), raw)])
-    return replace(card, variant=variant)
+    return replace(card, variant=variant, variants=known)
 
 
 def load_all(names: Iterable[str], section: Literal["train", "eval"]) -> dict[str, TaskCard]:

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from qformer import __version__
@@ -48,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--batch-size", type=int, default=32)
     command.add_argument("--no-shuffled", action="store_true", help="skip the baseline with shuffled pictures")
     command.add_argument("--on-error", choices=("fail", "skip"), default="fail", help="what a broken record does")
+    command.add_argument("--index", help="where annotations are kept once they were read, as data.index")
     command.add_argument("--output", help="where scores go (default: eval/ in the run directory)")
     command.add_argument("--vision", help="where the image encoder is now, if it moved")
     command.add_argument("--language", help="where the LLM is now, if it moved")
@@ -75,6 +77,27 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--to", required=True, choices=("transformers", "lavis"))
     command.add_argument("--vision", help="where the image encoder is now, if it moved")
     command.add_argument("--language", help="where the LLM is now, if it moved")
+
+    command = commands.add_parser("data", help="what of the data sets is there, and putting it into the index")
+    actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")
+    action = actions.add_parser(
+        "check", help="files, records and pictures of every card; what to download, and where to"
+    )
+    action.add_argument("--data", default=".", help="the folder the cards' paths start from (the current one)")
+    action.add_argument("--tasks", default="", help="cards, comma-separated; also held_in, held_out (all shipped ones)")
+    action.add_argument("--all", action="store_true", help="open every picture, instead of a sample")
+    action.add_argument("--seed", type=int, default=0, help="of the sample")
+    action.add_argument("--index", help="where annotations are kept once they were read, as data.index")
+    action = actions.add_parser("index", help="read annotations once, so that training starts from a memory map")
+    action.add_argument(
+        "config", nargs="?", help="a shipped config's name or a YAML file: what it trains and scores on"
+    )
+    action.add_argument("changes", nargs="*", metavar="key=value", help="settings to change")
+    action.add_argument("--data", help="the folder the cards' paths start from (the config's, or the current one)")
+    action.add_argument(
+        "--tasks", default="", help="cards, comma-separated; also held_in, held_out (all that are there)"
+    )
+    action.add_argument("--index", help="where the index is kept (the config's data.index, or under the data folder)")
 
     command = commands.add_parser("tasks", help="the cards: role, size, reader, prompt, metric, p_d")
     command.add_argument("name", nargs="?", help="one card, whole")
@@ -151,6 +174,7 @@ def _eval(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
         shuffled=not options.no_shuffled,
         on_error=options.on_error,
+        index=options.index,
         output=options.output,
         vision=options.vision,
         language=options.language,
@@ -204,6 +228,20 @@ def _tasks(options: argparse.Namespace) -> None:
     console.print(card_page(options.name) if options.name else table(), markup=False)
 
 
+def _data(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from qformer.dataroot import look_through, put_into_index
+
+    tasks = [name for name in options.tasks.split(",") if name]
+    if options.action == "index":
+        root = Path(options.data) if options.data else None
+        return put_into_index(root, tasks, options.config, options.changes, options.index, _say)
+    console = Console(highlight=False)
+    console.width = max(console.width, NARROWEST_TABLE)
+    return look_through(Path(options.data), tasks, console, every=options.all, seed=options.seed, index=options.index)
+
+
 def _say(line: object) -> None:
     from rich.console import Console
 
@@ -217,6 +255,7 @@ COMMANDS = {
     "ask": _ask,
     "render": _render,
     "export": _export,
+    "data": _data,
     "tasks": _tasks,
 }
 

@@ -240,6 +240,9 @@ class DataConfig:
 
     root: str = "."
     """The folder that the cards' paths start from."""
+    index: str | None = None
+    """Where annotations are kept once they were read (see `qformer data index`); null: `.qformer-index` under the root
+    or, where that cannot be written, the user's cache."""
     tasks: dict[str, float] = field(default_factory=dict)
     """The training mixture: card (a shipped name, `name:variant`, or a YAML file) and its multiplier on p_d."""
     sampling: Literal["sqrt", "proportional", "uniform"] = "sqrt"

@@ -6,17 +6,18 @@ import hashlib
 import io
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
 from qformer import keyed
 from qformer.config import TransformConfig
 from qformer.errors import DataError
 from qformer.sample import Packed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -86,12 +87,16 @@ class ImageTransform:
         std: tuple[float, ...],
         interpolation: str,
     ):
+        import torch  # here, so that pictures can be checked without it
+
         self.settings, self.size = settings, size
         self.mean, self.std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
         self.filter = FILTERS[interpolation]
 
     def __call__(self, picture: Image.Image, key: tuple[object, ...] = ()) -> Tensor:
         """RGB picture -> (3, S, S) float32."""
+        import torch
+
         mode = self.settings.mode
         if mode == "squash":
             picture = picture.resize((self.size, self.size), self.filter)

@@ -12,6 +12,7 @@ from qformer.assemble import Item
 from qformer.backbones.language import load_profile
 from qformer.config import RunConfig
 from qformer.data.batch import items_of, mixture_of, open_sources
+from qformer.data.index import Index
 from qformer.loading import instruction_tokenizer, located
 from qformer.sample import Row, Slot
 from qformer.text import Joiner
@@ -26,7 +27,8 @@ def joiner_of(settings: RunConfig) -> Joiner:
 def render(settings: RunConfig, count: int, *, ids: bool = False) -> list[Styled]:
     """The first `count` samples of a run as they would be shown to the model, one block of text each."""
     named = cards.load_all(settings.data.tasks, "train")
-    sources = open_sources(named, Path(settings.data.root))
+    root = Path(settings.data.root)
+    sources = open_sources(named, root, index=Index(root, settings.data.index))
     weights = {
         card.key: settings.data.tasks[name] for name, card in zip(settings.data.tasks, named.values(), strict=True)
     }

@@ -52,6 +52,7 @@ def fit(
             shuffled=settings.evaluate.shuffled,
             seed=settings.seed,
             on_error=settings.data.on_error,
+            index=settings.data.index,
             say=say,
             quiet=quiet,
         )
@@ -70,6 +71,7 @@ def score(
     shuffled: bool = True,
     seed: int = 0,
     on_error: Literal["fail", "skip"] = "fail",
+    index: str | None = None,
     output: str | Path | None = None,
     vision: str | None = None,
     language: str | None = None,
@@ -86,6 +88,7 @@ def score(
         tasks: card names (`name`, `name:variant`, a YAML file), "held_in" or "held_out".
         data: the folder the cards' paths start from.
         limit: a seeded subset of this many samples per set; the score is marked as partial.
+        index: where annotations are kept once they were read, as `data.index`.
         output: where predictions and scores go; by default `eval/` in the run directory.
         device: where the model is put; by default the accelerator, if there is one.
 
@@ -118,6 +121,7 @@ def score(
             seed=seed,
             directory=Path(output),
             on_error=on_error,
+            index=index,
             say=say,
             quiet=quiet,
         )

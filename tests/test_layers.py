@@ -21,7 +21,20 @@ LAYERS = {
     4: ("assemble", "vlm", "objectives", "weights", "loading", "checkpoints", "exporting", "modelcard", "starting"),
     5: ("data",),
     6: ("train", "evaluate"),
-    7: ("demo", "report", "charts", "gallery", "results", "render", "listing", "run", "cli", "__init__", "__main__"),
+    7: (
+        "demo",
+        "report",
+        "charts",
+        "gallery",
+        "results",
+        "render",
+        "listing",
+        "dataroot",
+        "run",
+        "cli",
+        "__init__",
+        "__main__",
+    ),
 }
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names}
 HEAVY = {"torch", "torchvision", "transformers", "timm", "accelerate", "torchmetrics", "datasets", "matplotlib"}

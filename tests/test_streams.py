@@ -139,7 +139,7 @@ def test_a_mistake_early_in_a_long_file_is_told_without_reading_on(tmp_path: Pat
     file = put(tmp_path / "long.json", "[1, {'a': 2}, " + '"x", ' * 2_000_000 + "1]")
     tracemalloc.start()
     try:
-        with pytest.raises(DataError, match="property name .*character 6"):
+        with pytest.raises(DataError, match=r"property name .*character 6"):
             list(iterate_json(file))
         assert tracemalloc.get_traced_memory()[1] < 5_000_000
     finally:
@@ -147,8 +147,6 @@ def test_a_mistake_early_in_a_long_file_is_told_without_reading_on(tmp_path: Pat
 
 
 class TestJoin:
-    rows = [{"id": n, "q": n} for n in (3, 1, 2)]
-
     def joined(self, *others: int, read: list[int] | None = None) -> list[Any]:
         def stream() -> Iterator[Any]:
             for place, number in enumerate(others):
@@ -156,7 +154,9 @@ class TestJoin:
                     read.append(number)
                 yield {"id": number, "place": place}
 
-        return [(row["id"], other and other["place"]) for row, other in join(self.rows, stream, "id")]
+        return [
+            (row["id"], other and other["place"]) for row, other in join(({"id": n} for n in (3, 1, 2)), stream, "id")
+        ]
 
     def test_streams_in_one_order_are_read_once(self) -> None:
         read: list[int] = []
@@ -184,5 +184,5 @@ class TestJoin:
 
         monkeypatch.setattr(streams.sqlite3, "connect", tight)
         others = [{"id": n, "words": "x" * 2000} for n in range(50)]
-        with pytest.raises(DataError, match="records cannot be joined .*make room where temporary files go"):
+        with pytest.raises(DataError, match=r"records cannot be joined .*make room where temporary files go"):
             list(join([{"id": 7}], lambda: others, "id"))

@@ -15,6 +15,7 @@ from qformer import keyed
 from qformer.assemble import Assembler, Item, Pixels, Prepared
 from qformer.cards import TaskCard, TrainCard, probabilities
 from qformer.config import DataConfig
+from qformer.data.index import Index
 from qformer.data.mixture import Draw, Mixture
 from qformer.data.readers import Records, open_records
 from qformer.errors import DataError
@@ -57,7 +58,9 @@ class StepData:
     error: DataError | None = None
 
 
-def open_sources(cards: Mapping[str, TaskCard], root: Path, *, on_error: str = "fail") -> dict[str, Source]:
+def open_sources(
+    cards: Mapping[str, TaskCard], root: Path, *, on_error: str = "fail", index: Index | None = None
+) -> dict[str, Source]:
     """The training sets of the cards.
 
     Raises:
@@ -66,7 +69,7 @@ def open_sources(cards: Mapping[str, TaskCard], root: Path, *, on_error: str = "
             that is already known to be broken.
     """
     sources = {
-        key: Source(card, card.train, load_templates(card.train.template), open_records(card.train, root, card))
+        key: Source(card, card.train, load_templates(card.train.template), open_records(card.train, root, card, index))
         for key, card in cards.items()
         if card.train is not None
     }

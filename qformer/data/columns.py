@@ -39,8 +39,8 @@ class Columns(Records):
     - `form`: `multiple_choice` makes the right choice the reference, as for A-OKVQA.
     - `ocr_tokens`: how many words of `ocr` are kept.
 
-    Pictures are read from the column when they are looked at, or below files.images where the column holds names.  Under
-    files.ocr the words in pictures may stand apart, by `image_id`.
+    Pictures are read from the column when they are looked at, or below files.images where the column holds names.
+    Under files.ocr the words in pictures may stand apart, by `image_id`.
     """
 
     name = "columns"

@@ -27,6 +27,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import orjson
 import pyarrow
 
 from qformer import __version__
@@ -35,8 +36,8 @@ from qformer.errors import DataError
 if TYPE_CHECKING:
     from qformer.data.records import Records
 
-Entry = tuple[Any, Any, str | None]
-"""A record's key, its row, and its error where it was found broken."""
+Entry = tuple[bytes, bytes, str | None]
+"""A record's key and row as JSON, and its error where it was found broken."""
 FORMAT = 1
 """Rises when the files below are written otherwise, or when streams are parsed otherwise."""
 FOLDER = ".qformer-index"
@@ -50,7 +51,6 @@ BATCH = 16 << 20
 """Bytes of rows that are held before they are written."""
 DAY = 24 * 60 * 60
 SCHEMA = pyarrow.schema([("key", pyarrow.binary()), ("row", pyarrow.binary())])
-ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 class Rows:
@@ -86,6 +86,18 @@ class Rows:
         return json.loads(self._rows[place].as_py())
 
 
+def encoded(value: Any) -> bytes:
+    """A key or a row as JSON.
+
+    Raises:
+        TypeError, ValueError: JSON has nothing for it.
+    """
+    try:
+        return orjson.dumps(value)
+    except TypeError:  # whole numbers beyond 64 bits, halves of characters: what Python's own JSON writes
+        return json.dumps(value).encode()
+
+
 def in_memory(entries: Iterable[Entry]) -> Rows:
     """Entries as rows without a file."""
     sink = pyarrow.BufferOutputStream()
@@ -97,7 +109,7 @@ class Index:
     """The indices of the sets under one data root."""
 
     def __init__(
-        self, root: Path, folder: str | Path | None = None, *, always: bool = False, say: Callable[[str], None] = str
+        self, root: Path, folder: str | Path | None = None, *, always: bool = False, say: Callable[[str], object] = str
     ):
         """Where indices are looked for, and written.
 
@@ -120,7 +132,10 @@ class Index:
         Raises:
             DataError: the files cannot be read, or `folder` or `always` was given and no index can be written.
         """
-        sources = _Sources(records.sources())
+        roles = records.sources()
+        if not roles or not all(path.exists() for path in roles.values()):  # a table that the hub's client holds
+            return in_memory(records.entries())
+        sources = _Sources(roles)
         stems = {folder: _stem(records, sources, folder) for folder in self.folders}
         for folder, stem in stems.items():
             rows = _find(folder, stem, records, sources)
@@ -257,9 +272,9 @@ def _batches(entries: Iterable[Entry], broken: dict[int, str]) -> Iterator[tuple
     for place, (key, row, error) in enumerate(entries):
         if error is not None:
             broken[place] = error
-        keys.append(ENCODER.encode(key).encode("utf-8", "surrogatepass"))
-        rows.append(ENCODER.encode(row).encode("utf-8", "surrogatepass"))
-        held += len(keys[-1]) + len(rows[-1])
+        keys.append(key)
+        rows.append(row)
+        held += len(key) + len(row)
         if held > BATCH:
             yield keys, rows
             keys, rows, held = [], [], 0

@@ -124,6 +124,7 @@ def _check_name(name: Any) -> None:
         raise DataError(f"its picture is {name!r:.60}; it must be the path of a file below files.images")
     if name.startswith(("/", "\\")) or PurePosixPath(name).is_absolute() or name[1:3] in (":/", ":\\"):
         raise DataError(f"its picture '{name}' is an absolute path; it must be one below files.images")
+    name.encode()  # half a character, which JSON may hold, is no name
     if ".." in name.replace("\\", "/").split("/"):
         raise DataError(f"its picture '{name}' leads out of files.images; a path may not hold '..'")
 

@@ -358,7 +358,7 @@ class GQA(Records):
             "full_answer": row.get("fullAnswer", ""),
             "kind": row["types"]["structural"],
         }
-        picture = self.image(f"{row['imageId']}.jpg")
+        picture = self.image(f"{words(row, 'imageId')}.jpg")
         return Sample(self.id(key), self.task, picture, fields, references=(words(row, "answer"),))
 
 
@@ -442,18 +442,34 @@ def open_records(section: TrainCard | EvalCard, root: Path, card: TaskCard, inde
     root = Path(root)
     if not root.is_dir():
         raise DataError(f"data.root is '{root}', and there is no such folder; {card.key} is read from it.{download}")
-    files: dict[str, Path | list[Path]] = {}
-    for role, name in section.files.items():
-        paths = [root / each for each in ([name] if isinstance(name, str) else name)]
-        files[role] = paths[0] if isinstance(name, str) else paths
-        for path in paths:
-            there = stands_for(path) if role in ("images", "shards") else path.exists()
-            if not there and role not in reader.elsewhere:
-                raise DataError(
-                    f"{card.key}: there is no '{path}' (files.{role} of the card, under data.root).{download}"
-                )
+    for role, path in expected(section, root):
+        if not is_there(role, path) and role not in reader.elsewhere:
+            raise DataError(f"{card.key}: there is no '{path}' (files.{role} of the card, under data.root).{download}")
+    return read_records(section, root, card, index)
+
+
+def read_records(section: TrainCard | EvalCard, root: Path, card: TaskCard, index: Index | None = None) -> Records:
+    """As `open_records`, whether pictures are there or not; what is to be downloaded is not said."""
+    files: dict[str, Path | list[Path]] = {
+        role: root / name if isinstance(name, str) else [root / each for each in name]
+        for role, name in section.files.items()
+    }
     split = section.split if isinstance(section, EvalCard) else "train"
-    return reader(files, section.options, card.key, split, index)
+    return lookup(READERS, section.reader, "reader")(files, section.options, card.key, split, index)
+
+
+def expected(section: TrainCard | EvalCard, root: Path) -> list[tuple[str, Path]]:
+    """Roles and paths of the files and folders that a section is read from."""
+    return [
+        (role, root / each)
+        for role, name in section.files.items()
+        for each in ([name] if isinstance(name, str) else name)
+    ]
+
+
+def is_there(role: str, path: Path) -> bool:
+    """Whether a file is there, or for pictures an archive in a folder's place."""
+    return stands_for(path) if role in ("images", "shards") else path.exists()
 
 
 def _ocr(written: Mapping[str, str], row: Mapping[str, Any]) -> dict[str, str]:

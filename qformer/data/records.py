@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from qformer.data.index import Entry, Index, in_memory
+from qformer.data.index import Entry, Index, encoded, in_memory
 from qformer.data.pictures import Pictures
 from qformer.errors import ConfigError, DataError, did_you_mean
 from qformer.sample import Packed, Sample
@@ -138,7 +138,11 @@ class Records(ABC):
                 raise DataError(f"{self.file}: {_what_is_wrong(error)}; is it the file that the card means?") from None
             except OSError as error:
                 raise DataError(f"{self.file}: it cannot be read: {error}.") from None
-            yield key, row, str(self.broken[place]) if place in self.broken else None
+            try:
+                entry = encoded(key), encoded(row)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise self.at_fault(key, f"it holds what JSON cannot ({error})") from None
+            yield *entry, str(self.broken[place]) if place in self.broken else None
 
     def _prepare(self) -> None:  # noqa: B027 (most readers have nothing to prepare)
         """Check and read the options; runs before `_read`, which does not run where an index holds the records."""

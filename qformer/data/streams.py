@@ -204,6 +204,8 @@ class _Window:
 
     def next(self) -> str:
         """The next character that is not blank, which is not taken; empty at the file's end."""
+        if self.at < len(self.text) and self.text[self.at] > " ":
+            return self.text[self.at]
         while True:
             found = BLANK.match(self.text, self.at)
             assert found is not None

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qformer import __version__, keyed
 from qformer.cards import EvalCard, TaskCard
+from qformer.data.index import Index
 from qformer.data.readers import Records, open_records
 from qformer.errors import ConfigError, DataError
 from qformer.evaluate import baselines
@@ -83,6 +84,7 @@ def score(
     shuffled: bool = True,
     seed: int = 0,
     on_error: Literal["fail", "skip"] = "fail",
+    index: str | None = None,
     say: Say = print,
     quiet: bool = False,
 ) -> dict[str, dict[str, Any]]:
@@ -102,6 +104,7 @@ def score(
         shuffled: whether each set is asked again with shuffled pictures.
         seed: of subset, shuffling and bootstrap.
         on_error: what a broken record does.
+        index: where annotations are kept once they were read, as `data.index`.
         say: is given every line meant for a person.
         quiet: no progress bars.
 
@@ -115,7 +118,8 @@ def score(
     for name, value in (("limit", limit), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise ConfigError(f"evaluation: {name} is {value}; it must be at least 1.")
-    tasks = {key: _open(card, root) for key, card in cards.items()}
+    kept = Index(root, index, say=say)
+    tasks = {key: _open(card, root, kept) for key, card in cards.items()}
     results, notes = {}, []
     with _progress(quiet) as track:
         for key, task in tasks.items():
@@ -172,11 +176,11 @@ def as_text(shown: Table) -> str:
 # -- one card ---------------------------------------------------------------------------------------------------------
 
 
-def _open(card: TaskCard, root: Path) -> Task:
+def _open(card: TaskCard, root: Path, index: Index) -> Task:
     section = card.eval
     assert section is not None, card.key
     options = checked_options(section, card.key)
-    return Task(card, section, load_templates(section.template), open_records(section, root, card), options)
+    return Task(card, section, load_templates(section.template), open_records(section, root, card, index), options)
 
 
 def _answered(

@@ -23,7 +23,7 @@ OPTIMIZER_FILE = "optimizer.pt"
 STATE_FILE = "state.json"
 
 FREE = {
-    "name", "output", "data.root", "data.workers", "data.max_pixels", "data.on_error",
+    "name", "output", "data.root", "data.index", "data.workers", "data.max_pixels", "data.on_error",
     "train.steps", "train.log_every", "train.monitor_every", "train.checkpoint_every", "train.keep_checkpoints",
     "train.log_with", "evaluate",
 }  # fmt: skip

@@ -9,15 +9,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch.utils.data import DataLoader
 
 from qformer import cards, config, keyed, loading, vlm, weights
 from qformer.config import RunConfig
 from qformer.data.batch import StepData, StepMaker, mixture_of, open_sources
+from qformer.data.index import Index
 from qformer.data.proof import LabelProof
 from qformer.errors import ConfigError, TrainingError, did_you_mean
 from qformer.sample import Batch, row_length
@@ -28,6 +29,7 @@ from qformer.train.step import NotFiniteError, StepReport, train_step
 CONFIG_FILE, METRICS_FILE, MIXTURE_FILE, BROKEN_FILE = "config.yaml", "metrics.jsonl", "mixture.json", "broken.jsonl"
 DATA_FILE = "data.json"
 """What the run reads: by set, hashes of card and templates, and the number of records."""
+Value = TypeVar("Value")
 PROVEN_STEPS = 3
 """Steps at the start whose trained tokens are decoded and compared with their targets."""
 
@@ -47,7 +49,10 @@ def train(settings: RunConfig, *, say: Callable[[str], None] = print, quiet: boo
     _check_place(run)
     check_trackers(settings.train.log_with)
     task_cards = cards.load_all(settings.data.tasks, "train")
-    sources = open_sources(task_cards, Path(settings.data.root), on_error=settings.data.on_error)
+    index = Index(Path(settings.data.root), settings.data.index, say=say)
+    sources = _in_turn(
+        lambda: open_sources(task_cards, Path(settings.data.root), on_error=settings.data.on_error, index=index)
+    )
     multipliers = {
         card.key: settings.data.tasks[name] for name, card in zip(settings.data.tasks, task_cards.values(), strict=True)
     }
@@ -151,6 +156,28 @@ def train(settings: RunConfig, *, say: Callable[[str], None] = print, quiet: boo
     if settings.train.log_with:
         accelerator.end_training()
     return run
+
+
+def _in_turn(work: Callable[[], Value]) -> Value:
+    """What each process's work gives: the first process of all goes first, then the first of each machine, then the
+    rest, so that what one writes the others find.
+
+    A process whose work fails says so when all have had their turn, so that none waits for it.
+    """
+    state = PartialState(cpu=not torch.cuda.is_available())
+    mine = 0 if state.is_main_process else 1 if state.is_local_main_process else 2
+    error: Exception | None = None
+    for turn in range(3):
+        if turn == mine:
+            try:
+                result = work()
+            except Exception as raised:
+                error = raised
+        if state.num_processes > 1:
+            state.wait_for_everyone()
+    if error is not None:
+        raise error
+    return result
 
 
 def check_trackers(names: list[str]) -> None:

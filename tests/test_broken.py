@@ -1,0 +1,314 @@
+"""Bad input, reader by reader: each is one clear sentence or a listed record, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qformer.data.readers import READERS
+from tests import broken, fixtures
+from tests.broken import CARDS, Case, outcome
+
+TEXT = (*CARDS, "jsonl")
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    import datasets
+
+    folder = tmp_path_factory.mktemp("broken")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"
+    return broken.cases(fixtures.root(folder))
+
+
+def spoilt(case: Case, folder: Path, change: Callable[[bytes], bytes], role: str | None = None) -> broken.Outcome:
+    """What comes of a change of the first file's bytes."""
+    role = role or case.spoilt[0]
+    source = case.files[role]
+    assert isinstance(source, Path)
+    file = folder / source.name
+    file.write_bytes(change(source.read_bytes()))
+    return outcome(case, **{role: file})
+
+
+def records(content: Any) -> list[Any]:
+    """The records in a file's content, whatever its shell is."""
+    if isinstance(content, list):
+        return content
+    for name in ("data", "questions", "images"):
+        if isinstance(content.get(name), list):
+            return list(content[name])
+    return list(content.values())
+
+
+def edited(case: Case, change: Callable[[Any], None]) -> Callable[[bytes], bytes]:
+    """A change of the first record."""
+
+    def apply(whole: bytes) -> bytes:
+        if case.reader in ("jsonl", "vsr"):
+            first, _, rest = whole.partition(b"\n")
+            row = json.loads(first)
+            change(row)
+            return json.dumps(row).encode() + b"\n" + rest
+        content = json.loads(whole)
+        change(records(content)[0])
+        return json.dumps(content).encode()
+
+    return apply
+
+
+def test_every_reader_has_a_case(cases: dict[str, Case]) -> None:
+    assert {case.reader for case in cases.values()} == set(READERS)
+
+
+@pytest.mark.parametrize("name", [*TEXT, "shards", "columns"])
+def test_unspoilt_files_give_samples_alone(cases: dict[str, Case], name: str) -> None:
+    found = outcome(cases[name])
+    assert found.error is None
+    assert len(found.samples) >= 2
+    assert not found.broken or name == "columns"  # whose third picture is null
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_a_byte_order_mark_and_line_ends_of_windows_change_nothing(
+    cases: dict[str, Case], tmp_path: Path, name: str
+) -> None:
+    whole = outcome(cases[name])
+    windows = spoilt(
+        cases[name], tmp_path, lambda raw: b"\xef\xbb\xbf" + raw.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+    )
+    assert windows.samples == whole.samples
+
+
+@pytest.mark.parametrize("name", TEXT)
+@pytest.mark.parametrize("empty", [b"", b"\n \n", b"\xef\xbb\xbf"])
+def test_an_empty_file_is_named(cases: dict[str, Case], tmp_path: Path, name: str, empty: bytes) -> None:
+    error = spoilt(cases[name], tmp_path, lambda _: empty).error
+    assert error is not None and error.startswith(str(tmp_path))
+    assert "not valid JSON" in error or "holds no record" in error
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_a_file_that_is_cut_short_is_named(cases: dict[str, Case], tmp_path: Path, name: str) -> None:
+    found = spoilt(cases[name], tmp_path, lambda raw: raw[: len(raw) // 2])
+    messages = [found.error] if found.error else found.broken
+    assert messages and all("not valid JSON" in message for message in messages)
+
+
+@pytest.mark.parametrize("name", TEXT)
+@pytest.mark.parametrize("whole", ["7", '"text"', "null", "[]", "{}", "[[1], 2]", '{"a": {"b": 1}}'])
+def test_a_file_of_another_shape_is_named(cases: dict[str, Case], tmp_path: Path, name: str, whole: str) -> None:
+    found = spoilt(cases[name], tmp_path, lambda _: whole.encode())
+    assert not found.samples
+    messages = [found.error] if found.error else found.broken
+    assert messages and all(str(tmp_path) in message for message in messages)
+    assert all(
+        any(told in message for told in ("expected", "there is no", "holds no", "not valid", "must be", "not among"))
+        for message in messages
+    ), messages
+
+
+FIELDS = {
+    "aokvqa": ("question", "image_id", "choices", "correct_choice_idx", "direct_answers", "question_id"),
+    "aokvqa:multiple_choice": ("question", "choices", "correct_choice_idx"),
+    "coco_caption": ("filename", "sentences", "split", "imgid"),
+    "gqa": ("question", "imageId", "answer", "types"),
+    "iconqa": ("question", "choices", "answer"),
+    "llava_conversation": ("image", "conversations", "id"),
+    "llava_conversation:turns": ("image", "conversations"),
+    "nocaps": ("id", "file_name"),
+    "ocrvqa:ocr": ("questions", "answers", "split"),
+    "okvqa": ("question", "image_id", "question_id"),
+    "textcaps": ("image_id", "caption_str", "caption_id"),
+    "vqav2": ("question", "image_id", "question_id"),
+    "vqg_vqav2:per_answer": ("question",),
+    "vsr": ("image", "caption", "label"),
+    "web_capfilt": ("image", "caption"),
+    "jsonl": ("id", "image", "instruction", "target"),
+}
+"""What the first record must have."""
+
+
+@pytest.mark.parametrize(("name", "field"), [(name, field) for name, fields in FIELDS.items() for field in fields])
+def test_a_missing_field_is_named(cases: dict[str, Case], tmp_path: Path, name: str, field: str) -> None:
+    def remove(row: Any) -> None:
+        del row[field]
+
+    found = spoilt(cases[name], tmp_path, edited(cases[name], remove))
+    messages = [found.error] if found.error else found.broken
+    assert messages and f"there is no field '{field}'" in messages[0]
+
+
+@pytest.mark.parametrize(("name", "field"), [(name, field) for name, fields in FIELDS.items() for field in fields])
+@pytest.mark.parametrize("value", [None, 1.5, {"a": 1}], ids=["null", "number", "object"])
+def test_a_field_of_a_wrong_type_never_goes_unnoticed_where_words_belong(
+    cases: dict[str, Case], tmp_path: Path, name: str, field: str, value: Any
+) -> None:
+    def put(row: Any) -> None:
+        row[field] = value
+
+    found = spoilt(cases[name], tmp_path, edited(cases[name], put))
+    if field in ("id", "imgid", "caption_id", "split", "types", "question_id"):
+        return  # numbers and texts are both ids, and of what is told apart by nothing else none is wrong
+    messages = [found.error] if found.error else found.broken
+    assert messages and str(tmp_path) in messages[0]
+
+
+NAMED = {
+    "coco_caption": "filename",
+    "gqa": "imageId",
+    "llava_conversation": "image",
+    "nocaps": "file_name",
+    "textcaps": "image_id",
+    "vsr": "image",
+    "web_capfilt": "image",
+    "jsonl": "image",
+}
+"""The field that names a picture."""
+
+
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("path", ["../../secret.jpg", "/etc/passwd", "a/../../../b.jpg", "..\\secret.jpg"])
+def test_a_picture_out_of_the_root_is_refused(cases: dict[str, Case], tmp_path: Path, name: str, path: str) -> None:
+    def put(row: Any) -> None:
+        row[NAMED[name]] = path
+
+    found = spoilt(cases[name], tmp_path, edited(cases[name], put))
+    assert found.broken and "files.images" in found.broken[0]
+    assert "leads out" in found.broken[0] or "is an absolute path" in found.broken[0]
+
+
+@pytest.mark.parametrize("name", ["ocrvqa:ocr", "iconqa"])
+def test_a_key_that_leads_out_of_the_root_is_refused(cases: dict[str, Case], tmp_path: Path, name: str) -> None:
+    key = b'"0123456789"' if name == "ocrvqa:ocr" else b'"12"'
+    found = spoilt(cases[name], tmp_path, lambda raw: raw.replace(key, b'"../../etc"'))
+    if name == "iconqa":  # its keys are taken from the file of splits
+        found = spoilt(cases[name], tmp_path, lambda raw: raw.replace(key, b'"../../etc"'), "splits")
+    assert found.broken and (
+        "leads out of files.images" in found.broken[0] or "not among the problems" in found.broken[0]
+    )
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_picture_that_is_not_there_is_named(cases: dict[str, Case], tmp_path: Path, name: str) -> None:
+    def put(row: Any) -> None:
+        row[NAMED[name]] = "nowhere.jpg"
+
+    found = spoilt(cases[name], tmp_path, edited(cases[name], put))
+    assert found.broken and "nowhere.jpg" in found.broken[0]
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_a_set_whose_pictures_are_elsewhere_lists_every_record(
+    cases: dict[str, Case], tmp_path: Path, name: str
+) -> None:
+    for images in (tmp_path / "nothing", [tmp_path / "nothing", tmp_path / "more"]):
+        found = outcome(cases[name], images=images)
+        assert found.error is None and found.broken
+        assert all("picture" in message for message in found.broken)
+
+
+DOUBLED = {
+    "aokvqa": "an earlier record has the same id",
+    "coco_caption": "an earlier record has the same id",
+    "gqa": "an earlier record has the same id",
+    "iconqa": "an earlier record has the same id",
+    "ocrvqa:ocr": "an earlier record has the same id",
+    "okvqa": "an earlier record has the same id",
+    "textcaps": "an earlier record has the same id",
+    "vqav2": "an earlier record has the same id",
+    "vqg_vqav2:per_answer": "an earlier record has the same id",
+    "jsonl": r"the id 'a' was given in line 1 already",
+}
+"""Readers whose ids are the file's; the others number their records."""
+
+
+@pytest.mark.parametrize("name", DOUBLED)
+def test_a_second_record_of_an_id_is_listed(cases: dict[str, Case], tmp_path: Path, name: str) -> None:
+    case = cases[name]
+
+    def double(raw: bytes) -> bytes:
+        if name == "jsonl":
+            return raw + raw.partition(b"\n")[0] + b"\n"
+        content = json.loads(raw)
+        if name in ("gqa", "ocrvqa:ocr"):  # Python's own parser would let the later one take the earlier one's place
+            key, value = next(iter(content.items()))
+            return raw.rstrip()[:-1] + b"," + json.dumps({key: value}).encode()[1:]
+        if name == "iconqa":
+            content["choose_txt_test"].append("12")
+        elif isinstance(content, list):
+            content.append(content[0])
+        else:
+            rows = next(content[key] for key in ("data", "questions", "images") if key in content)
+            rows.append(rows[0])
+        return json.dumps(content).encode()
+
+    whole = outcome(case)
+    found = spoilt(case, tmp_path, double, "splits" if name == "iconqa" else None)
+    assert found.samples == whole.samples
+    assert found.broken and all(DOUBLED[name] in message for message in found.broken)
+
+
+@pytest.mark.parametrize("name", TEXT)
+@pytest.mark.parametrize("number", ["9" * 5000, "1e999", "-1", "NaN"])
+def test_a_number_out_of_all_bounds_is_no_traceback(
+    cases: dict[str, Case], tmp_path: Path, name: str, number: str
+) -> None:
+    import re
+
+    case = cases[name]
+    numbers = re.compile(rb"(?<=[ :\[])\d+(?=[,\n}\]])")
+    found = spoilt(case, tmp_path, lambda raw: numbers.sub(number.encode(), raw))
+    if number == "9" * 5000 and numbers.search(case.files[case.spoilt[0]].read_bytes()):  # type: ignore[union-attr]
+        messages = [found.error] if found.error else found.broken
+        told = ("number cannot be read", "not JSON that can be read", "not valid JSON")
+        assert messages and any(words in messages[0] for words in told)
+
+
+def test_side_files_that_are_broken_are_named(cases: dict[str, Case], tmp_path: Path) -> None:
+    annotations = spoilt(cases["vqav2"], tmp_path, lambda raw: raw[:-40], "annotations")
+    assert annotations.error and "annotations.json: not valid JSON" in annotations.error
+    assert spoilt(cases["vqav2"], tmp_path, lambda _: b'{"annotations": []}', "annotations").broken
+    for content in (
+        b"[]",
+        b'{"data": [{"image_id": "a"}]}',
+        b'{"data": [1]}',
+        b'{"data": [{"image_id": "a", "ocr_tokens": 7}]}',
+    ):
+        for name in ("textcaps", "ocrvqa:ocr"):
+            error = spoilt(cases[name], tmp_path, lambda _, content=content: content, "ocr").error  # type: ignore[misc]
+            assert error and error.startswith(str(tmp_path)), error
+            assert "ocr_tokens" in error
+
+
+def try_variants(cases: dict[str, Case], folder: Path, count: int) -> Counter[str]:
+    """Read `count` broken files; what came of them."""
+    came: Counter[str] = Counter()
+    for told, case, changes in broken.variants(20260, cases, count, folder / "spoilt"):
+        began = time.process_time()
+        try:
+            found = outcome(case, **changes)
+        except BaseException as error:
+            raise AssertionError(f"{told}: {type(error).__name__}: {error}") from error
+        assert time.process_time() - began < 10, f"{told}: took too long"
+        came["error" if found.error else "listed" if found.broken else "read"] += 1
+    return came
+
+
+def test_a_tenth_of_five_thousand_broken_files(cases: dict[str, Case], tmp_path: Path) -> None:
+    came = try_variants(cases, tmp_path, 500)
+    assert sum(came.values()) == 500
+    assert min(came.values()) > 50, came  # the generator spoils files in every degree
+
+
+@pytest.mark.slow
+def test_five_thousand_broken_files(cases: dict[str, Case], tmp_path: Path) -> None:
+    assert sum(try_variants(cases, tmp_path, 5000).values()) == 5000

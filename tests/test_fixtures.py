@@ -1,0 +1,132 @@
+"""Every shipped card over small files in the official layout: what is read, and the exact text that is rendered.
+
+`python -m tests.test_fixtures` writes the golden file anew; read the difference before it is committed.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qformer import cards, resources, text
+from qformer.cards import EvalCard, TaskCard, TrainCard
+from qformer.data.readers import open_records
+from qformer.images import load_image
+from qformer.sample import Sample, Turn
+from tests import fixtures
+
+GOLDEN = fixtures.HERE / "golden.txt"
+
+
+load = functools.cache(cards.load)
+
+
+def named() -> list[str]:
+    """Every card and every variant that is read from the official files."""
+    names = resources.names("tasks")
+    variants = [f"{name}:{variant}" for name in names for variant in load(name).variants]
+    return [*names, *(name for name in variants if not name.endswith((":hub", ":shards")))]
+
+
+def read(root: Path, card: TaskCard, section: TrainCard | EvalCard) -> list[Sample]:
+    return list(open_records(section, root, card))
+
+
+def golden(root: Path) -> str:
+    """Cards one after the other: each sample as it is asked about and answered, the first one in every phrasing.
+
+    Of a variant only the sections that it changes.
+    """
+    return "\n".join(line for name in named() for line in _card(root, load(name))) + "\n"
+
+
+def _card(root: Path, card: TaskCard) -> Iterator[str]:
+    base = load(card.name)
+    if card.train and (card is base or card.train != base.train):
+        templates = text.load_templates(card.train.template)
+        yield f"==== {card.key}, trained on"
+        for number, sample in enumerate(read(root, card, card.train)):
+            yield from _sample(root, sample)
+            if number == 0 and not sample.turns:
+                for each in templates.templates:
+                    single = text.Templates(templates.name, 1, "", [each])
+                    yield from _rendered(text.render_train(card.train, single, sample, seed=0, number=0))
+            else:
+                yield from _rendered(text.render_train(card.train, templates, sample, seed=0, number=0))
+        yield ""
+    if card.eval and (card is base or card.eval != base.eval):
+        templates = text.load_templates(card.eval.template)
+        yield f"==== {card.key}, scored on {card.eval.split}"
+        for sample in read(root, card, card.eval):
+            yield from _sample(root, sample)
+            asked = text.render_eval(card.eval, templates, sample)
+            yield f"    {asked.instruction}"
+            candidates = text.candidates_of(card.eval, sample) if card.eval.answer == "rank" else ()
+            yield from (f"    ? {each}" for each in candidates)
+            for answer, count in Counter(sample.references).items():
+                yield f"    = {answer}" + (f" (×{count})" if count > 1 else "")
+        yield ""
+
+
+def _sample(root: Path, sample: Sample) -> Iterator[str]:
+    pictures = ", ".join(Path(str(picture)).relative_to(root).as_posix() for picture in sample.images)
+    yield f"  {sample.id}  [{pictures}]"
+
+
+def _rendered(rows: list[text.Rendered]) -> Iterator[str]:
+    for row in rows:
+        for turn in row.history:
+            yield f"    ({turn.instruction} → {turn.answer})".replace("\n", "⏎")
+        for turn in row.turns or (Turn(row.instruction, row.target),):
+            yield f"    {turn.instruction} ▸ {turn.answer}".replace("\n", "⏎")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fixtures.root(tmp_path_factory.mktemp("fixtures"))
+
+
+def test_every_card_and_template_is_rendered_as_it_was(root: Path) -> None:
+    assert golden(root) == GOLDEN.read_text(encoding="utf-8")
+
+
+def test_every_training_template_stands_in_the_golden_file() -> None:
+    """The words of each phrasing, so that none can drop out of the file unnoticed."""
+    written = GOLDEN.read_text(encoding="utf-8")
+    for name in ("caption", "vqa", "vqg", "multiple_choice", "short_answer", "caption_zero_shot"):
+        for template in text.load_templates(name).templates:
+            for words in (part.partition("}")[2] for part in ("}" + template).split("{")):
+                assert words in written, template
+
+
+@pytest.mark.parametrize("name", named())
+def test_every_record_has_an_id_of_its_own_and_a_picture_that_opens(root: Path, name: str) -> None:
+    card = load(name)
+    for section in filter(None, (card.train, card.eval)):
+        samples = read(root, card, section)
+        assert len({sample.id for sample in samples}) == len(samples)
+        for sample in samples:
+            for picture in sample.images:
+                assert load_image(picture, 10_000, sample.id).size == (40, 36)
+
+
+def test_no_picture_lies_there_for_nothing(root: Path) -> None:
+    asked = {
+        picture
+        for card in map(load, named())
+        for section in filter(None, (card.train, card.eval))
+        for sample in read(root, card, section)
+        for picture in sample.images
+    }
+    unasked = {"coco/val2014/COCO_val2014_000000000080.jpg", "ocrvqa/images/1111111111.jpg"}  # splits of no card
+    assert {root / name for name in fixtures.PICTURES} - asked == {root / name for name in unasked}
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        GOLDEN.write_text(golden(fixtures.root(Path(folder))), encoding="utf-8")
