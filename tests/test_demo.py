@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from qformer import cli, config
+from qformer import cards, cli, config, resources
 from qformer.demo import run as demo_run
 from qformer.errors import ConfigError
 
@@ -37,6 +37,26 @@ def test_the_page_stands_alone(finished):
     page = (finished / "report.html").read_text()
     assert all(name in page for name in ("GQA", "Visual Spatial Reasoning", "IconQA", "NoCaps"))
     assert not re.search(r"(?:src|href|url)\s*[=(]\s*[\"']?(?:https?:)?//", page)
+
+
+def test_the_full_mixture_takes_the_same_path(tmp_path, monkeypatch):
+    """`qformer demo --full` with few steps and questions, on few pictures: all thirteen sets are drawn from."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo_run, "PICTURES_TRAIN", 36)
+    monkeypatch.setattr(demo_run, "PICTURES_TEST", 12)
+    assert cli.main(["demo", "--full", "--steps", "3", "--limit", "4"]) == 0
+    output = tmp_path / "runs" / "demo_full"
+    mixture = json.loads((output / "mixture.json").read_text())
+    assert set(mixture) == {name for name in resources.names("tasks") if cards.load(name).train}
+    assert len(mixture) == 13
+    assert all(each["records"] > 0 for each in mixture.values())
+    assert sum(each["drawn"] > 0 for each in mixture.values()) > 8
+    for task in ("gqa", "vsr", "iconqa", "nocaps"):
+        assert json.loads((output / "eval" / f"{task}.partial.json").read_text())["samples"] == 4
+    assert "web_capfilt" in (output / "report.html").read_text()
+    for full, seed in ((False, 0), (True, 1)):
+        with pytest.raises(ConfigError, match="scenes of another demo"):
+            demo_run.write_scenes(output / "data", seed, 36, 12, full=full, say=lambda _: None)
 
 
 def test_scenes_of_another_seed_are_not_taken_for_ones_own(finished):

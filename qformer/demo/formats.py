@@ -29,6 +29,11 @@ TRAIN, VAL, GQA, VSR, ICONQA, NOCAPS = range(6)
 BLOCK = 1_000_000
 """Scene numbers of a set start at its block, so that no two sets share a picture unless the official ones do."""
 
+Shown = Mapping[str, Sequence[Scene]]
+"""The scenes of COCO's pictures, by split."""
+Others = Callable[[Path, Shown], None]
+"""Writes further sets into a folder."""
+
 COCO_INFO = {"description": "scenes in COCO's format", "version": "1.0", "year": 2014}
 
 
@@ -39,6 +44,7 @@ def write(
     pictures_train: int,
     pictures_test: int,
     advance: Callable[[int], None] = lambda count: None,
+    others: Others | None = None,
 ) -> None:
     """Write all nine sets under `root`, which appears when all is there; the same files for the same arguments.
 
@@ -49,6 +55,7 @@ def write(
         pictures_test: GQA and VSR get a tenth more pictures, with two questions each; IconQA and NoCaps, which have
             one item a picture, twice as many and a little; the held-in sets' own test splits half.
         advance: is told how many more pictures are written, of `picture_count`.
+        others: writes further sets (`qformer.demo.thirteen`).
 
     Raises:
         DataError: the folder holds other things, or cannot be written.
@@ -60,18 +67,26 @@ def write(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _held_in(partial, seed, pictures_train, pictures_test // 2, advance)
+        shown = _held_in(partial, seed, pictures_train, pictures_test // 2, advance)
         for block, write_set in ((GQA, _gqa), (VSR, _vsr), (ICONQA, _iconqa), (NOCAPS, _nocaps)):
             write_set(
                 partial, make_scenes(seed, block, _held_out_pictures(block, pictures_test), held_out=True), advance
             )
-        put(partial / DONE, {"seed": seed, "pictures_train": pictures_train, "pictures_test": pictures_test})
+        if others is not None:
+            others(partial, shown)
+        put(partial / DONE, contents(seed, pictures_train, pictures_test, full=others is not None))
         if root.is_dir():
             root.rmdir()
         partial.rename(root)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise DataError(f"{root}: the scenes cannot be written: {error}.") from None
+
+
+def contents(seed: int, pictures_train: int, pictures_test: int, *, full: bool = False) -> dict[str, Any]:
+    """What `DONE` says of a folder of scenes."""
+    written = {"seed": seed, "pictures_train": pictures_train, "pictures_test": pictures_test}
+    return {**written, "full": True} if full else written
 
 
 def picture_count(pictures_train: int, pictures_test: int) -> int:
@@ -124,7 +139,7 @@ def by_scene(found: Sequence[tuple[Scene, Ask]]) -> Mapping[int, tuple[Scene, li
 # -- held-in: COCO Caption, VQAv2 (and question generation from it), A-OKVQA, LLaVA conversation -----------------------
 
 
-def _held_in(root: Path, seed: int, train: int, val: int, advance: Callable[[int], None]) -> None:
+def _held_in(root: Path, seed: int, train: int, val: int, advance: Callable[[int], None]) -> Shown:
     shown = {
         "train": make_scenes(seed, TRAIN, train, held_out=False),
         "val": make_scenes(seed, VAL, val, held_out=False),
@@ -141,6 +156,7 @@ def _held_in(root: Path, seed: int, train: int, val: int, advance: Callable[[int
         put(root / f"aokvqa/aokvqa_v1p0_{split}.json", _aokvqa(made[::2] if split == "train" else made, split))
     put(root / "coco/dataset_coco.json", {"dataset": "coco", "images": karpathy})
     put(root / "llava/conversation_58k.json", _llava(shown["train"][1::2]))
+    return shown
 
 
 def _karpathy(scene: Scene, place: int, split: str, name: str) -> dict[str, Any]:
@@ -188,12 +204,17 @@ def _vqa(root: Path, made: Sequence[Scene], split: str) -> None:
 def ten_answers(ask: Ask, *key: object) -> list[str]:
     """What ten people would say: nine or ten of them the right answer, the other one that is near it."""
     dice = Dice("answers", *key)
-    known = {**VALUES, "yes/no": ("yes", "no"), "number": ("0", "1", "2", "3"), "word": WORDS}
-    wrong = [other for other in known.get(ask.type, VALUES["colour"]) if other != ask.answer]
-    if ask.type == "place":
-        wrong = ask.answer.split()
+    wrong = near_answers(ask)
     right = 9 + dice.below(2)
     return dice.shuffled([ask.answer] * right + [dice.choose(wrong) for _ in range(10 - right)])
+
+
+def near_answers(ask: Ask) -> Sequence[str]:
+    """Wrong answers of the right kind."""
+    if ask.type == "place":
+        return ask.answer.split()
+    known = {**VALUES, "yes/no": ("yes", "no"), "number": ("0", "1", "2", "3"), "word": WORDS}
+    return [other for other in known.get(ask.type, VALUES["colour"]) if other != ask.answer]
 
 
 def _aokvqa(made: Sequence[Scene], split: str) -> list[dict[str, Any]]:
@@ -221,15 +242,16 @@ def _letters(*key: object) -> str:
 
 def _llava(made: Sequence[Scene]) -> list[dict[str, Any]]:
     found = by_scene(scenes.balanced(made, HELD_IN_FORMS, 2, "llava"))
-    return [_conversation(scene, asked) for scene, asked in found.values()]
+    return [conversation(scene, [(ask.question, ask.sentence) for ask in asked]) for scene, asked in found.values()]
 
 
-def _conversation(scene: Scene, asked: Sequence[Ask]) -> dict[str, Any]:
+def conversation(scene: Scene, turns: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """What was asked and answered about a scene, as LLaVA-Instruct's files have it."""
     said = []
-    for number, ask in enumerate(asked):
+    for number, (question, answer) in enumerate(turns):
         mark = ("<image>\n{}", "{}\n<image>")[scene.number % 2] if number == 0 else "{}"
-        said.append({"from": "human", "value": mark.format(ask.question)})
-        said.append({"from": "gpt", "value": ask.sentence})
+        said.append({"from": "human", "value": mark.format(question)})
+        said.append({"from": "gpt", "value": answer})
     return {"id": f"{image_id(scene):012d}", "image": f"{image_id(scene):012d}.jpg", "conversations": said}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qformer import config
 from qformer.config import RunConfig
-from qformer.demo import formats
+from qformer.demo import formats, thirteen
 from qformer.errors import ConfigError
 
 PICTURES_TRAIN = 6000
@@ -18,51 +18,56 @@ PICTURES_TEST = 300
 
 
 def demo(
-    output: str | Path = "runs/demo",
+    output: str | Path | None = None,
     *,
+    full: bool = False,
     seed: int = 0,
     steps: int | None = None,
     limit: int | None = None,
     overrides: tuple[str, ...] = (),
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Write scenes, tune on the five held-in sets, score the four held-out ones, write the report; the run directory.
+    """Write scenes, tune on the held-in sets, score the four held-out ones, write the report; the run directory.
 
-    A demo that was interrupted goes on where it stopped.
+    There are five held-in sets, or with `full` all thirteen (`qformer demo --full`).  A demo that was interrupted goes
+    on where it stopped.
     """
     from qformer import run as pipeline
 
     began = time.perf_counter()
-    output = Path(output)
-    settings = demo_settings(output, seed, steps, limit, overrides)
+    name = "demo_full" if full else "demo"
+    output = Path("runs", name) if output is None else Path(output)
+    settings = demo_settings(output, seed, steps, limit, overrides, name=name)
     data = Path(settings.data.root)
-    write_scenes(data, seed, PICTURES_TRAIN, PICTURES_TEST, say=say)
+    write_scenes(data, seed, PICTURES_TRAIN, PICTURES_TEST, full=full, say=say)
     directory = pipeline.fit(settings, say=say)
     say(f"demo done in {(time.perf_counter() - began) / 60:.1f} minutes; open {directory / 'report.html'}")
     return directory
 
 
-def write_scenes(data: Path, seed: int, train: int, test: int, *, say: Callable[[str], None] = print) -> None:
-    """Nine sets of scenes under `data`, unless just these are there already.
+def write_scenes(
+    data: Path, seed: int, train: int, test: int, *, full: bool = False, say: Callable[[str], None] = print
+) -> None:
+    """Nine sets of scenes under `data`, or with `full` seventeen, unless just these are there already.
 
     Raises:
-        ConfigError: scenes of another seed or number are there.
+        ConfigError: scenes of another seed, number or kind are there.
     """
     from rich.progress import Progress
 
-    wanted = {"seed": seed, "pictures_train": train, "pictures_test": test}
     done = data / formats.DONE
     if done.exists():
         found = json.loads(done.read_text(encoding="utf-8"))
-        if found != wanted:
+        if found != formats.contents(seed, train, test, full=full):
             raise ConfigError(
                 f"{data} holds the scenes of another demo ({found}); give another --output, or remove it."
             )
         return
-    say(f"writing scenes in the official file formats of nine sets to {data}")
+    writer = thirteen if full else formats
+    say(f"writing scenes in the official file formats of {'seventeen' if full else 'nine'} sets to {data}")
     with Progress(transient=True) as progress:
-        bar = progress.add_task("scenes", total=formats.picture_count(train, test))
-        formats.write(
+        bar = progress.add_task("scenes", total=writer.picture_count(train, test))
+        writer.write(
             data,
             seed,
             pictures_train=train,
@@ -72,11 +77,17 @@ def write_scenes(data: Path, seed: int, train: int, test: int, *, say: Callable[
 
 
 def demo_settings(
-    output: Path, seed: int, steps: int | None = None, limit: int | None = None, overrides: tuple[str, ...] = ()
+    output: Path,
+    seed: int,
+    steps: int | None = None,
+    limit: int | None = None,
+    overrides: tuple[str, ...] = (),
+    *,
+    name: str = "demo",
 ) -> RunConfig:
-    """The shipped `demo` config, put into a run directory whose `data` folder holds the scenes."""
+    """A shipped config of the demo, put into a run directory whose `data` folder holds the scenes."""
     changes = [f"output={output}", f"data.root={output / 'data'}", f"seed={seed}", *overrides]
-    settings = config.load("demo", changes)
+    settings = config.load(name, changes)
     if steps is not None:
         settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, steps=steps))
     if limit is not None:

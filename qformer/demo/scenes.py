@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from itertools import permutations
@@ -313,6 +313,13 @@ NAMINGS = (
 )
 
 
+def several(value: str, attribute: str) -> str:
+    """Words for things that share a value: "red things", "crosses"."""
+    if attribute != "shape":
+        return f"{value} things"
+    return f"{value}es" if value.endswith("s") else f"{value}s"
+
+
 def fits(thing: Thing, wanted: dict[str, str]) -> bool:
     """Whether a thing has all these values."""
     return all(value_of(thing, attribute) == value for attribute, value in wanted.items())
@@ -355,12 +362,13 @@ GQA_QUERY = {
 }
 
 
+def attribute_words(words: str, attribute: str, value: str) -> str:
+    """Words for an attribute of a thing: "the red thing is a cube"."""
+    return f"the {words} is {({'shape': 'a ', 'material': 'made of '}).get(attribute, '')}{value}"
+
+
 def _attribute_sentence(words: str, attribute: str, value: str) -> str:
-    if attribute == "shape":
-        return f"The {words} is a {value}."
-    if attribute == "material":
-        return f"The {words} is made of {value}."
-    return f"The {words} is {value}."
+    return f"T{attribute_words(words, attribute, value)[1:]}."
 
 
 def attribute_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
@@ -476,8 +484,7 @@ def count_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
     for attribute in ATTRIBUTES:
         for value in VALUES[attribute]:
             count = sum(value_of(thing, attribute) == value for thing in scene.things)
-            words = f"{value}s" if attribute == "shape" else f"{value} things"
-            words = "crosses" if value == "cross" else words
+            words = several(value, attribute)
             if count <= 3:
                 yield Ask(f"How many {words} are there?", str(count), "count", "number", f"There are {count} {words}.")
 
@@ -562,7 +569,10 @@ def options_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
             yield replace(ask, form="options", options=options)
 
 
-FORMS: dict[str, Callable[[Scene, Dice], Iterator[Ask]]] = {
+Form = Callable[[Scene, Dice], Iterator[Ask]]
+"""All questions of one kind that a scene allows."""
+
+FORMS: dict[str, Form] = {
     "attribute": attribute_asks,
     "word": word_asks,
     "place": place_asks,
@@ -580,9 +590,9 @@ FORMS: dict[str, Callable[[Scene, Dice], Iterator[Ask]]] = {
 }
 
 
-def asks(scene: Scene, form: str, *key: object) -> list[Ask]:
+def asks(scene: Scene, form: str, *key: object, table: Mapping[str, Form] = FORMS) -> list[Ask]:
     """All questions of a form that a scene allows; the key chooses between ways to name a thing."""
-    return list(FORMS[form](scene, Dice("asks", form, *key, scene.seed, scene.number)))
+    return list(table[form](scene, Dice("asks", form, *key, scene.seed, scene.number)))
 
 
 def _sides(scene: Scene) -> Iterator[tuple[Thing, Thing, str, bool]]:
@@ -600,7 +610,9 @@ def _yes_no(
     return Ask(question, answer, form, "yes/no", sentence, mentions=mentions)
 
 
-def balanced(scenes: Sequence[Scene], forms: Sequence[str], per_scene: int, *key: object) -> list[tuple[Scene, Ask]]:
+def balanced(
+    scenes: Sequence[Scene], forms: Sequence[str], per_scene: int, *key: object, table: Mapping[str, Form] = FORMS
+) -> list[tuple[Scene, Ask]]:
     """About `per_scene` questions on every scene, its forms in turn, with answers as even as they can be made.
 
     Yes and no (true and false) are exactly as many in every form; no other answer is above 1.3 times the uniform share
@@ -615,7 +627,7 @@ def balanced(scenes: Sequence[Scene], forms: Sequence[str], per_scene: int, *key
             for _ in forms:
                 form = forms[turn % len(forms)]
                 turn += 1
-                found = [ask for ask in asks(scene, form, *key) if ask.question not in taken]
+                found = [ask for ask in asks(scene, form, *key, table=table) if ask.question not in taken]
                 if found:
                     break
             else:
@@ -672,22 +684,25 @@ def captions(scene: Scene, count: int, *key: object) -> list[str]:
 
 
 def _listing(scene: Scene, dice: Dice) -> str:
-    return _joined(f"{_article(name(thing))} {name(thing)}" for thing in sorted(scene.things, key=_reading_order))
+    return joined(f"{article(name(thing))} {name(thing)}" for thing in sorted(scene.things, key=reading_order))
 
 
 def _places(scene: Scene, dice: Dice) -> str:
-    things = sorted(scene.things, key=_reading_order)
-    return _joined(f"{_article(name(thing))} {name(thing)} at the {thing.place}" for thing in things)
+    things = sorted(scene.things, key=reading_order)
+    return joined(f"{article(name(thing))} {name(thing)} at the {thing.place}" for thing in things)
 
 
-def _joined(parts: Iterable[str]) -> str:
+def joined(parts: Iterable[str]) -> str:
+    """One, another and a third."""
     *most, last = parts
-    return f"{', '.join(most)} and {last}"
+    return f"{', '.join(most)} and {last}" if most else last
 
 
-def _reading_order(thing: Thing) -> tuple[int, int]:
+def reading_order(thing: Thing) -> tuple[int, int]:
+    """Row by row, each from the left: a key to sort things by."""
     return thing.row, thing.column
 
 
-def _article(words: str) -> str:
+def article(words: str) -> str:
+    """What stands before the words: a, an."""
     return "an" if words[0] in "aeiou" else "a"
