@@ -80,10 +80,22 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """A command with its options; `key=value` may stand before and behind them."""
+    top = parser()
+    options, rest = top.parse_known_args(arguments)
+    stray = [word for word in rest if word.startswith("-") or not hasattr(options, "changes")]
+    if stray:
+        top.error(f"unrecognized arguments: {' '.join(stray)}")
+    if rest:
+        options.changes += rest
+    return options
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 done, 1 a failure, 2 wrong usage, 130 interrupted."""
     try:
-        options = parser().parse_args(arguments)
+        options = parse(arguments)
     except SystemExit as stop:
         return int(stop.code or 0)
     with _watching_for_ctrl_c() as interrupted:
@@ -143,7 +155,7 @@ def _eval(options: argparse.Namespace) -> None:
 
     score(
         options.source,
-        options.tasks.split(","),
+        [name.strip() for name in options.tasks.split(",") if name.strip()],
         options.data,
         limit=options.limit,
         batch_size=options.batch_size,
@@ -177,6 +189,8 @@ def _render(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from qformer import config
+
+    config.check_numbers("render", options, "count", least=1)
     from qformer.render import render
 
     console = Console(highlight=False, soft_wrap=True)
@@ -205,7 +219,7 @@ def _tasks(options: argparse.Namespace) -> None:
 def _say(line: object) -> None:
     from rich.console import Console
 
-    Console(highlight=False, soft_wrap=True).print(line, markup=False)
+    Console(highlight=False, soft_wrap=True, emoji=False).print(line, markup=False)
 
 
 COMMANDS = {

@@ -185,9 +185,10 @@ def load(
         report: is given what was loaded from where, and what was made anew; by default it goes to standard error.
 
     Raises:
-        ConfigError: nothing to load there, files that are broken, weights that do not fit, or another LLM than the
-            adapter was trained with (use `qformer.plug` to carry an adapter to another LLM).
+        ConfigError: nothing to load there, files that are broken, weights that do not fit, no such device, or another
+            LLM than the adapter was trained with (use `qformer.plug` to carry an adapter to another LLM).
     """
+    _check_device(device)
     say = report or _to_stderr
     spoken: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")} if dtype else {}
     if quantization is not None:
@@ -203,6 +204,16 @@ def load(
         return model.to(device).eval() if device else model.eval()
     model = _load_published(published, named, instruction_tokenizer, strict, say)
     return model.to(device).eval() if device else model.eval()
+
+
+def _check_device(device: str | torch.device | None) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device is '{device}', which cannot be had here ({str(error).splitlines()[0]}); give cpu, or an "
+            f"accelerator of this machine such as cuda:0."
+        ) from None
 
 
 @dataclass(frozen=True)

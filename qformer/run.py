@@ -34,11 +34,13 @@ def fit(
     Returns:
         The run directory.
     """
+    from qformer.evaluate.run import check
     from qformer.train.loop import train
 
     if not isinstance(settings, RunConfig):
         settings = config.load(settings, overrides)
-    cards.load_all(settings.evaluate.tasks, "eval")  # a wrong name fails before an hour of training
+    # A wrong name or a missing file fails before an hour of training.
+    check(cards.load_all(settings.evaluate.tasks, "eval"), Path(settings.data.root))
     run = train(settings, say=say, quiet=quiet)
     if not _is_first_process():
         return run
@@ -92,11 +94,13 @@ def score(
     Returns:
         By card: score, interval, baselines, recipe id; the same that `eval/TASK.json` holds.
     """
+    from qformer.evaluate.run import check
     from qformer.evaluate.run import score as score_cards
 
     chosen = cards.load_all(tasks, "eval")
     if not chosen:
         raise ConfigError("no task to score; name cards, or 'held_in' or 'held_out'.")
+    check(chosen, Path(data))
     if output is None:
         if isinstance(source, vlm.VLM):
             raise ConfigError("score: a loaded model has no directory of its own; give output.")

@@ -121,8 +121,8 @@ def render_train(card: TrainCard, templates: Templates, sample: Sample, seed: in
     return [Rendered(instruction, target)]
 
 
-def render_eval(card: EvalCard, templates: Templates, sample: Sample, prompt: int = 0) -> Rendered:
-    """What the model is asked about a sample: the card's first template unless another is asked for.
+def render_eval(card: EvalCard, templates: Templates, sample: Sample) -> Rendered:
+    """What the model is asked about a sample, in the words of the card's first template.
 
     Raises:
         DataError: a field that the template names is missing.
@@ -130,7 +130,7 @@ def render_eval(card: EvalCard, templates: Templates, sample: Sample, prompt: in
     if sample.turns:
         *history, last = sample.turns
         return Rendered(last.instruction, history=tuple(history))
-    template = templates.templates[prompt]
+    template = templates.templates[0]
     fields = _fields(sample, candidates_of(card, sample), template)
     return Rendered(fill(template, fields, f"{sample.task}, sample '{sample.id}'"))
 

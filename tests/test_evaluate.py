@@ -105,6 +105,7 @@ def test_a_model_that_looks_is_right_and_falls_with_shuffled_pictures(tmp_path: 
     assert result["by_type"] == {kind: {"score": 1.0, "samples": 30} for kind in ("even", "odd")}
     assert (result["samples"], result["of"], result["pictures"], result["partial"]) == (60, 60, 30, False)
     assert {"qformer", "torch", "transformers", "numpy", "python"} <= set(result["libraries"])
+    assert result["root"] == str(tmp_path)
 
 
 def test_the_score_file_holds_what_is_returned(tmp_path: Path) -> None:

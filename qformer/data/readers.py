@@ -262,6 +262,13 @@ def open_records(section: TrainCard | EvalCard, root: Path, card: TaskCard) -> R
         ConfigError: an unknown reader, role or option.
         DataError: the root or a file is not there; says which, where it was expected and what to download.
     """
+    reader, files = located(section, root, card)
+    split = section.split if isinstance(section, EvalCard) else "train"
+    return reader(files, section.options, card.key, split)
+
+
+def located(section: TrainCard | EvalCard, root: Path, card: TaskCard) -> tuple[type[Records], dict[str, Path]]:
+    """Reader and files of one section of a card, nothing of which is read yet; raises as `open_records`."""
     reader = lookup(READERS, section.reader, "reader")
     download = f" To download: {card.source}" if card.source else ""
     root = Path(root)
@@ -271,8 +278,7 @@ def open_records(section: TrainCard | EvalCard, root: Path, card: TaskCard) -> R
     for role, path in files.items():
         if not path.exists():
             raise DataError(f"{card.key}: there is no '{path}' (files.{role} of the card, under data.root).{download}")
-    split = section.split if isinstance(section, EvalCard) else "train"
-    return reader(files, section.options, card.key, split)
+    return reader, files
 
 
 def _chosen(choices: Sequence[Any], place: int, name: str) -> Any:

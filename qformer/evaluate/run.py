@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qformer import __version__, keyed
 from qformer.cards import EvalCard, TaskCard
-from qformer.data.readers import Records, open_records
+from qformer.data.readers import Records, located, open_records
 from qformer.errors import ConfigError, DataError
 from qformer.evaluate import baselines
 from qformer.evaluate.metrics import METRICS, Answer, Outcome, bootstrap, checked_options
@@ -123,7 +123,7 @@ def score(
             asked = _answered(
                 model, task, places, batch_size=batch_size, shuffled=shuffled, seed=seed, on_error=on_error, track=track
             )
-            results[key], outcome = _scored(task, asked, model.language.profile, seed)
+            results[key], outcome = _scored(task, asked, model.language.profile, seed, root)
             name = key.replace(":", ".") + (".partial" if len(places) < len(task.records) else "")
             _write(directory, name, results[key], _lines(asked, outcome.scores, root), asked.broken)
             if asked.broken:
@@ -136,6 +136,20 @@ def score(
     for line in (*notes, as_text(table(results))):
         say(line)
     return results
+
+
+def check(cards: Mapping[str, TaskCard], root: Path) -> None:
+    """Refuse, before a model is loaded or trained, what could not be scored; no file is read.
+
+    Raises:
+        ConfigError: an unknown metric, reader, template or option.
+        DataError: files that are not there.
+    """
+    for key, card in cards.items():
+        assert card.eval is not None, key
+        checked_options(card.eval, key)
+        load_templates(card.eval.template)
+        located(card.eval, root, card)
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -230,7 +244,7 @@ def _answered(
     return found
 
 
-def _scored(task: Task, asked: Answered, profile: Profile, seed: int) -> tuple[dict[str, Any], Outcome]:
+def _scored(task: Task, asked: Answered, profile: Profile, seed: int, root: Path) -> tuple[dict[str, Any], Outcome]:
     """The content of a card's score file, and the outcome it rests on."""
     key, section, samples = task.card.key, task.section, asked.samples
     metric = METRICS[section.metric]
@@ -270,6 +284,7 @@ def _scored(task: Task, asked: Answered, profile: Profile, seed: int) -> tuple[d
         "pictures": len(set(pictures)),
         "of": len(task.records),
         "partial": len(samples) < len(task.records),
+        "root": str(root),
         "published_size": section.size,
         "broken": len(asked.broken),
         "truncations": asked.truncations,

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from qformer import cards, config, keyed, loading, vlm, weights
 from qformer.config import RunConfig
 from qformer.data.batch import StepData, StepMaker, mixture_of, open_sources
-from qformer.data.proof import LabelProof
+from qformer.data.proof import LabelProof, lossy_targets
 from qformer.errors import ConfigError, TrainingError, did_you_mean
 from qformer.sample import Batch, row_length
 from qformer.train import checkpoint, monitors
@@ -103,6 +103,9 @@ def train(settings: RunConfig, *, say: Callable[[str], None] = print, quiet: boo
         f"{run}: steps {start} to {settings.train.steps}, {trained:,} trained parameters, "
         f"{accelerator.num_processes} process(es)"
     )
+    if first_process:
+        for line in lossy_targets(model.language.tokenizer, sources, settings.seed):
+            say(line)
 
     alarm = monitors.BlindnessAlarm()
     dummy = maker.assembler.dummy(model.vision.settings.size)
@@ -146,7 +149,7 @@ def train(settings: RunConfig, *, say: Callable[[str], None] = print, quiet: boo
     accelerator.wait_for_everyone()
     if first_process:
         write_mixture(run, maker)
-        for line in (*proof.summary(), *_broken_summary(run), *_truncation_summary(run)):
+        for line in (*_broken_summary(run), *_truncation_summary(run)):
             say(line)
     if settings.train.log_with:
         accelerator.end_training()
