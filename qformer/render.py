@@ -12,6 +12,7 @@ from qformer.assemble import Item
 from qformer.backbones.language import load_profile
 from qformer.config import RunConfig
 from qformer.data.batch import items_of, mixture_of, open_sources
+from qformer.errors import DataError
 from qformer.loading import instruction_tokenizer, located
 from qformer.sample import Row, Slot
 from qformer.text import Joiner
@@ -24,19 +25,27 @@ def joiner_of(settings: RunConfig) -> Joiner:
 
 
 def render(settings: RunConfig, count: int, *, ids: bool = False) -> list[Styled]:
-    """The first `count` samples of a run as they would be shown to the model, one block of text each."""
+    """The first `count` samples of a run as they would be shown to the model, one block of text a row.
+
+    With `data.on_error: skip` a broken record's block says what is wrong with it.
+    """
     named = cards.load_all(settings.data.tasks, "train")
-    sources = open_sources(named, Path(settings.data.root))
+    sources = open_sources(named, Path(settings.data.root), on_error=settings.data.on_error)
     weights = {
         card.key: settings.data.tasks[name] for name, card in zip(settings.data.tasks, named.values(), strict=True)
     }
     mixture = mixture_of(sources, settings.data, weights, settings.seed)
     joiner = joiner_of(settings)
-    return [
-        block(joiner, draw.task, item, settings.qformer.queries, ids=ids)
-        for draw in map(mixture.draw, range(count))
-        for item in items_of(sources[draw.task], draw, settings.seed)
-    ]
+    blocks = []
+    for draw in map(mixture.draw, range(count)):
+        try:
+            items = items_of(sources[draw.task], draw, settings.seed)
+            blocks += [block(joiner, draw.task, item, settings.qformer.queries, ids=ids) for item in items]
+        except DataError as error:
+            if settings.data.on_error == "fail":
+                raise
+            blocks.append(Styled(f"broken: {error}\n", style="red"))
+    return blocks
 
 
 def block(joiner: Joiner, task: str, item: Item, queries: int, *, ids: bool) -> Styled:

@@ -248,6 +248,15 @@ def test_a_device_that_is_not_there_is_refused(place, type_in):
         assert f"device is '{device}', which cannot be had here" in said
 
 
+def test_a_broken_record_is_rendered_as_such_where_it_is_skipped(place, type_in):
+    records(place, lambda lines: lines[7].update(instruction=""))  # the first that this seed draws
+    words = ("render", place / "run.yaml", "-n", 3)
+    assert "line 8: 'instruction' is empty" in mistake(type_in, *words, code=1)
+    code, out, _ = type_in(*words, "data.on_error=skip")
+    assert code == 0 and out.startswith("broken: ") and "line 8: 'instruction' is empty" in out
+    assert out.count("soft tokens") == 2
+
+
 def test_rendering_nothing_is_refused(place, type_in):
     said = mistake(type_in, "render", place / "run.yaml", "-n", 0, code=2)
     assert "render.count is 0; it must be at least 1" in said

@@ -382,6 +382,12 @@ def test_a_full_disk_leaves_earlier_checkpoints_whole(make, monkeypatch):
     assert [path.name for path in (directory / "checkpoints").iterdir()] == ["step-2"]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_disk_that_is_really_full_is_called_so():
+    with pytest.raises(OSError, match="No space left on device"):
+        checkpoint._write({"state": torch.zeros(100_000)}, Path("/dev/full"))
+
+
 def test_broken_records_end_the_run_or_are_listed(make, data):
     (data / "pictures" / "3.png").write_bytes(b"no picture")
     with pytest.raises(Exception, match=r"3\.png"):
