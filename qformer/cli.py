@@ -80,22 +80,10 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """A command with its options; `key=value` may stand before and behind them."""
-    top = parser()
-    options, rest = top.parse_known_args(arguments)
-    stray = [word for word in rest if word.startswith("-") or not hasattr(options, "changes")]
-    if stray:
-        top.error(f"unrecognized arguments: {' '.join(stray)}")
-    if rest:
-        options.changes += rest
-    return options
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 done, 1 a failure, 2 wrong usage, 130 interrupted."""
     try:
-        options = parse(arguments)
+        options = _parsed(arguments)
     except SystemExit as stop:
         return int(stop.code or 0)
     with _watching_for_ctrl_c() as interrupted:
@@ -113,6 +101,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise
             print(f"qformer: {error}", file=sys.stderr)
             return error.exit_code
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options; changes to settings may stand behind a flag too, where argparse by itself takes no more of them."""
+    top = parser()
+    options, left = top.parse_known_args(arguments)
+    if left and (not hasattr(options, "changes") or any(each.startswith("-") for each in left)):
+        top.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        options.changes = [*options.changes, *left]
+    return options
 
 
 @contextmanager
