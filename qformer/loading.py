@@ -100,7 +100,7 @@ def build(
         )
         qformer = QFormer(size, generator=generator)
     _check_reading(qformer.size, tokenizer, given)
-    connector = QFormerConnector(qformer, language.width, generator=generator)
+    connector = QFormerConnector(qformer, language.width, generator, given.norm_eps)
     if given.soft_scale == "embeddings":
         _scale_soft_tokens(connector, language.embedding_norm(), generator)
     return VLM(encoder, connector, language, tokenizer, settings)
@@ -121,6 +121,8 @@ def _build_from_sources(
         chosen, sources, given, vision.width, language.width, language.fingerprint(), generator
     )
     report(table.table())
+    if given.soft_scale == "embeddings" and "projection.weight" in table.made:
+        _scale_soft_tokens(connector, language.embedding_norm(), generator)
     tokenizer = instruction_tokenizer(given)
     _check_reading(connector.size, tokenizer, given)
     return VLM(vision, connector, language, tokenizer, settings)

@@ -319,6 +319,7 @@ def test_a_picture_that_breaks_between_the_passes_ends_the_scoring(tmp_path: Pat
     [
         ("answer: generate, metric: exact", r"unknown metric .* 'exact'\. Did you mean 'exact_match'\?"),
         ("answer: generate, metric: auroc", "needs the likelihoods of candidates"),
+        ("answer: generate, metric: exact_match, decoding: {do_sample: true}", "do_sample is true, and a score of ans"),
         ("answer: generate, metric: exact_match, metric_options: {normalise: vqa}", "has no option 'normalise'"),
     ],
 )

@@ -145,11 +145,10 @@ def check(cards: Mapping[str, TaskCard], root: Path) -> None:
         ConfigError: an unknown metric, reader, template or option.
         DataError: files that are not there.
     """
-    for key, card in cards.items():
-        assert card.eval is not None, key
-        checked_options(card.eval, key)
-        load_templates(card.eval.template)
-        located(card.eval, root, card)
+    for card in cards.values():
+        section, _ = _settled(card)
+        load_templates(section.template)
+        located(section, root, card)
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -186,10 +185,24 @@ def as_text(shown: Table) -> str:
 # -- one card ---------------------------------------------------------------------------------------------------------
 
 
-def _open(card: TaskCard, root: Path) -> Task:
+def _settled(card: TaskCard) -> tuple[EvalCard, dict[str, Any]]:
+    """A card's section and the options of its metric, defaults filled in.
+
+    Raises:
+        ConfigError: a metric or an option that is not known, or answers that would be drawn by chance.
+    """
     section = card.eval
     assert section is not None, card.key
-    options = checked_options(section, card.key)
+    if section.answer == "generate" and section.decoding.do_sample:
+        raise ConfigError(
+            f"the card '{card.key}': eval.decoding.do_sample is true, and a score of answers that are drawn by chance "
+            f"is another one each time; set it to false."
+        )
+    return section, checked_options(section, card.key)
+
+
+def _open(card: TaskCard, root: Path) -> Task:
+    section, options = _settled(card)
     return Task(card, section, load_templates(section.template), open_records(section, root, card), options)
 
 
