@@ -147,6 +147,20 @@ def test_candidates_of_the_card_are_the_same_for_all(tmp_path: Path) -> None:
     assert {line["prediction"] for line in lines if line["references"] == ["green"]} == {"blue"}  # the first of equals
 
 
+def test_of_many_candidates_the_likeliest_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = scores(tmp_path)
+    monkeypatch.setattr("qformer.evaluate.predict.KEPT", 2)
+    assert scores(tmp_path) == whole
+    line = predictions(tmp_path)[5]
+    assert (line["candidates"], line["ranked"]) == ({"red": -2.0, "blue": -1.0}, 3)
+    section = (
+        'answer: rank, metric: auroc, candidates: ["red", "green", "blue"], '
+        'metric_options: {positive: ["red"], negative: ["green", "blue"]}'
+    )
+    scores(tmp_path, section=section)  # needs them all
+    assert len(predictions(tmp_path)[5]["candidates"]) == 3
+
+
 def test_auroc_is_scored_beside_its_baselines(tmp_path: Path) -> None:
     section = (
         'answer: rank, metric: auroc, candidates: ["red", "green", "blue"], '

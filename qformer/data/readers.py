@@ -66,6 +66,8 @@ class Karpathy(Records):
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
         splits = self.options.get("splits", ["train", "restval"])
+        if not isinstance(splits, list | tuple):  # in a text, any part of it would be found
+            raise ConfigError(f"{self.task}: options.splits is '{splits}'; it takes a list, even of one.")
         per_caption = self.option("per", ("caption", "image")) == "caption"
         for picture in read_json(self.file)["images"]:
             if picture["split"] not in splits:
@@ -202,7 +204,8 @@ class VSR(Records):
     settings = ("words",)
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
-        if not isinstance(self.options.get("words"), (list, tuple)) or len(self.options["words"]) != 2:
+        words = self.options.get("words")
+        if not isinstance(words, list | tuple) or [type(word) for word in words] != [str, str]:
             raise ConfigError(f"{self.task}: options.words must be two words, for label 0 and label 1, in quotes.")
         for number, line in enumerate(read_lines(self.file), 1):
             if line.strip():

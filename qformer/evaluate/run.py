@@ -379,6 +379,8 @@ def _lines(asked: Answered, scores: Sequence[float], root: Path) -> list[dict[st
             line["type"] = each.kind
         if answer.candidates:
             line["candidates"] = dict(zip(answer.candidates, answer.likelihoods, strict=True))
+        if len(answer.candidates) < len(each.candidates):
+            line["ranked"] = len(each.candidates)  # those above are the likeliest of so many
         lines.append(line)
     for line, answer in zip(lines, asked.blind):
         line["shuffled_prediction"] = answer.text
