@@ -339,7 +339,7 @@ class Joiner:
         """What the Q-Former reads: [CLS] words [SEP], the words cut on the left to the limit (marks among it)."""
         if self.instruction_tokenizer is None:
             return ()
-        words = _ids(self.instruction_tokenizer, instruction.replace(IMAGE_MARK, " "))
+        words = word_ids(self.instruction_tokenizer, instruction.replace(IMAGE_MARK, " "))
         kept = self._cut_left(words, self.instruction_limit - 2)
         return (self.instruction_tokenizer.cls_token_id, *kept, self.instruction_tokenizer.sep_token_id)
 
@@ -354,7 +354,7 @@ class Joiner:
 
     def answer_ids(self, answer: str) -> tuple[int, ...]:
         """Separator and words of an answer, neither cut nor ended: what a candidate is scored on."""
-        return _ids(self.tokenizer, self.profile.separator + answer.strip())
+        return word_ids(self.tokenizer, self.profile.separator + answer.strip())
 
     def row(self, rendered: Rendered, reads: Sequence[int], *, answered: bool) -> Row:
         """One row of the LLM: slots for `reads` (pictures or frames in order), the words, and the trained target.
@@ -392,7 +392,7 @@ class Joiner:
                 f"give none or as many: '{instruction}'."
             )
         profile = self.profile
-        spans = self._cut_parts([_ids(self.tokenizer, part.strip()) for part in parts])
+        spans = self._cut_parts([word_ids(self.tokenizer, part.strip()) for part in parts])
         words: list[Text | Slot] = [] if marks else list(slots)
         for number, ids in enumerate(spans):
             if number:
@@ -450,6 +450,13 @@ def _merged(pieces: Sequence[Text | Slot]) -> Row:
                 continue
         row.append(piece)
     return tuple(row)
+
+
+def word_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Ids of what a person, a file or a model wrote: what looks like a mark in it (`</s>`) stays words, so that no
+    record ends an answer or opens a turn.
+    """
+    return tuple(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids) if text else ()
 
 
 def _ids(tokenizer: Any, text: str) -> tuple[int, ...]:

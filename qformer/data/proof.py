@@ -10,7 +10,7 @@ from qformer.data.batch import Source, StepData, StepMaker, items_of
 from qformer.data.mixture import Draw
 from qformer.errors import DataError, TrainingError
 from qformer.sample import Text
-from qformer.text import Joiner, Rendered
+from qformer.text import Joiner, Rendered, word_ids
 
 SURVEYED = 200
 """Records of each set whose targets go through the LLM's tokenizer and back, spread evenly over the set."""
@@ -53,8 +53,8 @@ class LabelProof:
 
     def expected(self, target: str) -> str:
         """A target as the tokenizer gives it back, cut to the limit, with the end mark."""
-        ids = self.tokenizer(self.profile.separator + target.strip(), add_special_tokens=False).input_ids
-        kept = list(ids[: self.profile.target_limit - len(self.profile.end)])
+        ids = word_ids(self.tokenizer, self.profile.separator + target.strip())
+        kept = ids[: self.profile.target_limit - len(self.profile.end)]
         return str(self.tokenizer.decode([*kept, *self.profile.end])).strip()
 
 
@@ -72,7 +72,7 @@ def lossy_targets(tokenizer: Any, sources: Mapping[str, Source], seed: int) -> l
                 continue  # told when it is drawn
             for target in (target.strip() for item in items for target in _targets(item.rendered)):
                 seen += 1
-                back = tokenizer.decode(list(tokenizer(target, add_special_tokens=False).input_ids)).strip()
+                back = tokenizer.decode(list(word_ids(tokenizer, target))).strip()
                 if back != target:
                     lost.append((target, back))
         if lost:
