@@ -212,9 +212,10 @@ def _check_device(device: str | torch.device | None) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"device is '{device}', which cannot be had here ({str(error).splitlines()[0]}); give cpu, or an "
-            f"accelerator of this machine such as cuda:0."
+            f"device is '{device}', which cannot be had here ({reason}); give cpu, or an accelerator of this machine "
+            f"such as cuda:0."
         ) from None
 
 
