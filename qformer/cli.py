@@ -199,7 +199,7 @@ def _eval(options: argparse.Namespace) -> None:
 
     score(
         _source(options),
-        options.tasks.split(","),
+        [name.strip() for name in options.tasks.split(",") if name.strip()],
         options.data,
         limit=options.limit,
         batch_size=options.batch_size,
@@ -234,6 +234,8 @@ def _render(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from qformer import config
+
+    config.check_numbers("render", options, "count", least=1)
     from qformer.render import render
 
     console = Console(highlight=False, soft_wrap=True)
@@ -285,7 +287,7 @@ def _data(options: argparse.Namespace) -> int:
 def _say(line: object) -> None:
     from rich.console import Console
 
-    Console(highlight=False, soft_wrap=True).print(line, markup=False)
+    Console(highlight=False, soft_wrap=True, emoji=False).print(line, markup=False)
 
 
 COMMANDS = {

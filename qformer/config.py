@@ -221,7 +221,7 @@ class QFormerConfig:
     norm_eps: float = 1e-5
     """Epsilon of the norm behind the encoder; a source that says another one wins."""
     soft_scale: Literal["none", "embeddings"] = "none"
-    """embeddings: at the start the projection is scaled so that soft tokens are as long as the LLM's embeddings."""
+    """embeddings: a projection made anew is scaled so that soft tokens start as long as the LLM's embeddings."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.init, str | None):

@@ -55,12 +55,16 @@ def load_image(source: Path | str | bytes | Packed | Image.Image, max_pixels: in
                 )
             return _plain(opened)
     except FileNotFoundError:
-        raise DataError(f"{name} is missing; check the set's picture folder.") from None
+        raise DataError(f"{name} is missing; check its name and its folder.") from None
     except IsADirectoryError:
         raise DataError(f"{name} is a folder, not a picture.") from None
     except UnidentifiedImageError:
         raise DataError(f"{name} is not a picture that can be read.") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except DataError:
+        raise
+    except PermissionError:
+        raise DataError(f"{name} may not be read; change its permissions.") from None
+    except Exception as error:  # each format's decoder raises kinds of its own
         raise DataError(f"{name} is cut short or broken ({error}).") from None
     finally:
         Image.MAX_IMAGE_PIXELS = limit

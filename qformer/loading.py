@@ -104,7 +104,7 @@ def build(
         )
         qformer = QFormer(size, generator=generator)
     _check_reading(qformer.size, tokenizer, given)
-    connector = QFormerConnector(qformer, language.width, generator=generator)
+    connector = QFormerConnector(qformer, language.width, generator, given.norm_eps)
     if given.soft_scale == "embeddings":
         _scale_soft_tokens(connector, language.embedding_norm(), generator)
     return VLM(encoder, connector, language, tokenizer, settings)
@@ -139,6 +139,8 @@ def _build_from_sources(
         chosen, sources, given, vision.width, language.width, language.fingerprint(), generator
     )
     report(table.table())
+    if given.soft_scale == "embeddings" and "projection.weight" in table.made:
+        _scale_soft_tokens(connector, language.embedding_norm(), generator)
     tokenizer = instruction_tokenizer(given)
     _check_reading(connector.size, tokenizer, given)
     return VLM(vision, connector, language, tokenizer, settings)
@@ -204,9 +206,10 @@ def load(
         report: is given what was loaded from where, and what was made anew; by default it goes to standard error.
 
     Raises:
-        ConfigError: nothing to load there, files that are broken, weights that do not fit, or another LLM than the
-            adapter was trained with (use `qformer.plug` to carry an adapter to another LLM).
+        ConfigError: nothing to load there, files that are broken, weights that do not fit, no such device, or another
+            LLM than the adapter was trained with (use `qformer.plug` to carry an adapter to another LLM).
     """
+    _check_device(device)
     say = report or _to_stderr
     spoken: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")} if dtype else {}
     if quantization is not None:
@@ -222,6 +225,17 @@ def load(
         return model.to(device).eval() if device else model.eval()
     model = _load_published(published, named, instruction_tokenizer, strict, say)
     return model.to(device).eval() if device else model.eval()
+
+
+def _check_device(device: str | torch.device | None) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"device is '{device}', which cannot be had here ({reason}); give cpu, or an accelerator of this machine "
+            f"such as cuda:0."
+        ) from None
 
 
 @dataclass(frozen=True)

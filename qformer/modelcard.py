@@ -86,7 +86,7 @@ def text(settings: RunConfig, size: QFormerSize, recipe: Mapping[str, Any], scor
 
 
 def _interval(pair: Sequence[float] | None) -> str:
-    return f"{pair[0]:.4f} to {pair[1]:.4f}" if pair else ""
+    return "" if pair is None or None in pair else f"{pair[0]:.4f} to {pair[1]:.4f}"
 
 
 def _is_hub_id(name: str) -> bool:

@@ -13,6 +13,7 @@ from qformer.backbones.language import load_profile
 from qformer.config import RunConfig
 from qformer.data.batch import items_of, mixture_of, open_sources
 from qformer.data.index import Index
+from qformer.errors import DataError
 from qformer.loading import instruction_tokenizer, located
 from qformer.sample import Row, Slot, Turn
 from qformer.text import Joiner
@@ -25,17 +26,26 @@ def joiner_of(settings: RunConfig) -> Joiner:
 
 
 def render(settings: RunConfig, count: int, *, ids: bool = False) -> list[Styled]:
-    """The first `count` samples of a run as they would be shown to the model, one block of text each."""
+    """The first `count` samples of a run as they would be shown to the model, one block of text a row.
+
+    With `data.on_error: skip` a broken record's block says what is wrong with it.
+    """
     named, multipliers = cards.mixture(settings.data)
     root = Path(settings.data.root)
-    sources = open_sources(named, root, index=Index(root, settings.data.index))
+    index = Index(root, settings.data.index)
+    sources = open_sources(named, root, on_error=settings.data.on_error, index=index)
     mixture = mixture_of(sources, settings.data, multipliers, settings.seed)
     joiner = joiner_of(settings)
-    return [
-        block(joiner, draw.task, item, settings.qformer.queries, ids=ids)
-        for draw in map(mixture.draw, range(count))
-        for item in items_of(sources[draw.task], draw, settings.seed)
-    ]
+    blocks = []
+    for draw in map(mixture.draw, range(count)):
+        try:
+            items = items_of(sources[draw.task], draw, settings.seed)
+            blocks += [block(joiner, draw.task, item, settings.qformer.queries, ids=ids) for item in items]
+        except DataError as error:
+            if settings.data.on_error == "fail":
+                raise
+            blocks.append(Styled(f"broken: {error}\n", style="red"))
+    return blocks
 
 
 def block(joiner: Joiner, task: str, item: Item, queries: int, *, ids: bool) -> Styled:

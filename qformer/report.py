@@ -335,7 +335,7 @@ def _table(heads: Sequence[str], rows: Sequence[str], names: int = 2) -> str:
 
 def _answers(scores: Sequence[Score], root: Path) -> str:
     galleries = [
-        gallery.gallery(score.title, score.predictions, root, graded=not score.percent)
+        gallery.gallery(score.title, score.predictions, score.root or root, graded=not score.percent)
         for score in scores
         if score.predictions
     ]

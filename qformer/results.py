@@ -67,6 +67,8 @@ class Score:
     percent: bool
     """Whether values are shares of one, shown as percentages."""
     recipe: str
+    root: Path | None
+    """Where the names of its pictures start."""
     by_type: Mapping[str, Mapping[str, Any]]
     """Score and number of samples of each question type."""
     predictions: Sequence[Record]
@@ -102,6 +104,7 @@ class Score:
                 broken=raw["broken"],
                 percent=METRICS[raw["metric"]].percent if raw["metric"] in METRICS else True,
                 recipe=raw["recipe"],
+                root=Path(raw["root"]) if "root" in raw else None,
                 by_type=raw["by_type"],
                 predictions=read_lines(path.with_name(f"{path.stem}.predictions.jsonl")),
             )

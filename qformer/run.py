@@ -34,11 +34,13 @@ def fit(
     Returns:
         The run directory.
     """
+    from qformer.evaluate.run import check
     from qformer.train.loop import train
 
     if not isinstance(settings, RunConfig):
         settings = config.load(settings, overrides)
-    cards.load_all(settings.evaluate.tasks, "eval")  # a wrong name fails before an hour of training
+    # A wrong name or a missing file fails before an hour of training.
+    check(cards.load_all(settings.evaluate.tasks, "eval"), Path(settings.data.root))
     run = train(settings, validate=_validation(settings, quiet), say=say, quiet=quiet)
     if not _is_first_process():
         return run
@@ -95,11 +97,13 @@ def score(
     Returns:
         By card: score, interval, baselines, recipe id; the same that `eval/TASK.json` holds.
     """
+    from qformer.evaluate.run import check
     from qformer.evaluate.run import score as score_cards
 
     chosen = cards.load_all(tasks, "eval")
     if not chosen:
         raise ConfigError("no task to score; name cards, or 'held_in' or 'held_out'.")
+    check(chosen, Path(data))
     if output is None:
         if isinstance(source, vlm.VLM):
             raise ConfigError("score: a loaded model has no directory of its own; give output.")
@@ -138,16 +142,14 @@ def _validation(settings: RunConfig, quiet: bool) -> Callable[[vlm.VLM, int], di
     Raises:
         ConfigError, DataError: a wrong card or missing files, before any training.
     """
-    from qformer.data.index import Index
-    from qformer.evaluate.run import open_task
+    from qformer.evaluate.run import check
     from qformer.evaluate.run import score as score_cards
 
     chosen = cards.validated(settings)
     if not chosen:
         return None
     root = Path(settings.data.root)
-    for card in chosen.values():
-        open_task(card, root, Index(root, settings.data.index))
+    check(chosen, root)
 
     def validate(model: vlm.VLM, step: int) -> dict[str, float]:
         results = score_cards(

@@ -134,8 +134,8 @@ def render_train(card: TrainCard, templates: Templates, sample: Sample, seed: in
     return [Rendered(instruction, target)]
 
 
-def render_eval(card: EvalCard, templates: Templates, sample: Sample, prompt: int = 0) -> Rendered:
-    """What the model is asked about a sample: the card's first template unless another is asked for.
+def render_eval(card: EvalCard, templates: Templates, sample: Sample) -> Rendered:
+    """What the model is asked about a sample, in the words of the card's first template.
 
     Raises:
         DataError: a field that the template names is missing.
@@ -143,7 +143,7 @@ def render_eval(card: EvalCard, templates: Templates, sample: Sample, prompt: in
     if sample.turns:
         *history, last = sample.turns
         return Rendered(prefaced(card.preface, sample.fields, last.instruction), history=tuple(history))
-    template = templates.templates[prompt]
+    template = templates.templates[0]
     fields = _fields(sample, candidates_of(card, sample), template)
     filled = fill(template, fields, f"{sample.task}, sample '{sample.id}'")
     return Rendered(prefaced(card.preface, fields, filled))
@@ -353,7 +353,7 @@ class Joiner:
         """What the Q-Former reads: [CLS] words [SEP], the words cut on the left to the limit (marks among it)."""
         if self.instruction_tokenizer is None:
             return ()
-        words = _ids(self.instruction_tokenizer, instruction.replace(IMAGE_MARK, " "))
+        words = word_ids(self.instruction_tokenizer, instruction.replace(IMAGE_MARK, " "))
         kept = self._cut_left(words, self.instruction_limit - 2)
         return (self.instruction_tokenizer.cls_token_id, *kept, self.instruction_tokenizer.sep_token_id)
 
@@ -368,7 +368,7 @@ class Joiner:
 
     def answer_ids(self, answer: str) -> tuple[int, ...]:
         """Separator and words of an answer, neither cut nor ended: what a candidate is scored on."""
-        return _ids(self.tokenizer, self.profile.separator + answer.strip())
+        return word_ids(self.tokenizer, self.profile.separator + answer.strip())
 
     def row(self, rendered: Rendered, reads: Sequence[int], *, answered: bool) -> Row:
         """One row of the LLM: slots for `reads` (pictures or frames in order), the words, and the trained target.
@@ -406,7 +406,7 @@ class Joiner:
                 f"give none or as many: '{instruction}'."
             )
         profile = self.profile
-        spans = self._cut_parts([_ids(self.tokenizer, part.strip()) for part in parts])
+        spans = self._cut_parts([word_ids(self.tokenizer, part.strip()) for part in parts])
         words: list[Text | Slot] = [] if marks else list(slots)
         for number, ids in enumerate(spans):
             if number:
@@ -464,6 +464,13 @@ def _merged(pieces: Sequence[Text | Slot]) -> Row:
                 continue
         row.append(piece)
     return tuple(row)
+
+
+def word_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Ids of what a person, a file or a model wrote: what looks like a mark in it (`</s>`) stays words, so that no
+    record ends an answer or opens a turn.
+    """
+    return tuple(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids) if text else ()
 
 
 def _ids(tokenizer: Any, text: str) -> tuple[int, ...]:

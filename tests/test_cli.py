@@ -85,15 +85,17 @@ def test_cards_are_listed(type_in):
     assert code == 0 and "testdev_balanced" in out and "short_answer (version 1" in out
 
 
-def test_help_answers_within_half_a_second():
-    command = [sys.executable, "-m", "qformer", "--help"]
-    subprocess.run(command, check=True, capture_output=True)
-    times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        subprocess.run(command, check=True, capture_output=True)
-        times.append(time.perf_counter() - began)
-    assert min(times) < 0.5
+def test_changes_may_stand_before_and_behind_options(place, type_in):
+    code, out, _ = type_in("render", place / "run.yaml", "seed=3", "-n", 1, "qformer.queries=7", "--ids")
+    assert code == 0 and "⟨7 soft tokens" in out
+    code, _, said = type_in("render", place / "run.yaml", "-n", 1, "seed=3", "--idz")
+    assert code == 2 and "unrecognized arguments: " in said and "--idz" in said
+    assert type_in("tasks", "gqa", "vsr")[0] == 2
+
+
+def test_words_are_printed_as_they_are(capsys):
+    cli._say("a :dog: in [bold]brackets[/]")
+    assert capsys.readouterr().out == "a :dog: in [bold]brackets[/]\n"
 
 
 def test_version_and_wrong_usage(type_in):
@@ -213,6 +215,40 @@ def test_numbers_on_the_command_line_are_held_to_the_same_bounds(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     assert sentence in mistake(type_in, *words, code=2)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_scored_is_said_before_a_model_is_trained_or_loaded(place, type_in, monkeypatch):
+    from qformer import loading
+
+    for name in ("build", "load"):
+        monkeypatch.setattr(loading, name, None)
+    said = mistake(type_in, "train", place / "run.yaml", "evaluate.tasks=[gqa]", code=1)
+    assert "testdev_balanced_questions.json" in said and "To download" in said
+    assert not (place / "run").exists()
+    said = mistake(type_in, "eval", place / "run", "--tasks", " gqa, vsr", "--data", place / "nowhere", code=1)
+    assert f"data.root is '{place / 'nowhere'}', and there is no such folder; gqa is read from it" in said
+    said = mistake(type_in, "eval", place / "run", "--tasks", ",", "--data", place, code=2)
+    assert "no task to score" in said
+
+
+def test_a_device_that_is_not_there_is_refused(place, type_in):
+    for device in ("cudax", "xla:7"):
+        said = mistake(type_in, "ask", place, place / "pictures/0.png", "what", "--device", device, code=2)
+        assert f"device is '{device}', which cannot be had here" in said
+
+
+def test_a_broken_record_is_rendered_as_such_where_it_is_skipped(place, type_in):
+    records(place, lambda lines: lines[7].update(instruction=""))  # the first that this seed draws
+    words = ("render", place / "run.yaml", "-n", 3)
+    assert "line 8: 'instruction' is empty" in mistake(type_in, *words, code=1)
+    code, out, _ = type_in(*words, "data.on_error=skip")
+    assert code == 0 and out.startswith("broken: ") and "line 8: 'instruction' is empty" in out
+    assert out.count("soft tokens") == 2
+
+
+def test_rendering_nothing_is_refused(place, type_in):
+    said = mistake(type_in, "render", place / "run.yaml", "-n", 0, code=2)
+    assert "render.count is 0; it must be at least 1" in said
 
 
 def test_a_source_without_an_adapter_is_refused(place, type_in):

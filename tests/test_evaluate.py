@@ -105,6 +105,7 @@ def test_a_model_that_looks_is_right_and_falls_with_shuffled_pictures(tmp_path: 
     assert result["by_type"] == {kind: {"score": 1.0, "samples": 30} for kind in ("even", "odd")}
     assert (result["samples"], result["of"], result["pictures"], result["partial"]) == (60, 60, 30, False)
     assert {"qformer", "torch", "transformers", "numpy", "python"} <= set(result["libraries"])
+    assert result["root"] == str(tmp_path)
 
 
 def test_the_score_file_holds_what_is_returned(tmp_path: Path) -> None:
@@ -144,6 +145,20 @@ def test_candidates_of_the_card_are_the_same_for_all(tmp_path: Path) -> None:
     lines = predictions(tmp_path)
     assert all(list(line["candidates"]) == ["blue", "red"] for line in lines)
     assert {line["prediction"] for line in lines if line["references"] == ["green"]} == {"blue"}  # the first of equals
+
+
+def test_of_many_candidates_the_likeliest_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = scores(tmp_path)
+    monkeypatch.setattr("qformer.evaluate.predict.KEPT", 2)
+    assert scores(tmp_path) == whole
+    line = predictions(tmp_path)[5]
+    assert (line["candidates"], line["ranked"]) == ({"red": -2.0, "blue": -1.0}, 3)
+    section = (
+        'answer: rank, metric: auroc, candidates: ["red", "green", "blue"], '
+        'metric_options: {positive: ["red"], negative: ["green", "blue"]}'
+    )
+    scores(tmp_path, section=section)  # needs them all
+    assert len(predictions(tmp_path)[5]["candidates"]) == 3
 
 
 def test_auroc_is_scored_beside_its_baselines(tmp_path: Path) -> None:
@@ -318,6 +333,7 @@ def test_a_picture_that_breaks_between_the_passes_ends_the_scoring(tmp_path: Pat
     [
         ("answer: generate, metric: exact", r"unknown metric .* 'exact'\. Did you mean 'exact_match'\?"),
         ("answer: generate, metric: auroc", "needs the likelihoods of candidates"),
+        ("answer: generate, metric: exact_match, decoding: {do_sample: true}", "do_sample is true, and a score of ans"),
         ("answer: generate, metric: exact_match, metric_options: {normalise: vqa}", "has no option 'normalise'"),
     ],
 )

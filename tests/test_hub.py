@@ -120,7 +120,10 @@ def test_the_card_names_towers_data_recipe_and_scores(model: qformer.VLM, tmp_pa
         assert words in card
     settings = dataclasses.replace(model.settings.language, name="google/flan-t5-xl")
     named = dataclasses.replace(model.settings, language=settings)
-    assert "base_model: [google/flan-t5-xl]" in modelcard.text(named, model.connector.size, {}, [])
+    lone = {**score, "task": "colours", "interval": [None, None]}  # of questions about one picture
+    card = modelcard.text(named, model.connector.size, {}, [lone])
+    assert "base_model: [google/flan-t5-xl]" in card
+    assert "| Colours | accuracy | 0.7500 |  | 20 of 24 |  |" in card
     (tmp_path / "run" / "eval" / "colours.json").write_text("{")
     with pytest.raises(DataError, match="cannot be read as JSON"):
         again.save(tmp_path / "adapter")

@@ -60,6 +60,22 @@ def test_a_photograph_is_turned_upright(tmp_path):
     assert load_image(tmp_path / "a.jpg", 100, "s").size == (4, 6)
 
 
+def test_whatever_a_decoder_raises_is_a_broken_picture(tmp_path, monkeypatch):
+    encoded = io.BytesIO()
+    noise(8, 8).save(encoded, "DDS")
+    odd = bytearray(encoded.getvalue())
+    odd[80] = 26  # pixel flags that no decoder knows
+    with pytest.raises(DataError, match=r"sample 's': a picture is cut short or broken \(Unknown pixel format"):
+        load_image(bytes(odd), 1000, "sample 's'")
+    for raised, sentence in (
+        (RuntimeError("Failed to decode image"), r"a\.avif is cut short or broken \(Failed to decode image\)"),
+        (PermissionError(13, "Permission denied"), r"a\.avif may not be read; change its permissions"),
+    ):
+        monkeypatch.setattr(images.Image, "open", lambda *_, raised=raised: (_ for _ in ()).throw(raised))
+        with pytest.raises(DataError, match=sentence):
+            load_image(tmp_path / "a.avif", 1000, "s")
+
+
 def test_what_cannot_be_opened_is_named(tmp_path):
     noise(40, 40).save(tmp_path / "whole.png")
     whole = (tmp_path / "whole.png").read_bytes()

@@ -389,6 +389,16 @@ def test_ranking_refuses_what_cannot_be_scored(tower: Any) -> None:
         llm.rank(soft, [prompt], [["a"]], normalize="pmi")
 
 
+def test_a_long_candidate_is_cut_alike_with_and_without_its_end_mark(saved: Any) -> None:
+    llm = load_language(LanguageConfig(name=str(saved("gpt2")), target_limit=4))
+    joiner = Joiner(llm.tokenizer, llm.profile, None)
+    [[ended]] = ranking.requested(joiner, [()], [["it is green indeed"]], end=True)
+    [[bare]] = ranking.requested(joiner, [()], [["it is green indeed"]], end=False)
+    assert len(ended) == 4
+    assert ended == (*bare, *llm.profile.end)
+    assert joiner.truncations.targets == 2
+
+
 # -- answering --------------------------------------------------------------------------------------------------------
 
 

@@ -159,6 +159,8 @@ def test_karpathys_split_takes_train_and_restval(tmp_path: Path) -> None:
     assert train[2].images == (tmp_path / "pictures" / "val2014" / "3.jpg",)
     (test,) = opened(tmp_path, "karpathy", {"splits": ["test"], "per": "image"}, captions=content)
     assert test.references == ("Caption 0.", "Caption 1.")
+    with pytest.raises(ConfigError, match=r"options\.splits is 'restval'; it takes a list"):
+        opened(tmp_path, "karpathy", {"splits": "restval"}, captions=content)
     assert test.fields["image_id"] == 2
 
 
@@ -227,8 +229,9 @@ def test_vsr_says_its_labels_in_the_cards_words(tmp_path: Path) -> None:
     records = opened(tmp_path, "vsr", {"words": ["false", "true"]}, statements=lines(*rows))
     assert [sample.references for sample in records] == [("true",), ("false",)]
     assert records[0].fields["statement"] == "The cat is under it."
-    with pytest.raises(ConfigError, match=r"options\.words must be two words"):
-        opened(tmp_path, "vsr", statements=lines(*rows))
+    for words in ({}, {"words": ["true"]}, {"words": [False, True]}, {"words": "no"}):
+        with pytest.raises(ConfigError, match=r"options\.words must be two words, for label 0 and label 1, in quotes"):
+            opened(tmp_path, "vsr", words, statements=lines(*rows))
     for label in (-1, 2):
         wrong = opened(tmp_path, "vsr", {"words": ["false", "true"]}, statements=lines({**rows[0], "label": label}))
         with pytest.raises(DataError, match=f"record 1: 'label' is {label}; it must be at least 0 and below 2"):

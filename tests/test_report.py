@@ -200,6 +200,16 @@ def test_scores_by_question_type_are_listed(run: Path) -> None:
     assert HOSTILE in words
 
 
+def test_pictures_are_looked_for_where_the_set_was_scored(run: Path) -> None:
+    (run / "elsewhere").mkdir()
+    Image.new("RGB", (4, 4)).save(run / "elsewhere" / "other.png")
+    lines = [prediction(1, images=["other.png"])]
+    write_scores(run, score_file(root=str(run / "elsewhere")), lines)
+    assert gallery.NO_PICTURE not in write_report(run).read_text(encoding="utf-8")
+    write_scores(run, score_file(), lines)  # of an older version, which did not say where
+    assert gallery.NO_PICTURE in write_report(run).read_text(encoding="utf-8")
+
+
 def test_a_picture_that_is_gone_leaves_a_note(run: Path) -> None:
     write_scores(run, score_file(), [prediction(1, images=["gone.png"])])
     assert gallery.NO_PICTURE in write_report(run).read_text(encoding="utf-8")

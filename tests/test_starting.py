@@ -100,6 +100,28 @@ def test_a_bert_gives_words_and_both_halves(towers: Path, tmp_path: Path) -> Non
     assert "copied: 12" in table and "embeddings.token_type_embeddings" in table
 
 
+@pytest.mark.parametrize("listed", [False, True])
+def test_every_start_heeds_the_norms_epsilon_and_scales_a_new_projection(
+    towers: Path, tmp_path: Path, listed: bool
+) -> None:
+    init: Any = world.towers(towers, "llama")["bert"]
+    if listed:
+        parts = ["norm", "queries", "cross_attention", "projection"]
+        init = [{"from": "new", "parts": parts}, {"from": init}]
+    plain, _ = built(towers, tmp_path, init)
+    scaled, _ = built(towers, tmp_path, init, norm_eps=1e-6, soft_scale="embeddings")
+    assert (plain.connector.norm.eps, scaled.connector.norm.eps) == (1e-5, 1e-6)
+    length, other = (float(each.connector.projection.weight.detach().norm()) for each in (scaled, plain))
+    assert length == pytest.approx(scaled.language.embedding_norm(), rel=0.1)
+    assert other > 2 * length
+
+
+def test_a_projection_that_a_source_gives_is_not_scaled(towers: Path, tmp_path: Path) -> None:
+    given = write(tmp_path / "whole.pth", words_of(towers), 1)
+    model, _ = built(towers, tmp_path, [{"from": str(tmp_path / "whole.pth")}], soft_scale="embeddings")
+    assert torch.equal(model.connector.projection.weight, given.projection.weight)
+
+
 def test_another_encoder_keeps_what_fits_and_lists_what_was_made_anew(towers: Path, tmp_path: Path) -> None:
     wide = QFormerSize(**{**vars(words_of(towers)), "vision_width": 40})
     write(tmp_path / "wide.pth", wide, 1)

@@ -116,7 +116,7 @@ class Words:
         self.cls_token_id, self.sep_token_id = 101, 102
         self.blank, self.chat_template, self.known = blank, template, {}
 
-    def __call__(self, words, add_special_tokens=True):
+    def __call__(self, words, add_special_tokens=True, split_special_tokens=False):
         ids = [self.known.setdefault(word, 200 + len(self.known)) for word in words.replace("<|", " <|").split()]
         opened = [self.bos_token_id] if add_special_tokens and self.bos_token_id is not None else []
         return type("Encoding", (), {"input_ids": opened + ids})
@@ -277,6 +277,23 @@ def test_a_template_gets_an_empty_system_turn_only_where_it_would_bring_words_of
         tokenizer.template_text = template or tokenizer.template_text
         heads[name] = text.profile_from_tokenizer(tokenizer).head
     assert heads == {"bare": "<|user> ", "wordy": "<|system>  <|end> <|user> ", "refusing": "<|user> "}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_what_looks_like_a_mark_in_words_stays_words(tmp_path, family):
+    from transformers import AutoTokenizer
+
+    from tests.tiny import tiny_bert, tiny_llm
+
+    reader = AutoTokenizer.from_pretrained(tiny_bert(tmp_path / "bert"))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llm(tmp_path / "llm", family))
+    joiner = text.Joiner(tokenizer, text.profile_from_tokenizer(tokenizer), reader)
+    mark = tokenizer.eos_token
+    row = joiner.row(Rendered(f"what is {mark}", f"it is {mark} red"), [0], answered=True)
+    ids = [number for piece in row if isinstance(piece, Text) for number in piece.ids]
+    own = len(joiner.profile.opening) + len(joiner.profile.end)
+    assert ids.count(tokenizer.eos_token_id) == own and mark in tokenizer.decode(ids[own - 1 : -1])
+    assert joiner.read_ids("what is [SEP] it").count(reader.sep_token_id) == 1
 
 
 def test_neighbouring_texts_are_one_piece():

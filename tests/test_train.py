@@ -382,6 +382,12 @@ def test_a_full_disk_leaves_earlier_checkpoints_whole(make, monkeypatch):
     assert [path.name for path in (directory / "checkpoints").iterdir()] == ["step-2"]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_disk_that_is_really_full_is_called_so():
+    with pytest.raises(OSError, match="No space left on device"):
+        checkpoint._write({"state": torch.zeros(100_000)}, Path("/dev/full"))
+
+
 def test_broken_records_end_the_run_or_are_listed(make, data):
     (data / "pictures" / "3.png").write_bytes(b"no picture")
     with pytest.raises(Exception, match=r"3\.png"):
@@ -481,6 +487,19 @@ def test_trained_tokens_that_do_not_decode_to_the_target_stop_the_run(make, monk
         run(make())
 
 
+def test_targets_that_the_llms_tokenizer_cannot_give_back_are_counted_by_set(make, data):
+    lines = [json.loads(line) for line in (data / "records.jsonl").read_text().splitlines()]
+    for number in (3, 17):
+        lines[number] = {**lines[number], "target": f"it is Ångström {number}", "candidates": []}
+    lines[5]["target"] = ""
+    (data / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = []
+    loop.train(make("train.steps=1", "data.on_error=skip"), say=said.append, quiet=True)
+    [told] = [line for line in said if "lose characters" in line]
+    assert told.startswith("colours: 2 of 23 targets lose characters in the LLM's tokenizer: 'it is Ångström 3' comes")
+    assert told.index("lose") > 0 and said.index(told) < len(said) - 1  # before the first step, not after the last
+
+
 def test_trackers_that_cannot_log_are_refused(make, monkeypatch):
     with pytest.raises(ConfigError, match=r"unknown tracker 'tensorbord'\. Did you mean 'tensorboard'"):
         run(make("train.log_with=[tensorbord]"))
@@ -513,6 +532,27 @@ def test_alarm_speaks_after_three_bad_readings_in_a_row():
     assert alarm(blind) == alarm(blind) == []
     assert "pictures hardly matter" in alarm(blind)[0]
     assert alarm({"cosine": 0.1, "entropy": 1.0, "gap": 0.5}) == []
+
+
+def test_the_gap_is_measured_with_other_samples_pictures():
+    from qformer.sample import Batch, Read, Slot, Text
+
+    def of(*rows):
+        """Rows of pictures; every picture of every row has a read of its own."""
+        reads = [Read(picture, (place,)) for place, row in enumerate(rows) for picture in row]
+        slots = iter(range(len(reads)))
+        made = tuple((*(Slot(next(slots)) for _ in row), Text((1,), trained=True)) for row in rows)
+        return Batch(torch.zeros(max(map(max, rows)) + 1, 3, 1, 1), tuple(reads), made)
+
+    def moved(*rows):
+        found = monitors.with_others_pictures(of(*rows))
+        return None if found is None else [read.picture for read in found.reads]
+
+    assert moved([0], [1], [2], [1]) == [1, 2, 0, 2]
+    assert moved([0, 1], [2, 3], [4, 5]) == [2, 3, 4, 5, 0, 1]
+    assert moved([0, 1, 2, 3], [4, 5, 6, 7]) == [4, 5, 6, 7, 0, 1, 2, 3]
+    assert moved([0], [0]) is None
+    assert moved([0, 1], [1, 2]) is None
 
 
 # -- processes --------------------------------------------------------------------------------------------------------

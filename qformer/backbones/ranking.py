@@ -92,7 +92,8 @@ def requested(joiner: Joiner, rows: Sequence[Row], candidates: Sequence[Sequence
             raise ConfigError("rank: a prompt has no candidates; give at least one.")
         for choice in choices:
             if choice not in known:
-                known[choice] = joiner.target_ids(choice) if end else joiner.answer_ids(choice)
+                ids = joiner.target_ids(choice)
+                known[choice] = ids if end else ids[: len(ids) - len(joiner.profile.end)]
             if not known[choice]:
                 raise ConfigError(
                     f"rank: the candidate '{choice}' has no token to score; give it words, or score its end mark "

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
-from qformer.data.batch import StepData, StepMaker
-from qformer.errors import TrainingError
+from qformer.data.batch import Source, StepData, StepMaker, items_of
+from qformer.data.mixture import Draw
+from qformer.errors import DataError, TrainingError
 from qformer.sample import Text
-from qformer.text import Joiner, Rendered
+from qformer.text import Joiner, Rendered, word_ids
+
+SURVEYED = 200
+"""Records of each set whose targets go through the LLM's tokenizer and back, spread evenly over the set."""
 
 
 class LabelProof:
@@ -15,7 +21,6 @@ class LabelProof:
 
     def __init__(self, joiner: Joiner):
         self.tokenizer, self.profile = joiner.tokenizer, joiner.profile
-        self.lossy: Counter[str] = Counter()
 
     def check(self, maker: StepMaker, data: StepData) -> None:
         """Compare a step's batches with the targets of its draws.
@@ -31,7 +36,6 @@ class LabelProof:
             for item in maker.items(draw):
                 for target in _targets(item.rendered):
                     wanted[item.name, self.expected(target)] += 1
-                    self.lossy[draw.task] += self.loses_characters(target)
         found = Counter(
             (name, self.tokenizer.decode(list(piece.ids)).strip())
             for batch in data.batches
@@ -49,22 +53,35 @@ class LabelProof:
 
     def expected(self, target: str) -> str:
         """A target as the tokenizer gives it back, cut to the limit, with the end mark."""
-        ids = self.tokenizer(self.profile.separator + target.strip(), add_special_tokens=False).input_ids
-        kept = list(ids[: self.profile.target_limit - len(self.profile.end)])
+        ids = word_ids(self.tokenizer, self.profile.separator + target.strip())
+        kept = ids[: self.profile.target_limit - len(self.profile.end)]
         return str(self.tokenizer.decode([*kept, *self.profile.end])).strip()
 
-    def loses_characters(self, target: str) -> bool:
-        """Whether the tokenizer cannot give a target back as it was."""
-        ids = self.tokenizer(target.strip(), add_special_tokens=False).input_ids
-        return bool(self.tokenizer.decode(list(ids)).strip() != target.strip())
 
-    def summary(self) -> list[str]:
-        """A line per set with targets that the tokenizer cannot give back."""
-        return [
-            f"{name}: {count} of the first targets lose characters in the LLM's tokenizer"
-            for name, count in sorted(self.lossy.items())
-            if count
-        ]
+def lossy_targets(tokenizer: Any, sources: Mapping[str, Source], seed: int) -> list[str]:
+    """A line for every set with targets that the LLM's tokenizer cannot give back as they were, with one of them."""
+    lines = []
+    for name, source in sources.items():
+        size = len(source.records)
+        lost: list[tuple[str, str]] = []
+        seen = 0
+        for number in range(min(size, SURVEYED)):
+            try:
+                items = items_of(source, Draw(number, name, 0, number * size // min(size, SURVEYED)), seed)
+            except DataError:
+                continue  # told when it is drawn
+            for target in (target.strip() for item in items for target in _targets(item.rendered)):
+                seen += 1
+                back = tokenizer.decode(list(word_ids(tokenizer, target))).strip()
+                if back != target:
+                    lost.append((target, back))
+        if lost:
+            target, back = min(lost, key=lambda pair: len(pair[0]))
+            lines.append(
+                f"{name}: {len(lost)} of {seen} targets lose characters in the LLM's tokenizer: {target!r} comes back "
+                f"as {back!r}"
+            )
+    return lines
 
 
 def _targets(rendered: Rendered) -> list[str]:

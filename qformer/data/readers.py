@@ -81,6 +81,8 @@ class Karpathy(Records):
 
     def _rows(self) -> Iterator[tuple[Any, Any]]:
         splits = self.options.get("splits", ["train", "restval"])
+        if not isinstance(splits, list | tuple):  # in a text, any part of it would be found
+            raise ConfigError(f"{self.task}: options.splits is '{splits}'; it takes a list, even of one.")
         per_caption = self.option("per", ("caption", "image")) == "caption"
         for picture in iterate_json(self.file, "images"):
             if picture["split"] not in splits:
@@ -371,7 +373,8 @@ class VSR(Records):
     settings = ("words",)
 
     def _prepare(self) -> None:
-        if not isinstance(self.options.get("words"), (list, tuple)) or len(self.options["words"]) != 2:
+        given = self.options.get("words")
+        if not isinstance(given, list | tuple) or [type(word) for word in given] != [str, str]:
             raise ConfigError(f"{self.task}: options.words must be two words, for label 0 and label 1, in quotes.")
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
@@ -438,6 +441,12 @@ def open_records(section: TrainCard | EvalCard, root: Path, card: TaskCard, inde
         ConfigError: an unknown reader, role or option.
         DataError: the root or a file is not there; says which, where it was expected and what to download.
     """
+    check_files(section, root, card)
+    return read_records(section, root, card, index)
+
+
+def check_files(section: TrainCard | EvalCard, root: Path, card: TaskCard) -> None:
+    """Whether reader and files of a section are there, none of which is read yet; raises as `open_records`."""
     reader = lookup(READERS, section.reader, "reader")
     download = f" To download: {card.source}" if card.source else ""
     root = Path(root)
@@ -446,7 +455,6 @@ def open_records(section: TrainCard | EvalCard, root: Path, card: TaskCard, inde
     for role, path in expected(section, root):
         if not is_there(role, path) and role not in reader.elsewhere:
             raise DataError(f"{card.key}: there is no '{path}' (files.{role} of the card, under data.root).{download}")
-    return read_records(section, root, card, index)
 
 
 def read_records(section: TrainCard | EvalCard, root: Path, card: TaskCard, index: Index | None = None) -> Records:

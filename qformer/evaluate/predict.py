@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,12 +10,14 @@ from typing import Any, Literal, Protocol
 
 from qformer.cards import Decoding, EvalCard
 from qformer.errors import DataError, did_you_mean
-from qformer.evaluate.metrics import Answer
+from qformer.evaluate.metrics import METRICS, Answer
 from qformer.sample import Sample
 from qformer.text import Rendered, Templates, candidates_of, render_eval
 
 Advance = Callable[[int], None]
 """Is told how many more samples are done."""
+KEPT = 100
+"""Likeliest candidates that an answer keeps, unless the metric needs all: thousands for each question fill memory."""
 
 
 class Model(Protocol):
@@ -112,16 +115,25 @@ def _whole(model: Model, card: EvalCard, batch: Sequence[Question]) -> list[Answ
         return [Answer(text) for text in model.answer(samples, rendered, card.decoding)]
     candidates = [each.candidates for each in batch]
     ranked = model.rank_samples(samples, rendered, candidates, card.normalize, card.end)
-    return [_best(each, likelihoods) for each, likelihoods in zip(batch, ranked, strict=True)]
+    keep = None if METRICS[card.metric].ranked else KEPT
+    return [_best(each, likelihoods, keep) for each, likelihoods in zip(batch, ranked, strict=True)]
 
 
-def _best(question: Question, likelihoods: Sequence[float]) -> Answer:
-    """The most likely candidate, the first of equals."""
+def _best(question: Question, likelihoods: Sequence[float], keep: int | None) -> Answer:
+    """The most likely candidate, the first of equals, with so many of the likeliest in the candidates' order."""
     for candidate, value in zip(question.candidates, likelihoods, strict=True):
         if not math.isfinite(value):
             raise DataError(
                 f"{question.sample.task}, sample '{question.sample.id}': the likelihood of '{candidate}' is {value}; "
                 f"the model's weights or precision are not fit to be scored."
             )
-    best = max(range(len(likelihoods)), key=lambda place: likelihoods[place])
-    return Answer(question.candidates[best], question.candidates, tuple(map(float, likelihoods)))
+    places = range(len(likelihoods))
+    best = max(places, key=likelihoods.__getitem__)
+    if keep is None or len(places) <= keep:
+        return Answer(question.candidates[best], question.candidates, tuple(map(float, likelihoods)))
+    kept = sorted(heapq.nlargest(keep, places, key=likelihoods.__getitem__))
+    return Answer(
+        question.candidates[best],
+        tuple(question.candidates[place] for place in kept),
+        tuple(float(likelihoods[place]) for place in kept),
+    )

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from qformer import __version__, keyed
 from qformer.cards import EvalCard, TaskCard
 from qformer.data.index import Index
-from qformer.data.readers import Records, open_records
+from qformer.data.readers import Records, check_files, open_records
 from qformer.errors import ConfigError, DataError
 from qformer.evaluate import baselines
 from qformer.evaluate.metrics import METRICS, Answer, Outcome, bootstrap, checked_options
@@ -119,7 +119,7 @@ def score(
         if value is not None and value < 1:
             raise ConfigError(f"evaluation: {name} is {value}; it must be at least 1.")
     kept = Index(root, index, say=say)
-    tasks = {key: open_task(card, root, kept) for key, card in cards.items()}
+    tasks = {key: _open(card, root, kept) for key, card in cards.items()}
     results, notes = {}, []
     with _progress(quiet) as track:
         for key, task in tasks.items():
@@ -127,7 +127,7 @@ def score(
             asked = _answered(
                 model, task, places, batch_size=batch_size, shuffled=shuffled, seed=seed, on_error=on_error, track=track
             )
-            results[key], outcome = _scored(task, asked, model.language.profile, seed)
+            results[key], outcome = _scored(task, asked, model.language.profile, seed, root)
             name = key.replace(":", ".") + (".partial" if len(places) < len(task.records) else "")
             _write(directory, name, results[key], _lines(asked, outcome.scores, root), asked.broken)
             if asked.broken:
@@ -140,6 +140,19 @@ def score(
     for line in (*notes, as_text(table(results))):
         say(line)
     return results
+
+
+def check(cards: Mapping[str, TaskCard], root: Path) -> None:
+    """Refuse, before a model is loaded or trained, what could not be scored; no file is read.
+
+    Raises:
+        ConfigError: an unknown metric, reader, template or option.
+        DataError: files that are not there.
+    """
+    for card in cards.values():
+        section, _ = _settled(card)
+        load_templates(section.template)
+        check_files(section, root, card)
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -176,16 +189,24 @@ def as_text(shown: Table) -> str:
 # -- one card ---------------------------------------------------------------------------------------------------------
 
 
-def open_task(card: TaskCard, root: Path, index: Index) -> Task:
-    """A card whose metric, template and files are there.
+def _settled(card: TaskCard) -> tuple[EvalCard, dict[str, Any]]:
+    """A card's section and the options of its metric, defaults filled in.
 
     Raises:
-        ConfigError: an unknown metric, reader, template or option.
-        DataError: files that are missing or not of the form expected.
+        ConfigError: a metric or an option that is not known, or answers that would be drawn by chance.
     """
     section = card.eval
     assert section is not None, card.key
-    options = checked_options(section, card.key)
+    if section.answer == "generate" and section.decoding.do_sample:
+        raise ConfigError(
+            f"the card '{card.key}': eval.decoding.do_sample is true, and a score of answers that are drawn by chance "
+            f"is another one each time; set it to false."
+        )
+    return section, checked_options(section, card.key)
+
+
+def _open(card: TaskCard, root: Path, index: Index) -> Task:
+    section, options = _settled(card)
     return Task(card, section, load_templates(section.template), open_records(section, root, card, index), options)
 
 
@@ -240,7 +261,7 @@ def _answered(
     return found
 
 
-def _scored(task: Task, asked: Answered, profile: Profile, seed: int) -> tuple[dict[str, Any], Outcome]:
+def _scored(task: Task, asked: Answered, profile: Profile, seed: int, root: Path) -> tuple[dict[str, Any], Outcome]:
     """The content of a card's score file, and the outcome it rests on."""
     key, section, samples = task.card.key, task.section, asked.samples
     metric = METRICS[section.metric]
@@ -280,6 +301,7 @@ def _scored(task: Task, asked: Answered, profile: Profile, seed: int) -> tuple[d
         "pictures": len(set(pictures)),
         "of": len(task.records),
         "partial": len(samples) < len(task.records),
+        "root": str(root),
         "published_size": section.size,
         "broken": len(asked.broken),
         "truncations": asked.truncations,
@@ -361,6 +383,8 @@ def _lines(asked: Answered, scores: Sequence[float], root: Path) -> list[dict[st
             line["type"] = each.kind
         if answer.candidates:
             line["candidates"] = dict(zip(answer.candidates, answer.likelihoods, strict=True))
+        if len(answer.candidates) < len(each.candidates):
+            line["ranked"] = len(each.candidates)  # those above are the likeliest of so many
         lines.append(line)
     for line, answer in zip(lines, asked.blind):
         line["shuffled_prediction"] = answer.text

@@ -47,7 +47,7 @@ def save(run: Path, step: int, model: VLM, optimizer: torch.optim.Optimizer, kee
     target = folder / f"step-{step}"
     with whole_directory(target) as work:
         model.write(work)
-        torch.save(optimizer.state_dict(), work / OPTIMIZER_FILE)
+        _write(optimizer.state_dict(), work / OPTIMIZER_FILE)
         (work / STATE_FILE).write_text(json.dumps({"step": step}), encoding="utf-8")
     for old in checkpoints(run)[:-keep]:
         shutil.rmtree(old)
@@ -86,6 +86,15 @@ def best_of(run: Path) -> dict[str, Any] | None:
         raise TrainingError(
             f"{file}: it is not whole ({error}); remove {file.parent}, and the next validation writes a new one."
         ) from None
+
+
+def _write(state: Any, file: Path) -> None:
+    """What `torch.save` does, with the file system's own words where the disk is full, and not positions in a file."""
+    try:
+        with file.open("wb") as stream:
+            torch.save(state, stream)
+    except RuntimeError as error:
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def restore(checkpoint: Path, model: VLM, optimizer: torch.optim.Optimizer) -> int:

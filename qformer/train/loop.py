@@ -20,7 +20,7 @@ from qformer import cards, config, keyed, loading, vlm, weights
 from qformer.config import RunConfig
 from qformer.data.batch import StepData, StepMaker, mixture_of, open_sources
 from qformer.data.index import Index
-from qformer.data.proof import LabelProof
+from qformer.data.proof import LabelProof, lossy_targets
 from qformer.errors import ConfigError, TrainingError, did_you_mean
 from qformer.sample import Batch, row_length
 from qformer.train import checkpoint, monitors
@@ -128,6 +128,9 @@ def train(
         f"{run}: steps {start} to {settings.train.steps}, {trained:,} trained parameters, "
         f"{accelerator.num_processes} process(es)"
     )
+    if first_process:
+        for line in lossy_targets(model.language.tokenizer, sources, settings.seed):
+            say(line)
 
     alarm = monitors.BlindnessAlarm()
     dummy = maker.assembler.dummy(model.vision.settings.size)
@@ -177,7 +180,7 @@ def train(
     accelerator.wait_for_everyone()
     if first_process:
         write_mixture(run, maker)
-        for line in (*proof.summary(), *_broken_summary(run), *_truncation_summary(run)):
+        for line in (*_broken_summary(run), *_truncation_summary(run)):
             say(line)
     if settings.train.log_with:
         accelerator.end_training()

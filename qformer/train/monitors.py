@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from qformer.nn.qformer import query_cosine
-from qformer.sample import Batch
+from qformer.sample import Batch, Slot
 from qformer.vlm import VLM
 
 COSINE_LIMIT = 0.99
@@ -37,20 +37,30 @@ def readings(model: VLM, batch: Batch) -> dict[str, float]:
     cosine: mean over pairs of different queries of the cosine between their outputs (1: the queries have collapsed).
     entropy: of the cross-attention over image tokens, over its greatest value log P (1: looks everywhere alike).
     gap: loss with another sample's picture minus loss with its own, in nats a token (0: the pictures do not matter);
-    left out where the batch has a single picture.
+    left out where the batch has no pictures to change for others.
     """
     with undisturbed(model):
         outputs, entropy = model.look(batch)
         result = {"cosine": float(query_cosine(outputs)), "entropy": float(entropy)}
-        pictures = len(batch.pixels)
-        if pictures > 1:
+        shuffled = with_others_pictures(batch)
+        if shuffled is not None:
             tokens = max(1, model.objective.counts(batch)["answer"])
-            shuffled = replace(
-                batch, reads=tuple(replace(read, picture=(read.picture + 1) % pictures) for read in batch.reads)
-            )
             own, other = model(batch)["answer"], model(shuffled)["answer"]
             result["gap"] = float(other - own) / tokens
     return result
+
+
+def with_others_pictures(batch: Batch) -> Batch | None:
+    """The batch with every read moved on by the same number of pictures, the least that leaves no row a picture of its
+    own (a row may have several: frames of a film are nearly alike); None where there is no such number.
+    """
+    pictures = len(batch.pixels)
+    rows = [{batch.reads[piece.read].picture for piece in row if isinstance(piece, Slot)} for row in batch.rows]
+    for step in range(1, pictures):
+        if not any((picture + step) % pictures in own for own in rows for picture in own):
+            moved = (replace(read, picture=(read.picture + step) % pictures) for read in batch.reads)
+            return replace(batch, reads=tuple(moved))
+    return None
 
 
 class BlindnessAlarm:
