@@ -56,7 +56,7 @@ TRANSFORMERS_NAMES = (
 """Applied to LAVIS' names, what stands there in transformers."""
 
 PROJECTIONS = {"t5_proj": "lavis_t5", "llm_proj": "lavis_vicuna", "opt_proj": "lavis_opt"}
-"""LAVIS' names of the projection, and the preset that says how its LLM was spoken to."""
+"""LAVIS' names of the projection, and the preset that says how its LLM was spoken to (see `Published.preset`)."""
 
 PICKLES = (".pth", ".pt", ".bin")
 
@@ -94,6 +94,15 @@ class Published:
         """Of the LLM it was projected to; None where there is no projection."""
         projection = self.tensors.get("projection.weight")
         return None if projection is None else projection.shape[0]
+
+    @property
+    def preset(self) -> str:
+        """Which of the presets says what the weights do not."""
+        if self.directory is not None:
+            return "transformers"
+        if self.projection == "t5_proj" and not self.size.instruction:
+            return "lavis_t5_blip2"
+        return PROJECTIONS.get(self.projection or "", "lavis")
 
 
 def published_name(name: str, form: Form, projection: str = "language_projection") -> str:

@@ -23,7 +23,6 @@ from qformer.backbones.language import LanguageTower
 from qformer.backbones.vision import FrozenTower, OwnTower
 from qformer.checkpoints import (
     PICKLES,
-    PROJECTIONS,
     Published,
     is_transformers,
     own_names,
@@ -128,7 +127,10 @@ def _build_from_sources(
 
 def _read_source(name: str) -> Source:
     """A source of `qformer.init`: an adapter in any form, or a BERT checkpoint."""
-    path = place(resources.located(name))
+    found = resources.located(name)
+    if not Path(found).exists() and "/" not in found and Path(found).suffix not in PICKLES:
+        return starting.from_bert(name)  # a hub id without an owner, as old models have (bert-base-uncased)
+    path = place(found)
     if (
         path.is_dir()
         and not (path / ADAPTER_FILE).is_file()
@@ -285,7 +287,7 @@ def _load_published(
             f"{published.source}: a file of LAVIS holds the adapter alone; name both towers, as in "
             f"load(..., vision='eva_vit_g.pth', language='google/flan-t5-xl')."
         )
-    preset = presets.load("transformers" if directory else PROJECTIONS.get(published.projection or "", "lavis"))
+    preset = presets.load(published.preset)
     seen = named.seen(dataclasses.replace(preset.vision, name=published.source, revision=named.revision))
     if (
         named.encoder is None

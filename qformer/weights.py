@@ -312,6 +312,11 @@ def located(source: str | Path) -> Path:
     if directory.is_dir():
         return directory
     name = str(source)
+    if directory.is_file():
+        raise ConfigError(
+            f"{source}: it is a file, and a BERT checkpoint is a directory or hub id; to start from an adapter, list "
+            f"it, as in qformer.init: [{{from: {source}}}]."
+        )
     if directory.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ConfigError(f"{source}: there is no such directory; give a BERT checkpoint's directory or hub id.")
     from huggingface_hub import snapshot_download

@@ -145,7 +145,7 @@ def test_saving_never_takes_the_place_of_other_files(model, tmp_path):
     mine.mkdir()
     built.save(mine)
     (mine / "thesis.txt").write_text("years of work")
-    with pytest.raises(ConfigError, match=r"save: .*mine holds thesis\.txt, which is no part of an adapter"):
+    with pytest.raises(ConfigError, match=r"save: .*mine holds thesis\.txt, which would be lost; give a directory"):
         built.save(mine)
     assert (mine / "thesis.txt").read_text() == "years of work"
     with pytest.raises(ConfigError, match="is a file; give a directory"):
