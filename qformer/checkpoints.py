@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qformer import weights
 from qformer.backbones import inside
+from qformer.backbones.vision import INSIDE_LAVIS
 from qformer.errors import ConfigError
 from qformer.nn.attention import NORM_EPS
 from qformer.nn.qformer import QFormer, QFormerConnector, QFormerSize
@@ -79,7 +80,7 @@ class Published:
     tensors: Mapping[str, Tensor]
     """By the names of `QFormerConnector.state_dict()`; queries (Q, D)."""
     unused: tuple[str, ...]
-    """What else the file holds, by its own names; towers are not counted."""
+    """What else the file holds, by its own names; an encoder is not counted."""
     size: QFormerSize
     norm_eps: float
     projection: str | None = None
@@ -88,6 +89,8 @@ class Published:
     """Of a transformers model: where its config.json and its towers are."""
     config: Mapping[str, Any] | None = None
     """Of a transformers model: what its config.json says."""
+    encoder: bool = False
+    """Whether a file of LAVIS holds an encoder too, as it does where that was tuned with the adapter."""
 
     @property
     def language_width(self) -> int | None:
@@ -144,10 +147,13 @@ def read_lavis(path: Path) -> Published:
             else "give a file of LAVIS with query_tokens and Qformer.*"
         )
         raise ConfigError(f"{path}: it holds no Q-Former; {hint}.")
-    projection = next((name for name in PROJECTIONS if f"{name}.weight" in theirs), None)
-    size = _measured(theirs, "lavis", str(path))
-    tensors, unused = _renamed(theirs, size, "lavis", projection or "projection")
-    return Published(str(path), "lavis", tensors, unused, size, 1e-5, projection)
+    adapter = {name: tensor for name, tensor in theirs.items() if not name.startswith(INSIDE_LAVIS)}
+    projection = next((name for name in PROJECTIONS if f"{name}.weight" in adapter), None)
+    size = _measured(adapter, "lavis", str(path))
+    tensors, unused = _renamed(adapter, size, "lavis", projection or "projection")
+    return Published(
+        str(path), "lavis", tensors, unused, size, 1e-5, projection, encoder=len(adapter) < len(theirs)
+    )
 
 
 def read_transformers(directory: Path, source: str) -> Published:

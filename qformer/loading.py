@@ -328,6 +328,11 @@ def _load_published(
             f"With strict=False these are made anew."
         )
     say(table.table())
+    if published.encoder and (seen.checkpoint is None or Path(seen.checkpoint) != Path(published.source)):
+        say(
+            f"{published.source}: it holds an encoder that was tuned with the adapter, which is left unused; name the "
+            f"file itself as vision to read it."
+        )
     words = None
     if size.instruction:
         words = _published_tokenizer(published, tokenizer, read, named.revision)

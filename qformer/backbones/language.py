@@ -204,6 +204,11 @@ class LanguageTower(nn.Module):
         finally:
             self.train(before)
 
+    @cached_property
+    def _cache_name(self) -> str:
+        """What the model calls its keys and values of earlier positions; newer releases have a shorter name."""
+        return "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
+
     @property
     def _scorers(self) -> dict[str, Callable[[Tensor, Sequence[Group]], Tensor]]:
         """Ways to score candidates, the fastest first."""
@@ -388,7 +393,8 @@ class DecoderOnly(LanguageTower):
         if ids.shape[1] == 1:
             return first
         fed, wanted = ids[:, :-1], ids[:, 1:]
-        prefix.past_key_values.batch_select_indices(torch.tensor(owner, device=self.device))
+        cache = getattr(prefix, self._cache_name)
+        cache.batch_select_indices(torch.tensor(owner, device=self.device))
         positions = joined.mask.sum(1)[owner][:, None] + torch.arange(fed.shape[1], device=self.device)
         given = self._given(
             self._embeddings(fed.clamp(min=0)),
@@ -396,7 +402,7 @@ class DecoderOnly(LanguageTower):
             positions,
             cache=True,
         )
-        logits = self.model(**given, past_key_values=prefix.past_key_values).logits
+        logits = self.model(**given, **{self._cache_name: cache}).logits
         scored = wanted >= 0
         log_p = token_log_likelihood(logits[scored], wanted[scored])
         return first.index_add(0, scored.nonzero()[:, 0], log_p)
@@ -525,8 +531,8 @@ class EncoderDecoder(LanguageTower):
             encoder_outputs=BaseModelOutput(last_hidden_state=read),
             attention_mask=mask,
             decoder_input_ids=fed,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{self._cache_name: cache},
         ).logits
 
 

@@ -24,6 +24,8 @@ from qformer.tensorfiles import load_tensors, read_pickle
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 HEADS = ("head", "classifier", "fc", "head_dist")
+INSIDE_LAVIS = "visual_encoder."
+"""What an encoder's tensors begin with in a file of LAVIS that holds an adapter too."""
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -358,6 +360,8 @@ def _fill(model: nn.Module, checkpoint: str, unread: Callable[[str], bool]) -> N
         held = read_pickle(file)
         held = held.get("model", held.get("state_dict", held))
         tensors = {name: tensor for name, tensor in held.items() if isinstance(tensor, Tensor)}
+    inner = {n.removeprefix(INSIDE_LAVIS): t for n, t in tensors.items() if n.startswith(INSIDE_LAVIS)}
+    tensors = inner or tensors
     own = model.state_dict()
     if "pos_embed" in own and "pos_embed" in tensors and own["pos_embed"].shape != tensors["pos_embed"].shape:
         marks = getattr(model, "num_prefix_tokens", 0)
