@@ -33,7 +33,7 @@ from qformer.checkpoints import (
     read_transformers,
 )
 from qformer.config import LanguageConfig, QFormerConfig, RunConfig, VisionConfig
-from qformer.errors import ConfigError
+from qformer.errors import ConfigError, reason
 from qformer.exporting import lavis_projection
 from qformer.nn.qformer import QFormer, QFormerConnector, QFormerSize
 from qformer.starting import Source
@@ -520,9 +520,9 @@ def _described(path: Path) -> tuple[dict[str, Any], QFormerSize, Profile]:
             raise ValueError(f"it lacks {', '.join(missing)}")
         return description, QFormerSize(**description["size"]), Profile.from_dict(description["profile"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        said = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ConfigError(
-            f"{path}: it does not describe an adapter ({reason}); save the adapter again, or use another checkpoint."
+            f"{path}: it does not describe an adapter ({said}); save the adapter again, or use another checkpoint."
         ) from None
 
 
@@ -562,7 +562,7 @@ def _tokenizer(source: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(source))
     except Exception as error:  # a file that is not whole raises bare exceptions
-        raise ConfigError(f"{source}: no tokenizer can be read from there: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{source}: no tokenizer can be read from there: {reason(error)}") from None
 
 
 def _check_reading(size: QFormerSize, tokenizer: Any | None, given: QFormerConfig) -> None:

@@ -23,7 +23,7 @@ from qformer.backbones.language import LanguageTower
 from qformer.backbones.vision import FrozenTower, OwnTower, VisionSettings
 from qformer.cards import Decoding
 from qformer.config import RunConfig
-from qformer.errors import ConfigError, TrainingError
+from qformer.errors import ConfigError, TrainingError, reason
 from qformer.images import ImageTransform
 from qformer.nn.qformer import QFormerConnector
 from qformer.nn.tokens import Tokens
@@ -282,9 +282,9 @@ class VLM(nn.Module):
                     commit_message=commit_message,
                 )
             except Exception as error:  # the hub's client raises many kinds
-                reason = str(error).strip().partition("\n")[0]
                 raise ConfigError(
-                    f"{repo_id}: the hub does not take the adapter ({reason}); log in (hf auth login), or save it here."
+                    f"{repo_id}: the hub does not take the adapter ({reason(error)}); log in (hf auth login), or save "
+                    f"it here."
                 ) from None
         return str(commit.commit_url)
 

@@ -91,6 +91,16 @@ def test_shards_pickles_and_older_layouts_load_the_same(folder: Path, source: Pa
         save_file({name: whole[name] for name in whole if names[name] == shard}, source / shard, {"format": "pt"})
     (source / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
     assert torch.equal(soft(loaded(source)), expected)
+    for shard in set(names.values()):
+        torch.save(load_file(source / shard), source / f"pytorch_{Path(shard).stem}.bin")
+    binned = {name: f"pytorch_{Path(shard).stem}.bin" for name, shard in names.items()}
+    (source / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": binned}))
+    (source / "model.safetensors.index.json").rename(tmp_path / "index.json")
+    assert torch.equal(soft(loaded(source)), expected)
+    (source / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": binned}))
+    with pytest.raises(ConfigError, match=r"vision\.name '.*': its weights cannot be read \('metadata'\)"):
+        loaded(source)  # transformers, which reads the towers, wants that too
+    (tmp_path / "index.json").rename(source / "model.safetensors.index.json")
     (source / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"names model-00002-of-00003\.safetensors, which is not there"):
         loaded(source)
@@ -315,6 +325,10 @@ def test_what_transformers_cannot_express_is_refused_with_the_reason(folder: Pat
     with pytest.raises(ConfigError, match=r"its encoder is an EVA-CLIP of its own, and '.*vit' is a ViTModel"):
         loaded(whole, vision=vit).export_transformers(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match=r"export: .*mine holds thesis\.txt, which would be lost; give a directory"):
+        loaded(whole).export_transformers(tmp_path / "mine")
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
@@ -339,6 +353,8 @@ def test_a_mislabelled_file_is_named(source: Path, tmp_path: Path) -> None:
         loaded(tmp_path / "text.pth")
     with pytest.raises(ConfigError, match=r"enc\.pth: it holds no Q-Former; it looks like an image encoder"):
         loaded(write(tmp_path / "enc.pth", {"patch_embed.proj.weight": torch.ones(1)}))
+    with pytest.raises(ConfigError, match=r"model\.pth: 'model' is a list where named tensors belong"):
+        loaded(write(tmp_path / "model.pth", {"model": [1]}))
     with pytest.raises(ConfigError, match=r"list\.pth: it holds a list, not tensors by name"):
         loaded(write(tmp_path / "list.pth", [1]))
     shutil.copy(source / "config.json", source / "model.safetensors")
@@ -375,6 +391,37 @@ def test_tensors_of_another_shape_and_missing_ones_are_named(folder: Path, tmp_p
         ConfigError, match=r"query_feed_forward\.outer\.bias, .*self_attention\.value\.weight \(128, 127\), wanted"
     ):
         loaded(write(tmp_path / "x.pth", spoilt), **towers(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("ln_vision.weight", torch.ones(24, dtype=torch.int8), r"norm\.weight is int8, and weights are dense"),
+        ("llm_proj.bias", torch.empty(32, device="meta"), r"projection\.bias is not dense"),
+        ("Qformer.bert.encoder.layer.0.crossattention.self.key.weight", torch.ones(3), r"has shape \(3,\), which is"),
+        (
+            "Qformer.bert.embeddings.word_embeddings.weight",
+            None,
+            r"a part alone \(word embeddings: none, pos",
+        ),
+        ("query_tokens", torch.ones(4, 128), "its Q-Former lacks blocks, cross-attention or feed-forwards"),
+    ],
+)
+def test_what_cannot_be_an_adapter_is_refused_loosely_too(
+    folder: Path, tmp_path: Path, name: str, tensor: Tensor | None, message: str
+) -> None:
+    spoilt = {**lavis(connector()), name: tensor}
+    file = write(tmp_path / "x.pth", {each: value for each, value in spoilt.items() if value is not None})
+    for strict in (True, False):
+        with pytest.raises(ConfigError, match=message):
+            loaded(file, **towers(folder), strict=strict)
+
+
+def test_blocks_that_look_at_no_steady_distance_are_refused(tmp_path: Path) -> None:
+    size = QFormerSize(**{**vars(SIZE), "layers": 5, "cross_attention_every": 2})
+    spoilt = {name: t for name, t in lavis(connector(size)).items() if "layer.4.crossattention" not in name}
+    with pytest.raises(ConfigError, match=r"blocks \[0, 2\] of 5 look at the picture, which no single distance"):
+        checkpoints.read_lavis(write(tmp_path / "x.pth", spoilt))
 
 
 @pytest.mark.parametrize(

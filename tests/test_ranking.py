@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from torch import Tensor
 from qformer.backbones import ranking
 from qformer.backbones.language import LanguageTower, load_language
 from qformer.config import LanguageConfig
-from qformer.sample import Row, Slot, Text, row_length
+from qformer.sample import Row, Slot, Text
 from qformer.text import Joiner, Rendered
 from tests.families import family_llm
 from tests.tiny import WORDS

@@ -21,7 +21,7 @@ from qformer.backbones import inside, ranking
 from qformer.backbones.ranking import Group
 from qformer.cards import Decoding
 from qformer.config import LanguageConfig
-from qformer.errors import ConfigError, DataError
+from qformer.errors import ConfigError, DataError, reason
 from qformer.nn.losses import token_log_likelihood
 from qformer.sample import Row, Slot, Text
 from qformer.text import Joiner, Profile, Truncations, profile_from_tokenizer
@@ -680,7 +680,7 @@ def _no_quantization(settings: LanguageConfig, error: Exception) -> ConfigError:
     asked = "has weights quantised already" if settings.quantization is None else f"asks for {settings.quantization}"
     return ConfigError(
         f"language.quantization: '{settings.name}' {asked}, which cannot be had here "
-        f"({str(error).strip().splitlines()[0]}); install what is named there, or take another quantisation or none."
+        f"({reason(error)}); install what is named there, or take another quantisation or none."
     )
 
 
@@ -746,14 +746,15 @@ def _untokenized(settings: LanguageConfig, config: Any) -> tuple[MissingTokenize
 
 def _read(settings: LanguageConfig, auto: str, **more: Any) -> Any:
     import transformers
-    from safetensors import SafetensorError
 
     try:
         return getattr(transformers, auto).from_pretrained(settings.name, revision=settings.revision, **more)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except ImportError:
+        raise  # what a quantisation needs, which is told apart
+    except Exception as error:  # files that are broken raise all kinds
         raise ConfigError(
             f"language.name is '{settings.name}', and no LLM can be read from there "
-            f"({str(error).splitlines()[0]}); give a directory with config.json, tokenizer and weights, or a hub id."
+            f"({reason(error)}); give a directory with config.json, tokenizer and weights, or a hub id."
         ) from None
 
 
