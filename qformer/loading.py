@@ -518,8 +518,12 @@ def _described(path: Path) -> tuple[dict[str, Any], QFormerSize, Profile]:
         missing = [name for name in ("vision", "language", "qformer", "max_pixels") if name not in description]
         if missing:
             raise ValueError(f"it lacks {', '.join(missing)}")
+        for name, least in (("max_pixels", 1), ("norm_eps", 0)):
+            value = description.get(name, 1)
+            if not isinstance(value, int | float) or value < least:
+                raise ValueError(f"{name} is {value!r}")
         return description, QFormerSize(**description["size"]), Profile.from_dict(description["profile"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         said = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ConfigError(
             f"{path}: it does not describe an adapter ({said}); save the adapter again, or use another checkpoint."

@@ -196,9 +196,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         work.chmod(0o666 & ~_umask())  # safetensors leaves files that their owner alone may read
         os.replace(work, path)
     except OSError as error:
-        said = error.strerror or str(error)
         raise TrainingError(
-            f"{path}: it cannot be written ({said}); free some space or choose another place."
+            f"{path}: it cannot be written ({error.strerror or error}); free some space or choose another place."
         ) from None
     finally:
         with suppress(OSError):
