@@ -210,6 +210,10 @@ def test_every_lavis_file_gives_the_same_adapter(folder: Path, tmp_path: Path) -
         for own, tensor in made.state_dict().items():
             assert torch.equal(model.connector.state_dict()[own], tensor), (name, own)
     assert model.connector.norm.eps == 1e-5
+    tuned = {"model": trimmed | {"visual_encoder.pos_embed": torch.ones(1, 17, 24)}}
+    told: list[str] = []
+    qformer.load(write(tmp_path / "tuned.pth", tuned), **named, report=told.append)
+    assert "unused: nothing" in told[0] and "holds an encoder that was tuned with the adapter" in told[1]
     tokens = model.encode(PIXELS)
     with torch.no_grad():
         expected = made(tokens, (IDS, torch.ones_like(IDS).bool()))

@@ -16,7 +16,7 @@ from qformer.config import QFormerConfig
 from qformer.errors import ConfigError
 from qformer.nn.qformer import QFormer, QFormerConnector, QFormerSize
 from tests import world
-from tests.published import tiny_published
+from tests.published import put_in_cache, tiny_published
 from tests.tiny import redraw, tiny_llm
 
 SIZE = QFormerSize(
@@ -97,6 +97,26 @@ def test_a_bert_gives_words_and_both_halves(towers: Path, tmp_path: Path) -> Non
         if "cross_attention" not in name and name != "queries":
             assert torch.equal(model.connector.qformer.state_dict()[name], tensor), name
     assert "copied: 12" in table and "embeddings.token_type_embeddings" in table
+
+
+def test_a_bert_may_be_a_hub_id_without_an_owner(towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    bert = world.towers(towers, "llama")["bert"]
+    put_in_cache(tmp_path / "hub", Path(bert), "bert-base-uncased")
+    fresh = {"from": "new", "parts": ["norm", "queries", "cross_attention", "projection"]}
+    model, _ = built(towers, tmp_path, [fresh, {"from": "bert-base-uncased"}])
+    again, _ = built(towers, tmp_path, [fresh, {"from": bert}])
+    assert all(
+        torch.equal(tensor, again.connector.state_dict()[n]) for n, tensor in model.connector.state_dict().items()
+    )
+
+
+def test_a_file_in_the_place_of_a_bert_is_sent_to_the_list(towers: Path, tmp_path: Path) -> None:
+    write(tmp_path / "x.pth", MUTE, 1)
+    with pytest.raises(ConfigError, match=r"x\.pth: it is a file, .* list it, as in qformer\.init: \[\{from: .*x\.pth"):
+        built(towers, tmp_path, str(tmp_path / "x.pth"))
 
 
 def test_another_encoder_keeps_what_fits_and_lists_what_was_made_anew(towers: Path, tmp_path: Path) -> None:
