@@ -335,6 +335,59 @@ def test_what_transformers_cannot_express_is_refused_with_the_reason(folder: Pat
         loaded(whole).export_transformers(tmp_path / "mine")
 
 
+def test_every_other_reason_is_told_too(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import dataclasses
+
+    from qformer.backbones.vision import load_vision
+    from qformer.config import VisionConfig
+
+    whole, out = tiny_published(folder, "llama"), tmp_path / "out"
+    for settings, message in (
+        ({"norm": True}, r"reads every token, class token first, without the encoder's own norm"),
+        ({"norm": False, "class_token": False}, r"reads every token, class token first"),
+        ({"norm": False, "block": 0}, r"reads the encoder's last block, and vision\.block is 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            loaded(whole, vision=VisionConfig(name=str(whole), **settings)).export_transformers(out)
+    model = loaded(whole)
+    language, profile = model.language, model.language.profile
+    language.profile = dataclasses.replace(profile, decoder_opening=(1,))
+    with pytest.raises(ConfigError, match=r"starts a decoder with one id, and the profile's decoder_opening is \(1,\)"):
+        model.export_transformers(out)
+    language.profile = profile
+    state = language.model.state_dict()
+    with monkeypatch.context() as patch:
+        patch.setattr(language.model, "state_dict", lambda: {**state, "x.SCB": torch.ones(1)})
+        with pytest.raises(ConfigError, match=r"no place for language_model\.x\.SCB \(a quantised LLM cannot"):
+            model.export_transformers(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(language.model.config, "hidden_size", 48)
+        with pytest.raises(ConfigError, match="the LLM's hidden size 48, and its embeddings are 32 wide"):
+            model.export_transformers(out)
+    rotary = load_vision(VisionConfig(name="eva02_tiny_patch14_224", pretrained=False, norm=False))
+    with pytest.raises(
+        ConfigError, match=r"EVA-CLIP-g \(absolute positions, no layer scale\), and this EVA is another"
+    ):
+        exporting._eva(rotary.model, 224)
+    with pytest.raises(ConfigError, match="export: 'opt_pro' is no projection of LAVIS; it has t5_proj, llm_proj"):
+        exporting.to_lavis({}, SIZE, "opt_pro", 1e-5, out)
+    assert not out.exists()
+
+
+def test_what_an_export_lacks_is_noted(source: Path, tmp_path: Path) -> None:
+    import dataclasses
+
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).unlink()
+    model = loaded(source)
+    model.language.profile = dataclasses.replace(model.language.profile, stop=("Question:",))
+    assert model.export_transformers(tmp_path / "out") == (
+        "there is no processor, since the LLM's or the Q-Former's tokenizer is missing.",
+        "transformers knows nothing of the stop strings ['Question:'].",
+    )
+    assert torch.equal(soft(loaded(tmp_path / "out")), soft(model))
+
+
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 

@@ -88,6 +88,22 @@ def test_blip_2_becomes_one_that_reads_an_instruction(towers: Path, tmp_path: Pa
         built(towers, tmp_path, [{"from": str(tmp_path / "two.pth")}])
 
 
+def test_a_blip_2_of_transformers_starts_one_that_reads(towers: Path, tmp_path: Path) -> None:
+    whole = tiny_published(tmp_path / "published", "opt", kind="blip-2")
+    theirs = qformer.load(whole, report=str)
+    init = [
+        {"from": str(whole), "parts": ["norm", "queries", "self_attention", "cross_attention", "query_feed_forward"]},
+        {"from": world.towers(towers, "llama")["bert"], "parts": ["embeddings"]},
+        {"from": "copied", "parts": ["text_feed_forward"]},
+        {"from": "new", "parts": ["projection"]},
+    ]
+    model, table = built(towers, tmp_path, init)
+    assert theirs.instruction_tokenizer is None and model.connector.size.instruction
+    for name, tensor in theirs.connector.state_dict().items():
+        assert torch.equal(tensor, model.connector.state_dict()[name]) or "projection" in name, name
+    assert "copied: 18" in table and "made: 2\n    projection ×2" in table
+
+
 def test_a_bert_gives_words_and_both_halves(towers: Path, tmp_path: Path) -> None:
     bert = world.towers(towers, "llama")["bert"]
     fresh = {"from": "new", "parts": ["norm", "queries", "cross_attention", "projection"]}
