@@ -64,7 +64,7 @@ def by_qformer(checkpoint: Path, vision: str, language: str) -> dict[str, Any]:
         row = joiner.row(Rendered(PROMPT, "a dog"), [0], answered=True)
         sums, counts = model.language.log_likelihood(soft, [row])
         prompt = tuple(piece for piece in row if not (isinstance(piece, Text) and piece.trained))
-        most = presets.load(checkpoints.PROJECTIONS[str(published.projection)]).decoding["answer"].max_new_tokens
+        most = presets.load(published.preset).decoding["answer"].max_new_tokens
         answer = model.language.generate(soft, [prompt], max_new_tokens=most)
     return {"soft prompts": soft, "loss": -sums / counts, "greedy tokens": answer}
 

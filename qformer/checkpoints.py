@@ -19,7 +19,8 @@ from torch import Tensor
 
 from qformer import weights
 from qformer.backbones import inside
-from qformer.errors import ConfigError
+from qformer.backbones.vision import INSIDE_LAVIS
+from qformer.errors import ConfigError, reason
 from qformer.nn.attention import NORM_EPS
 from qformer.nn.qformer import QFormer, QFormerConnector, QFormerSize
 
@@ -56,7 +57,7 @@ TRANSFORMERS_NAMES = (
 """Applied to LAVIS' names, what stands there in transformers."""
 
 PROJECTIONS = {"t5_proj": "lavis_t5", "llm_proj": "lavis_vicuna", "opt_proj": "lavis_opt"}
-"""LAVIS' names of the projection, and the preset that says how its LLM was spoken to."""
+"""LAVIS' names of the projection, and the preset that says how its LLM was spoken to (see `Published.preset`)."""
 
 PICKLES = (".pth", ".pt", ".bin")
 
@@ -79,7 +80,7 @@ class Published:
     tensors: Mapping[str, Tensor]
     """By the names of `QFormerConnector.state_dict()`; queries (Q, D)."""
     unused: tuple[str, ...]
-    """What else the file holds, by its own names; towers are not counted."""
+    """What else the file holds, by its own names; an encoder is not counted."""
     size: QFormerSize
     norm_eps: float
     projection: str | None = None
@@ -88,12 +89,23 @@ class Published:
     """Of a transformers model: where its config.json and its towers are."""
     config: Mapping[str, Any] | None = None
     """Of a transformers model: what its config.json says."""
+    encoder: bool = False
+    """Whether a file of LAVIS holds an encoder too, as it does where that was tuned with the adapter."""
 
     @property
     def language_width(self) -> int | None:
         """Of the LLM it was projected to; None where there is no projection."""
         projection = self.tensors.get("projection.weight")
         return None if projection is None else projection.shape[0]
+
+    @property
+    def preset(self) -> str:
+        """Which of the presets says what the weights do not."""
+        if self.directory is not None:
+            return "transformers"
+        if self.projection == "t5_proj" and not self.size.instruction:
+            return "lavis_t5_blip2"
+        return PROJECTIONS.get(self.projection or "", "lavis")
 
 
 def published_name(name: str, form: Form, projection: str = "language_projection") -> str:
@@ -135,10 +147,11 @@ def read_lavis(path: Path) -> Published:
             else "give a file of LAVIS with query_tokens and Qformer.*"
         )
         raise ConfigError(f"{path}: it holds no Q-Former; {hint}.")
-    projection = next((name for name in PROJECTIONS if f"{name}.weight" in theirs), None)
-    size = _measured(theirs, "lavis", str(path))
-    tensors, unused = _renamed(theirs, size, "lavis", projection or "projection")
-    return Published(str(path), "lavis", tensors, unused, size, 1e-5, projection)
+    adapter = {name: tensor for name, tensor in theirs.items() if not name.startswith(INSIDE_LAVIS)}
+    projection = next((name for name in PROJECTIONS if f"{name}.weight" in adapter), None)
+    size = _measured(adapter, "lavis", str(path))
+    tensors, unused = _renamed(adapter, size, "lavis", projection or "projection")
+    return Published(str(path), "lavis", tensors, unused, size, 1e-5, projection, encoder=len(adapter) < len(theirs))
 
 
 def read_transformers(directory: Path, source: str) -> Published:
@@ -211,8 +224,10 @@ def _measured(theirs: Mapping[str, Tensor], form: Form, source: str) -> QFormerS
     """The shape that the tensors imply; heads are BERT's, 64 wide, until a config says otherwise."""
 
     def shape(ours: str) -> torch.Size | None:
-        found = theirs.get(published_name(ours, form))
-        return None if found is None else found.shape
+        name = published_name(ours, form)
+        if name in theirs and theirs[name].ndim != 2:
+            raise ConfigError(f"{source}: {name} has shape {tuple(theirs[name].shape)}, which is no matrix.")
+        return theirs[name].shape if name in theirs else None
 
     numbered = [re.search(r"encoder\.layer\.(\d+)\.", name) for name in theirs]
     layers = max((int(found[1]) + 1 for found in numbered if found), default=0)
@@ -231,7 +246,12 @@ def _measured(theirs: Mapping[str, Tensor], form: Form, source: str) -> QFormerS
         )
     _, queries, hidden = theirs["query_tokens"].shape
     words, places = shape("qformer.word_embeddings.weight"), shape("qformer.position_embeddings.weight")
-    reads = words is not None and shape("qformer.blocks.0.text_feed_forward.inner.weight") is not None
+    text = shape("qformer.blocks.0.text_feed_forward.inner.weight")
+    if len({half is None for half in (words, places, text)}) > 1:
+        raise ConfigError(
+            f"{source}: of what reads an instruction it has a part alone (word embeddings: {_told(words)}, positions: "
+            f"{_told(places)}, feed-forwards of words: {_told(text)}); fetch it again."
+        )
     key = shape("qformer.blocks.0.cross_attention.key.weight")
     assert key is not None
     return QFormerSize(
@@ -242,9 +262,13 @@ def _measured(theirs: Mapping[str, Tensor], form: Form, source: str) -> QFormerS
         intermediate=inner[0],
         queries=queries,
         cross_attention_every=every,
-        instruction=reads,
-        **({"vocabulary": words[0], "positions": places[0]} if reads and words and places else {}),
+        instruction=text is not None,
+        **({"vocabulary": words[0], "positions": places[0]} if words and places else {}),
     )
+
+
+def _told(shape: torch.Size | None) -> str:
+    return "none" if shape is None else str(tuple(shape))
 
 
 def _agreed(measured: QFormerSize, described: Mapping[str, Any], source: str) -> QFormerSize:
@@ -334,9 +358,9 @@ def place(source: str | Path, revision: str | None = None) -> Path:
     except ConfigError:
         raise
     except Exception as error:  # the hub's client raises many kinds
-        reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"{source}: neither a path here nor a model that can be fetched from the hub or its cache ({reason})."
+            f"{source}: neither a path here nor a model that can be fetched from the hub or its cache "
+            f"({reason(error)})."
         ) from None
 
 

@@ -37,6 +37,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"{guess} Known: {', '.join(known) or 'none'}."
 
 
+def reason(error: BaseException) -> str:
+    """The first line of what another library says went wrong, or the kind of error where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def lookup(table: Mapping[str, Value], name: str, what: str) -> Value:
     """`table[name]`, or a ConfigError that says what was asked for and what there is."""
     if name not in table:

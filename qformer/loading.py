@@ -23,7 +23,6 @@ from qformer.backbones.language import LanguageTower
 from qformer.backbones.vision import FrozenTower, OwnTower
 from qformer.checkpoints import (
     PICKLES,
-    PROJECTIONS,
     Published,
     is_transformers,
     own_names,
@@ -35,7 +34,7 @@ from qformer.checkpoints import (
     read_transformers,
 )
 from qformer.config import InitSource, LanguageConfig, QFormerConfig, RunConfig, VisionConfig
-from qformer.errors import ConfigError
+from qformer.errors import ConfigError, reason
 from qformer.exporting import lavis_projection
 from qformer.nn.qformer import QFormer, QFormerConnector, QFormerSize
 from qformer.starting import Source
@@ -148,7 +147,10 @@ def _build_from_sources(
 
 def _read_source(name: str) -> Source:
     """A source of `qformer.init`: an adapter in any form, or a BERT checkpoint."""
-    path = place(resources.located(name))
+    found = resources.located(name)
+    if not Path(found).exists() and "/" not in found and Path(found).suffix not in PICKLES:
+        return starting.from_bert(name)  # a hub id without an owner, as old models have (bert-base-uncased)
+    path = place(found)
     if (
         path.is_dir()
         and not (path / ADAPTER_FILE).is_file()
@@ -318,7 +320,7 @@ def _load_published(
             f"{published.source}: a file of LAVIS holds the adapter alone; name both towers, as in "
             f"load(..., vision='eva_vit_g.pth', language='google/flan-t5-xl')."
         )
-    preset = presets.load("transformers" if directory else PROJECTIONS.get(published.projection or "", "lavis"))
+    preset = presets.load(published.preset)
     seen = named.seen(dataclasses.replace(preset.vision, name=published.source, revision=named.revision))
     if (
         named.encoder is None
@@ -359,6 +361,11 @@ def _load_published(
             f"With strict=False these are made anew."
         )
     say(table.table())
+    if published.encoder and (seen.checkpoint is None or Path(seen.checkpoint) != Path(published.source)):
+        say(
+            f"{published.source}: it holds an encoder that was tuned with the adapter, which is left unused; name the "
+            f"file itself as vision to read it."
+        )
     words = None
     if size.instruction:
         words = _published_tokenizer(published, tokenizer, read, named.revision)
@@ -573,11 +580,15 @@ def _described(path: Path) -> tuple[dict[str, Any], QFormerSize, Profile]:
         missing = [name for name in ("vision", "language", "qformer", "max_pixels") if name not in description]
         if missing:
             raise ValueError(f"it lacks {', '.join(missing)}")
+        for name, least in (("max_pixels", 1), ("norm_eps", 0)):
+            value = description.get(name, 1)
+            if not isinstance(value, int | float) or value < least:
+                raise ValueError(f"{name} is {value!r}")
         return description, QFormerSize(**description["size"]), Profile.from_dict(description["profile"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
+        said = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ConfigError(
-            f"{path}: it does not describe an adapter ({reason}); save the adapter again, or use another checkpoint."
+            f"{path}: it does not describe an adapter ({said}); save the adapter again, or use another checkpoint."
         ) from None
 
 
@@ -633,7 +644,7 @@ def _tokenizer(source: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(source))
     except Exception as error:  # a file that is not whole raises bare exceptions
-        raise ConfigError(f"{source}: no tokenizer can be read from there: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{source}: no tokenizer can be read from there: {reason(error)}") from None
 
 
 def _check_reading(size: QFormerSize, tokenizer: Any | None, given: QFormerConfig) -> None:

@@ -108,6 +108,7 @@ def start(
             open_names = [name for name in open_names if name not in covered]
             continue
         held = _without_foreign_projection(source, fingerprint)
+        weights.refuse_strange(held, source.name)
         missing = []
         for name in covered:
             if name in held and held[name].shape == own[name].shape:

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qformer.errors import ConfigError
+from qformer.errors import ConfigError, reason
 
 
 def load_tensors(path: Path, wanted: Callable[[str], bool] = lambda _: True) -> dict[str, Tensor]:
@@ -40,9 +40,9 @@ def read_pickle(path: Path) -> dict[str, Any]:
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"{path}: no tensors can be read from it safely ({reason}); fetch it again, or convert it to safetensors."
+            f"{path}: no tensors can be read from it safely ({reason(error)}); fetch it again, or convert it to "
+            f"safetensors."
         ) from None
     if not isinstance(held, Mapping):
         raise ConfigError(f"{path}: it holds a {type(held).__name__}, not tensors by name; convert it to safetensors.")

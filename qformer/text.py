@@ -213,10 +213,20 @@ class Profile:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Profile:
-        """A profile from the values of `as_dict`, after a trip through JSON or YAML."""
-        listed = ("opening", "end", "closing", "decoder_opening", "stop")
-        tuples = {name: tuple(values[name]) for name in listed if name in values}
-        return cls(**{**values, **tuples})
+        """A profile from the values of `as_dict`, after a trip through JSON or YAML.
+
+        Raises:
+            TypeError, ValueError: the values are not those of a profile.
+        """
+        tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        made = cls(**{**values, **tuples})
+        for each in dataclasses.fields(cls):
+            value, inner = getattr(made, each.name), re.fullmatch(r"tuple\[(\w+), \.\.\.\]", str(each.type))
+            wanted = {"int": int, "str": str, "bool": bool}.get(inner[1] if inner else str(each.type))
+            items = value if inner and isinstance(value, tuple) else (value,)
+            if wanted is not None and not all(type(item) is wanted for item in items):
+                raise ValueError(f"profile.{each.name} is {value!r}")
+        return made
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from qformer.backbones.language import LanguageTower
 from qformer.backbones.vision import FrozenTower, OwnTower, VisionSettings
 from qformer.cards import Decoding
 from qformer.config import RunConfig
-from qformer.errors import ConfigError, TrainingError
+from qformer.errors import ConfigError, TrainingError, reason
 from qformer.images import ImageTransform
 from qformer.nn.qformer import QFormerConnector
 from qformer.nn.tokens import Tokens
@@ -232,7 +232,7 @@ class VLM(nn.Module):
             TrainingError: it cannot be written.
         """
         directory = Path(directory).resolve()
-        _only_an_adapter(directory)
+        _only_own_files("save", directory, ADAPTER_FILES)
         directory.parent.mkdir(parents=True, exist_ok=True)
         with whole_directory(directory) as work:
             self.write(work)
@@ -282,9 +282,9 @@ class VLM(nn.Module):
                     commit_message=commit_message,
                 )
             except Exception as error:  # the hub's client raises many kinds
-                reason = str(error).strip().partition("\n")[0]
                 raise ConfigError(
-                    f"{repo_id}: the hub does not take the adapter ({reason}); log in (hf auth login), or save it here."
+                    f"{repo_id}: the hub does not take the adapter ({reason(error)}); log in (hf auth login), or save "
+                    f"it here."
                 ) from None
         return str(commit.commit_url)
 
@@ -298,9 +298,10 @@ class VLM(nn.Module):
             What transformers will do otherwise, in sentences; nothing in most cases.
 
         Raises:
-            ConfigError: transformers cannot express the model; says why.
+            ConfigError: transformers cannot express the model (says why), or the directory is not empty.
         """
-        directory = Path(directory)
+        directory = Path(directory).resolve()
+        _only_own_files("export", directory, ())
         directory.parent.mkdir(parents=True, exist_ok=True)
         with whole_directory(directory) as work:
             return exporting.to_transformers(self, work)
@@ -363,16 +364,16 @@ def whole_directory(directory: Path) -> Iterator[Path]:
         ) from None
 
 
-def _only_an_adapter(directory: Path) -> None:
-    """Refuse to put an adapter in the place of other files."""
+def _only_own_files(call: str, directory: Path, own: Sequence[str]) -> None:
+    """Refuse to put what is written in the place of other files."""
     if directory.exists() and not directory.is_dir():
-        raise ConfigError(f"save: {directory} is a file; give a directory that is not there yet.")
+        raise ConfigError(f"{call}: {directory} is a file; give a directory that is not there yet.")
     there = directory.iterdir() if directory.exists() else ()
-    foreign = sorted(file.name for file in there if file.name not in ADAPTER_FILES)
+    foreign = sorted(file.name for file in there if file.name not in own)
     if foreign:
         raise ConfigError(
-            f"save: {directory} holds {', '.join(foreign[:3])}{' …' if len(foreign) > 3 else ''}, which is no part of "
-            f"an adapter; give a directory of its own, such as {directory / 'adapter'}."
+            f"{call}: {directory} holds {', '.join(foreign[:3])}{' …' if len(foreign) > 3 else ''}, which would be "
+            f"lost; give a directory of its own, such as {directory / ('adapter' if own else 'whole')}."
         )
 
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qformer.errors import ConfigError, TrainingError
+from qformer.errors import ConfigError, TrainingError, reason
 from qformer.nn.qformer import QFormer, QFormerSize
 from qformer.tensorfiles import load_tensors, read_pickle
 
@@ -218,9 +218,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         work.chmod(0o666 & ~_umask())  # safetensors leaves files that their owner alone may read
         os.replace(work, path)
     except OSError as error:
-        reason = error.strerror or str(error)
         raise TrainingError(
-            f"{path}: it cannot be written ({reason}); free some space or choose another place."
+            f"{path}: it cannot be written ({error.strerror or error}); free some space or choose another place."
         ) from None
     finally:
         with suppress(OSError):
@@ -237,9 +236,10 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
     """Fill a module with tensors of exactly its names and shapes.
 
     Raises:
-        ConfigError: names what is missing, unexpected or of another shape; the module is then left as it was.
+        ConfigError: names what is missing, unexpected, of another shape or no weights; the module is left as it was.
     """
     own = module.state_dict()
+    refuse_strange(tensors, where)
     faults = {
         "missing": [name for name in own if name not in tensors],
         "unexpected": [name for name in tensors if name not in own],
@@ -255,6 +255,22 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
     module.load_state_dict(tensors)
 
 
+def refuse_strange(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuse what cannot be weights: whole numbers (of a quantised file), and tensors without dense values.
+
+    Raises:
+        ConfigError: names one of them.
+    """
+    for name, tensor in tensors.items():
+        dense = tensor.layout == torch.strided and not tensor.is_meta
+        if not (dense and tensor.is_floating_point()):
+            kind = str(tensor.dtype).removeprefix("torch.") if dense else "not dense"
+            raise ConfigError(
+                f"{where}: {name} is {kind}, and weights are dense floating-point numbers; fetch the file again, in "
+                f"the form it was published in."
+            )
+
+
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: str, unused: Iterable[str] = ()) -> LoadReport:
     """Fill a module with what a source has of its tensors; the others stay as they were drawn.
 
@@ -263,8 +279,12 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: str, unused: 
         tensors: by the module's names.
         source: for the report.
         unused: what else the source holds.
+
+    Raises:
+        ConfigError: a tensor that cannot be weights.
     """
     own = module.state_dict()
+    refuse_strange(tensors, source)
     loaded = [name for name in own if name in tensors and tensors[name].shape == own[name].shape]
     reshaped = [
         f"{name} {tuple(tensors[name].shape)}, wanted {tuple(own[name].shape)}"
@@ -303,6 +323,7 @@ def _take_bert(qformer: QFormer, weights: Mapping[str, Tensor], source: str) -> 
                 f"{source}: {origin} has shape {tuple(weights[origin].shape)} where its config.json implies "
                 f"{tuple(own[name].shape)}; correct config.json (vocabulary and positions are taken from it)."
             )
+    refuse_strange({origin: weights[origin] for origin in taken.values()}, source)
     qformer.load_state_dict({**own, **{name: weights[origin] for name, origin in taken.items()}})
     used = set(taken.values())
     unused = tuple(name for name in weights if name not in used)
@@ -334,6 +355,11 @@ def located(source: str | Path) -> Path:
     if directory.is_dir():
         return directory
     name = str(source)
+    if directory.is_file():
+        raise ConfigError(
+            f"{source}: it is a file, and a BERT checkpoint is a directory or hub id; to start from an adapter, list "
+            f"it, as in qformer.init: [{{from: {source}}}]."
+        )
     if directory.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ConfigError(f"{source}: there is no such directory; give a BERT checkpoint's directory or hub id.")
     from huggingface_hub import snapshot_download
@@ -343,9 +369,8 @@ def located(source: str | Path) -> Path:
         if not list(found.glob("model*.safetensors")):
             found = Path(snapshot_download(name, allow_patterns=["config.json", "pytorch_model*.bin*"]))
     except Exception as error:  # the hub's client raises many kinds
-        reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"{source}: neither a directory nor a BERT checkpoint that can be fetched from the hub ({reason})."
+            f"{source}: neither a directory nor a BERT checkpoint that can be fetched from the hub ({reason(error)})."
         ) from None
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +67,12 @@ def tiny_published(folder: Path, family: str, *, kind: str = "instructblip", see
         tokenizer.save_pretrained(directory)
         pictures.save_pretrained(directory)
     return directory
+
+
+def put_in_cache(hub: Path, directory: Path, name: str) -> str:
+    """A copy of a directory in a hub cache, laid out as the hub's client does; its id."""
+    home = hub / f"models--{name.replace('/', '--')}"
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_text("a" * 40)
+    shutil.copytree(directory, home / "snapshots" / ("a" * 40))
+    return name

@@ -91,6 +91,16 @@ def test_shards_pickles_and_older_layouts_load_the_same(folder: Path, source: Pa
         save_file({name: whole[name] for name in whole if names[name] == shard}, source / shard, {"format": "pt"})
     (source / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
     assert torch.equal(soft(loaded(source)), expected)
+    for shard in set(names.values()):
+        torch.save(load_file(source / shard), source / f"pytorch_{Path(shard).stem}.bin")
+    binned = {name: f"pytorch_{Path(shard).stem}.bin" for name, shard in names.items()}
+    (source / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": binned}))
+    (source / "model.safetensors.index.json").rename(tmp_path / "index.json")
+    assert torch.equal(soft(loaded(source)), expected)
+    (source / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": binned}))
+    with pytest.raises(ConfigError, match=r"vision\.name '.*': its weights cannot be read \('metadata'\)"):
+        loaded(source)  # transformers, which reads the towers, wants that too
+    (tmp_path / "index.json").rename(source / "model.safetensors.index.json")
     (source / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"names model-00002-of-00003\.safetensors, which is not there"):
         loaded(source)
@@ -200,6 +210,10 @@ def test_every_lavis_file_gives_the_same_adapter(folder: Path, tmp_path: Path) -
         for own, tensor in made.state_dict().items():
             assert torch.equal(model.connector.state_dict()[own], tensor), (name, own)
     assert model.connector.norm.eps == 1e-5
+    tuned = {"model": trimmed | {"visual_encoder.pos_embed": torch.ones(1, 17, 24)}}
+    told: list[str] = []
+    qformer.load(write(tmp_path / "tuned.pth", tuned), **named, report=told.append)
+    assert "unused: nothing" in told[0] and "holds an encoder that was tuned with the adapter" in told[1]
     tokens = model.encode(PIXELS)
     with torch.no_grad():
         expected = made(tokens, (IDS, torch.ones_like(IDS).bool()))
@@ -315,6 +329,63 @@ def test_what_transformers_cannot_express_is_refused_with_the_reason(folder: Pat
     with pytest.raises(ConfigError, match=r"its encoder is an EVA-CLIP of its own, and '.*vit' is a ViTModel"):
         loaded(whole, vision=vit).export_transformers(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match=r"export: .*mine holds thesis\.txt, which would be lost; give a directory"):
+        loaded(whole).export_transformers(tmp_path / "mine")
+
+
+def test_every_other_reason_is_told_too(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import dataclasses
+
+    from qformer.backbones.vision import load_vision
+    from qformer.config import VisionConfig
+
+    whole, out = tiny_published(folder, "llama"), tmp_path / "out"
+    for settings, message in (
+        ({"norm": True}, r"reads every token, class token first, without the encoder's own norm"),
+        ({"norm": False, "class_token": False}, r"reads every token, class token first"),
+        ({"norm": False, "block": 0}, r"reads the encoder's last block, and vision\.block is 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            loaded(whole, vision=VisionConfig(name=str(whole), **settings)).export_transformers(out)
+    model = loaded(whole)
+    language, profile = model.language, model.language.profile
+    language.profile = dataclasses.replace(profile, decoder_opening=(1,))
+    with pytest.raises(ConfigError, match=r"starts a decoder with one id, and the profile's decoder_opening is \(1,\)"):
+        model.export_transformers(out)
+    language.profile = profile
+    state = language.model.state_dict()
+    with monkeypatch.context() as patch:
+        patch.setattr(language.model, "state_dict", lambda: {**state, "x.SCB": torch.ones(1)})
+        with pytest.raises(ConfigError, match=r"no place for language_model\.x\.SCB \(a quantised LLM cannot"):
+            model.export_transformers(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(language.model.config, "hidden_size", 48)
+        with pytest.raises(ConfigError, match="the LLM's hidden size 48, and its embeddings are 32 wide"):
+            model.export_transformers(out)
+    rotary = load_vision(VisionConfig(name="eva02_tiny_patch14_224", pretrained=False, norm=False))
+    with pytest.raises(
+        ConfigError, match=r"EVA-CLIP-g \(absolute positions, no layer scale\), and this EVA is another"
+    ):
+        exporting._eva(rotary.model, 224)
+    with pytest.raises(ConfigError, match="export: 'opt_pro' is no projection of LAVIS; it has t5_proj, llm_proj"):
+        exporting.to_lavis({}, SIZE, "opt_pro", 1e-5, out)
+    assert not out.exists()
+
+
+def test_what_an_export_lacks_is_noted(source: Path, tmp_path: Path) -> None:
+    import dataclasses
+
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).unlink()
+    model = loaded(source)
+    model.language.profile = dataclasses.replace(model.language.profile, stop=("Question:",))
+    assert model.export_transformers(tmp_path / "out") == (
+        "there is no processor, since the LLM's or the Q-Former's tokenizer is missing.",
+        "transformers knows nothing of the stop strings ['Question:'].",
+    )
+    assert torch.equal(soft(loaded(tmp_path / "out")), soft(model))
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
@@ -339,6 +410,8 @@ def test_a_mislabelled_file_is_named(source: Path, tmp_path: Path) -> None:
         loaded(tmp_path / "text.pth")
     with pytest.raises(ConfigError, match=r"enc\.pth: it holds no Q-Former; it looks like an image encoder"):
         loaded(write(tmp_path / "enc.pth", {"patch_embed.proj.weight": torch.ones(1)}))
+    with pytest.raises(ConfigError, match=r"model\.pth: 'model' is a list where named tensors belong"):
+        loaded(write(tmp_path / "model.pth", {"model": [1]}))
     with pytest.raises(ConfigError, match=r"list\.pth: it holds a list, not tensors by name"):
         loaded(write(tmp_path / "list.pth", [1]))
     shutil.copy(source / "config.json", source / "model.safetensors")
@@ -375,6 +448,37 @@ def test_tensors_of_another_shape_and_missing_ones_are_named(folder: Path, tmp_p
         ConfigError, match=r"query_feed_forward\.outer\.bias, .*self_attention\.value\.weight \(128, 127\), wanted"
     ):
         loaded(write(tmp_path / "x.pth", spoilt), **towers(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("ln_vision.weight", torch.ones(24, dtype=torch.int8), r"norm\.weight is int8, and weights are dense"),
+        ("llm_proj.bias", torch.empty(32, device="meta"), r"projection\.bias is not dense"),
+        ("Qformer.bert.encoder.layer.0.crossattention.self.key.weight", torch.ones(3), r"has shape \(3,\), which is"),
+        (
+            "Qformer.bert.embeddings.word_embeddings.weight",
+            None,
+            r"a part alone \(word embeddings: none, pos",
+        ),
+        ("query_tokens", torch.ones(4, 128), "its Q-Former lacks blocks, cross-attention or feed-forwards"),
+    ],
+)
+def test_what_cannot_be_an_adapter_is_refused_loosely_too(
+    folder: Path, tmp_path: Path, name: str, tensor: Tensor | None, message: str
+) -> None:
+    spoilt = {**lavis(connector()), name: tensor}
+    file = write(tmp_path / "x.pth", {each: value for each, value in spoilt.items() if value is not None})
+    for strict in (True, False):
+        with pytest.raises(ConfigError, match=message):
+            loaded(file, **towers(folder), strict=strict)
+
+
+def test_blocks_that_look_at_no_steady_distance_are_refused(tmp_path: Path) -> None:
+    size = QFormerSize(**{**vars(SIZE), "layers": 5, "cross_attention_every": 2})
+    spoilt = {name: t for name, t in lavis(connector(size)).items() if "layer.4.crossattention" not in name}
+    with pytest.raises(ConfigError, match=r"blocks \[0, 2\] of 5 look at the picture, which no single distance"):
+        checkpoints.read_lavis(write(tmp_path / "x.pth", spoilt))
 
 
 @pytest.mark.parametrize(

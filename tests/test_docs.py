@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -9,12 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
-from qformer import cards, cli, config
+from qformer import cards, checkpoints, cli, config, loading
 from qformer.backbones.vision import OwnTower
+from qformer.config import QFormerConfig
 from qformer.evaluate import metrics
+from qformer.nn.qformer import QFormer, QFormerConnector, QFormerSize
 from qformer.sample import Sample
 from tests import fixtures, world
+from tests.published import put_in_cache, tiny_published
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
@@ -116,6 +121,53 @@ def test_what_the_paper_leaves_open_names_settings_that_there_are() -> None:
     settings = config.load("instructblip_vicuna7b", [name for name in named if "=" in name])
     assert settings.data.tasks["aokvqa"] == 0.5 and settings.data.sampling == "sqrt"
     assert sorted(settings.validation.tasks) == ["aokvqa", "coco_caption:val", "okvqa", "textcaps"]
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty hub cache, and an empty folder to work in."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "hub"
+
+
+def test_the_lines_in_the_readme_lead_from_a_checkpoint_to_an_answer(
+    hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put_in_cache(hub, tiny_published(tmp_path, "t5"), "Salesforce/instructblip-flan-t5-xl")
+    Image.new("RGB", (50, 40), "red").save("picture.jpg")
+    [lines] = blocks(ROOT / "README.md", "python")
+    names: dict[str, Any] = {}
+    exec(lines, names)
+    assert len(lines.split("\n\n")[1].splitlines()) <= 5
+    assert capsys.readouterr().out.startswith("['")
+    assert names["model"].language.dtype == torch.bfloat16
+    assert Path("bird-adapter/adapter.safetensors").is_file()
+
+
+def test_the_start_in_the_readme_is_made_of_both_stages(hub: Path, tmp_path: Path) -> None:
+    """The text half and its words from stage 1, all else from stage 2, by the names of LAVIS' files."""
+    settings = world.settings(tmp_path / "towers", tmp_path, tmp_path / "run", family="t5")
+    put_in_cache(hub, Path(world.towers(tmp_path / "towers", "t5")["bert"]), "bert-base-uncased")
+    words = len(loading._tokenizer("bert-base-uncased"))
+    size = {"vision_width": 24, "hidden": 64, "layers": 2, "heads": 1, "intermediate": 48, "positions": 160}
+    made = []
+    for file, reads in (("blip2_pretrained.pth", True), ("blip2_pretrained_flant5xl.pth", False)):
+        sizes = QFormerSize(**size, vocabulary=words, instruction=reads)
+        made.append(QFormerConnector(QFormer(sizes), 32))
+        tensors = checkpoints.renamed_for(made[-1].state_dict(), "lavis", "t5_proj")
+        torch.save({"model": {name: t for name, t in tensors.items() if not (reads and "_proj" in name)}}, file)
+    Path("run.yaml").write_text(blocks(ROOT / "README.md", "yaml")[1], encoding="utf-8")
+    told: list[str] = []
+    given = config.structured(QFormerConfig, [("run.yaml", config.read_yaml(Path("run.yaml"))["qformer"])])
+    model = loading.build(dataclasses.replace(settings, qformer=given), report=told.append)
+    for name, tensor in model.connector.state_dict().items():
+        stage = made[0 if re.search("word_|position_|text_feed", name) else 1]
+        assert torch.equal(tensor, stage.state_dict()[name]), name
+    assert "blip2_pretrained.pth: qformer.word_embeddings" in told[0]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

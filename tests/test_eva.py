@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 from transformers import InstructBlipVisionConfig, InstructBlipVisionModel
 
-from qformer import exporting
+import qformer
+from qformer import checkpoints, exporting
 from qformer.backbones import vision
 from qformer.config import VisionConfig
 from qformer.errors import ConfigError
-from tests.tiny import redraw
+from qformer.nn.qformer import QFormer, QFormerConnector, QFormerSize
+from qformer.nn.tokens import Tokens
+from tests.tiny import redraw, tiny_llm
 
 NAME = "eva_giant_patch14_clip_224"
 SMALL = {"embed_dim": 32, "depth": 4, "num_heads": 4, "img_size": 56}
@@ -41,7 +44,7 @@ def eva(**settings: Any) -> Any:
 
 
 def lavis_file(path: Path, model: Any) -> Path:
-    """The same weights as eva_vit_g.pth holds them: flat, all blocks, final norm and head, in half precision."""
+    """The same weights as eva_vit_g.pth holds them: flat, all blocks, final norm and head."""
     tensors = {name: tensor for name, tensor in model.state_dict().items() if "k_bias" not in name}
     torch.save(tensors | {"head.weight": torch.ones(3, 32), "head.bias": torch.ones(3)}, path)
     return path
@@ -102,3 +105,38 @@ def test_positions_of_a_file_are_interpolated_to_another_size(small: None, tmp_p
     pixels = torch.randn(1, 3, 84, 84)
     theirs = transformers_model(exporting._eva(tower.model, 56)[1])(pixels, interpolate_pos_encoding=True)
     torch.testing.assert_close(larger(pixels).values, theirs.last_hidden_state, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("where", ["eva_vit_g.pth", "inside"])
+def test_an_adapter_of_lavis_reads_what_its_encoder_file_holds(
+    small: None, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The two files that LAVIS' users have, an LLM's directory, and nothing else: `load` makes a model of them."""
+    whole = eva(img_size=224)
+    encoder = {name: tensor for name, tensor in whole.state_dict().items() if "k_bias" not in name}
+    size = QFormerSize(vision_width=32, hidden=64, layers=2, heads=1, intermediate=48, queries=4, instruction=False)
+    made = QFormerConnector(QFormer(size), 32)
+    redraw(made, 7)
+    tensors = checkpoints.renamed_for(made.state_dict(), "lavis", "t5_proj")
+    if where == "inside":  # files of tuned encoders hold it beside the adapter, without the block that is not used
+        held = {n: t for n, t in encoder.items() if not n.startswith(("blocks.3.", "norm.", "fc_norm.", "head."))}
+        tensors |= {f"visual_encoder.{name}": tensor for name, tensor in held.items()}
+    else:
+        torch.save(encoder, tmp_path / where)
+    torch.save({"model": tensors}, tmp_path / "blip2.pth")
+    file = str(tmp_path / ("blip2.pth" if where == "inside" else where))
+    monkeypatch.setitem(SMALL, "img_size", 224)
+    told: list[str] = []
+    model = qformer.load(
+        tmp_path / "blip2.pth", vision=file, language=str(tiny_llm(tmp_path / "t5", "t5")), report=told.append
+    )
+    assert "unused: nothing" in told[0]
+    pixels = torch.randn(1, 3, 224, 224)
+    seen: list[Tensor] = []
+    whole.blocks[3].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    whole.forward_features(pixels)
+    torch.testing.assert_close(model.soft_prompts(pixels), made.eval()(Tokens(seen[0])), rtol=1e-4, atol=1e-4)
+    model.save(tmp_path / "adapter")
+    again = qformer.load(tmp_path / "adapter", report=str)
+    assert torch.equal(again.soft_prompts(pixels), model.soft_prompts(pixels))

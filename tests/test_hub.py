@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +16,7 @@ import qformer
 from qformer import cli, loading, modelcard
 from qformer.errors import ConfigError, DataError
 from tests import world
-from tests.published import tiny_published
+from tests.published import put_in_cache, tiny_published
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +37,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
-    def put(directory: Path, name: str) -> str:
-        home = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
-        (home / "refs").mkdir(parents=True)
-        (home / "refs" / "main").write_text("a" * 40)
-        shutil.copytree(directory, home / "snapshots" / ("a" * 40))
-        return name
-
-    return put
+    return functools.partial(put_in_cache, tmp_path / "hub")
 
 
 def same(one: qformer.VLM, other: qformer.VLM) -> bool:

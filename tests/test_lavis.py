@@ -102,14 +102,57 @@ def test_the_length_of_vicunas_answers_counts_a_placeholder() -> None:
     assert t5.decoding["generate"].max_new_tokens == 256 and t5.decoding["answer"].max_new_tokens == 10
 
 
-def test_decoding_defaults_are_those_of_its_methods() -> None:
-    for name, penalty in (("lavis_t5", -1.0), ("lavis_vicuna", 0.0)):
-        decoding = presets.load(name).decoding
-        assert [(d.num_beams, d.repetition_penalty, d.length_penalty) for d in decoding.values()] == [
-            (5, 1.5, 1.0),
-            (5, 1.5, penalty),
-        ]
-        assert all(isinstance(each, Decoding) and not each.do_sample for each in decoding.values())
+def test_blip_2s_lengths_are_counted_as_its_methods_count_them() -> None:
+    """OPT: `generate` passes max_length, which counts the placeholder, and `predict_answers` max_new_tokens."""
+    opt, t5 = presets.load("lavis_opt").decoding, presets.load("lavis_t5_blip2").decoding
+    assert [each.max_new_tokens for each in (opt["generate"], opt["answer"])] == [30 - 1, 10]
+    assert [each.max_new_tokens for each in (t5["generate"], t5["answer"])] == [30, 10]
+
+
+@pytest.mark.parametrize(
+    ("name", "repetition", "length"),
+    [
+        ("lavis_t5", 1.5, -1.0),
+        ("lavis_vicuna", 1.5, 0.0),
+        ("lavis_opt", 1.0, 0.0),
+        ("lavis_t5_blip2", 1.0, -1.0),
+    ],
+)
+def test_decoding_defaults_are_those_of_its_methods(name: str, repetition: float, length: float) -> None:
+    decoding = presets.load(name).decoding
+    assert [(d.num_beams, d.repetition_penalty, d.length_penalty) for d in decoding.values()] == [
+        (5, repetition, 1.0),
+        (5, repetition, length),
+    ]
+    assert all(isinstance(each, Decoding) and not each.do_sample for each in decoding.values())
+
+
+def test_an_answer_may_be_empty() -> None:
+    """min_length is 1 and counts the placeholder, or the decoder's start: no new token is forced."""
+    for name in ("lavis_t5", "lavis_vicuna", "lavis_opt", "lavis_t5_blip2"):
+        assert [each.min_new_tokens for each in presets.load(name).decoding.values()] == [0, 0]
+
+
+def test_an_unknown_mark_in_an_answer_is_left_out(vicuna: Any) -> None:
+    """LAVIS makes id 0 an end mark before it decodes, and end marks are no text; it does not end the answer."""
+    red, two = (vicuna.tokenizer(word, add_special_tokens=False).input_ids for word in ("red", "two"))
+    lavis = [2 if each == 0 else each for each in [*red, 0, *two]]
+    [ours] = vicuna._answers(torch.tensor([[*red, 0, *two]]))
+    assert ours == vicuna.tokenizer.decode(lavis, skip_special_tokens=True).strip() == "red two"
+
+
+def test_files_of_t5_that_read_no_instruction_are_of_its_blip_2() -> None:
+    made = {"source": "x", "form": "lavis", "tensors": {}, "unused": (), "norm_eps": 1e-5}
+    for projection, instruction, preset in (
+        ("t5_proj", True, "lavis_t5"),
+        ("t5_proj", False, "lavis_t5_blip2"),
+        ("opt_proj", False, "lavis_opt"),
+        ("llm_proj", True, "lavis_vicuna"),
+        (None, True, "lavis"),
+    ):
+        size = QFormerSize(vision_width=8, instruction=instruction)
+        assert checkpoints.Published(size=size, projection=projection, **made).preset == preset
+        assert presets.load(preset).qformer.instruction == instruction
 
 
 def test_instructions_are_cut_on_the_left_and_keep_their_opening(folder: Path) -> None:
@@ -193,7 +236,7 @@ def test_the_norm_behind_the_encoder_has_its_own_epsilon(folder: Path, tmp_path:
 
 
 def test_the_encoder_is_read_one_block_early_without_its_norm() -> None:
-    for name in ("lavis_t5", "lavis_vicuna", "lavis_opt"):
+    for name in ("lavis_t5", "lavis_t5_blip2", "lavis_vicuna", "lavis_opt"):
         vision = presets.load(name).vision
         assert (vision.block, vision.norm, vision.class_token) == (-2, False, True)
         assert vision.eval_transform.mode == "squash"

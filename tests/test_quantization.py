@@ -15,10 +15,12 @@ from qformer import loading, weights
 from qformer.backbones.language import load_language, quantization_values, same_language
 from qformer.config import LanguageConfig, RunConfig
 from qformer.errors import ConfigError
+from qformer.sample import Slot, Text
 from qformer.text import Rendered
 from qformer.vlm import VLM
 from tests import world
 from tests.families import family_llm
+from tests.published import tiny_published
 
 EXAMPLES = [("what colour is it", "it is red indeed"), ("how many?", "three"), ("is there a bird in the picture", "no")]
 EIGHT: dict[str, dict[str, Any]] = {
@@ -133,6 +135,27 @@ def test_what_is_saved_does_not_depend_on_the_llms_precision(
     torch.testing.assert_close(
         torch.tensor(again.language.rank(soft, prompts, [["it is red", "no", "three"]] * 3)), ranked
     )
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(("bits", "module"), [*((8, module) for module in EIGHT), *((4, module) for module in FOUR)])
+def test_the_llm_inside_a_published_model_is_quantised(tmp_path: Path, bits: int, module: str) -> None:
+    needs(module)
+    values = (EIGHT if bits == 8 else FOUR)[module]
+    source = tiny_published(tmp_path, "llama")
+    whole, packed = loading.load(source, report=str), loading.load(source, quantization=values, report=str)
+    plain, kept = (each.language.model.model.layers[0].mlp.up_proj for each in (whole, packed))
+    assert (type(kept), type(kept.weight)) != (type(plain), type(plain.weight))
+    rows = [(Slot(0), Text((5, 6)), Text((7, 2), trained=True))]
+    soft = torch.randn(1, 4, whole.language.width, generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for model in (whole, packed):
+        given = soft.clone().requires_grad_()
+        model.language.log_likelihood(given, rows)[0].sum().backward()
+        gradients.append(given.grad.flatten())
+    assert torch.cosine_similarity(*gradients, dim=0) >= (0.95 if bits == 8 else 0.5)
+    with pytest.raises(ConfigError, match=r"no place for .* \(a quantised LLM cannot be exported\)"):
+        packed.export_transformers(tmp_path / "out")
 
 
 def test_a_backend_that_is_not_installed_is_named_with_what_to_install(

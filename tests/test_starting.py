@@ -17,7 +17,7 @@ from qformer.errors import ConfigError
 from qformer.nn.qformer import QFormer, QFormerConnector, QFormerSize
 from qformer.train import loop
 from tests import world
-from tests.published import tiny_published
+from tests.published import put_in_cache, tiny_published
 from tests.tiny import redraw, tiny_llm
 
 SIZE = QFormerSize(
@@ -89,6 +89,22 @@ def test_blip_2_becomes_one_that_reads_an_instruction(towers: Path, tmp_path: Pa
         built(towers, tmp_path, [{"from": str(tmp_path / "two.pth")}])
 
 
+def test_a_blip_2_of_transformers_starts_one_that_reads(towers: Path, tmp_path: Path) -> None:
+    whole = tiny_published(tmp_path / "published", "opt", kind="blip-2")
+    theirs = qformer.load(whole, report=str)
+    init = [
+        {"from": str(whole), "parts": ["norm", "queries", "self_attention", "cross_attention", "query_feed_forward"]},
+        {"from": world.towers(towers, "llama")["bert"], "parts": ["embeddings"]},
+        {"from": "copied", "parts": ["text_feed_forward"]},
+        {"from": "new", "parts": ["projection"]},
+    ]
+    model, table = built(towers, tmp_path, init)
+    assert theirs.instruction_tokenizer is None and model.connector.size.instruction
+    for name, tensor in theirs.connector.state_dict().items():
+        assert torch.equal(tensor, model.connector.state_dict()[name]) or "projection" in name, name
+    assert "copied: 18" in table and "made: 2\n    projection ×2" in table
+
+
 def test_a_bert_gives_words_and_both_halves(towers: Path, tmp_path: Path) -> None:
     bert = world.towers(towers, "llama")["bert"]
     fresh = {"from": "new", "parts": ["norm", "queries", "cross_attention", "projection"]}
@@ -120,6 +136,26 @@ def test_a_projection_that_a_source_gives_is_not_scaled(towers: Path, tmp_path: 
     given = write(tmp_path / "whole.pth", words_of(towers), 1)
     model, _ = built(towers, tmp_path, [{"from": str(tmp_path / "whole.pth")}], soft_scale="embeddings")
     assert torch.equal(model.connector.projection.weight, given.projection.weight)
+
+
+def test_a_bert_may_be_a_hub_id_without_an_owner(towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    bert = world.towers(towers, "llama")["bert"]
+    put_in_cache(tmp_path / "hub", Path(bert), "bert-base-uncased")
+    fresh = {"from": "new", "parts": ["norm", "queries", "cross_attention", "projection"]}
+    model, _ = built(towers, tmp_path, [fresh, {"from": "bert-base-uncased"}])
+    again, _ = built(towers, tmp_path, [fresh, {"from": bert}])
+    assert all(
+        torch.equal(tensor, again.connector.state_dict()[n]) for n, tensor in model.connector.state_dict().items()
+    )
+
+
+def test_a_file_in_the_place_of_a_bert_is_sent_to_the_list(towers: Path, tmp_path: Path) -> None:
+    write(tmp_path / "x.pth", MUTE, 1)
+    with pytest.raises(ConfigError, match=r"x\.pth: it is a file, .* list it, as in qformer\.init: \[\{from: .*x\.pth"):
+        built(towers, tmp_path, str(tmp_path / "x.pth"))
 
 
 def test_another_encoder_keeps_what_fits_and_lists_what_was_made_anew(towers: Path, tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def test_saving_never_takes_the_place_of_other_files(model, tmp_path):
     mine.mkdir()
     built.save(mine)
     (mine / "thesis.txt").write_text("years of work")
-    with pytest.raises(ConfigError, match=r"save: .*mine holds thesis\.txt, which is no part of an adapter"):
+    with pytest.raises(ConfigError, match=r"save: .*mine holds thesis\.txt, which would be lost; give a directory"):
         built.save(mine)
     assert (mine / "thesis.txt").read_text() == "years of work"
     with pytest.raises(ConfigError, match="is a file; give a directory"):
@@ -220,6 +220,15 @@ def test_a_damaged_adapter_is_named(model, tmp_path):
         ("[]", r"config\.json: .* \(it lacks vision"),
         ({"size": None}, r"config\.json: .* \(it lacks 'size'\)"),
         ({"profile": {"layout": "plain"}}, r"config\.json: .* \(.*missing .*'opening'"),
+        ({"max_pixels": "many"}, r"config\.json: .* \(max_pixels is 'many'\)"),
+        ({"size": {"vision_width": "wide"}}, r"config\.json: .* \(qformer\.vision_width is 'wide'; it must be a whole"),
+        ({"size": {"vision_width": 24, "positions": -1}}, r"config\.json: .* \(qformer\.positions is -1"),
+        ({"size": {"vision_width": 24, "dropout": 1.5}}, r"config\.json: .* \(qformer\.dropout is 1\.5; it must be"),
+        ({"size": 3}, r"config\.json: it does not describe an adapter"),
+        (
+            {"profile": {"layout": "plain", "opening": [], "end": ["</s>"], "pad": 0}},
+            r"\(profile\.end is \('</s>',\)\)",
+        ),
         ({"vision": ["vit"]}, r"config\.json: vision is \['vit'\]; it takes named values"),
     ],
 )

@@ -43,6 +43,8 @@ def is_whole(name: str, revision: str | None = None) -> bool:
     """Whether a directory or hub id holds a whole model whose towers can be had."""
     from transformers import AutoConfig
 
+    if "/" not in name and not Path(name).is_dir():  # timm's own names, which no hub is to be asked about
+        return False
     try:
         return AutoConfig.from_pretrained(name, revision=revision).model_type in VISION_CLASSES
     except (OSError, ValueError):

@@ -21,7 +21,7 @@ from qformer.backbones import inside, ranking
 from qformer.backbones.ranking import Group
 from qformer.cards import Decoding
 from qformer.config import LanguageConfig
-from qformer.errors import ConfigError, DataError
+from qformer.errors import ConfigError, DataError, reason
 from qformer.nn.losses import token_log_likelihood
 from qformer.sample import Row, Slot, Text
 from qformer.text import Joiner, Profile, Truncations, profile_from_tokenizer
@@ -203,6 +203,11 @@ class LanguageTower(nn.Module):
                 yield
         finally:
             self.train(before)
+
+    @cached_property
+    def _cache_name(self) -> str:
+        """What the model calls its keys and values of earlier positions; newer releases have a shorter name."""
+        return "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
 
     @property
     def _scorers(self) -> dict[str, Callable[[Tensor, Sequence[Group]], Tensor]]:
@@ -388,7 +393,8 @@ class DecoderOnly(LanguageTower):
         if ids.shape[1] == 1:
             return first
         fed, wanted = ids[:, :-1], ids[:, 1:]
-        prefix.past_key_values.batch_select_indices(torch.tensor(owner, device=self.device))
+        cache = getattr(prefix, self._cache_name)
+        cache.batch_select_indices(torch.tensor(owner, device=self.device))
         positions = joined.mask.sum(1)[owner][:, None] + torch.arange(fed.shape[1], device=self.device)
         given = self._given(
             self._embeddings(fed.clamp(min=0)),
@@ -396,7 +402,7 @@ class DecoderOnly(LanguageTower):
             positions,
             cache=True,
         )
-        logits = self.model(**given, past_key_values=prefix.past_key_values).logits
+        logits = self.model(**given, **{self._cache_name: cache}).logits
         scored = wanted >= 0
         log_p = token_log_likelihood(logits[scored], wanted[scored])
         return first.index_add(0, scored.nonzero()[:, 0], log_p)
@@ -525,8 +531,8 @@ class EncoderDecoder(LanguageTower):
             encoder_outputs=BaseModelOutput(last_hidden_state=read),
             attention_mask=mask,
             decoder_input_ids=fed,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{self._cache_name: cache},
         ).logits
 
 
@@ -683,7 +689,7 @@ def _no_quantization(settings: LanguageConfig, error: Exception) -> ConfigError:
     asked = "has weights quantised already" if settings.quantization is None else f"asks for {settings.quantization}"
     return ConfigError(
         f"language.quantization: '{settings.name}' {asked}, which cannot be had here "
-        f"({str(error).strip().splitlines()[0]}); install what is named there, or take another quantisation or none."
+        f"({reason(error)}); install what is named there, or take another quantisation or none."
     )
 
 
@@ -749,14 +755,15 @@ def _untokenized(settings: LanguageConfig, config: Any) -> tuple[MissingTokenize
 
 def _read(settings: LanguageConfig, auto: str, **more: Any) -> Any:
     import transformers
-    from safetensors import SafetensorError
 
     try:
         return getattr(transformers, auto).from_pretrained(settings.name, revision=settings.revision, **more)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except ImportError:
+        raise  # what a quantisation needs, which is told apart
+    except Exception as error:  # files that are broken raise all kinds
         raise ConfigError(
             f"language.name is '{settings.name}', and no LLM can be read from there "
-            f"({str(error).splitlines()[0]}); give a directory with config.json, tokenizer and weights, or a hub id."
+            f"({reason(error)}); give a directory with config.json, tokenizer and weights, or a hub id."
         ) from None
 
 

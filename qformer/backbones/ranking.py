@@ -162,7 +162,9 @@ def _parts(groups: Sequence[Group], queries: int, vocabulary: int, packed: bool)
         prompt = row_length(group.prompt, queries)
         longest = max(map(len, group.candidates))
         most_rows = len(group.candidates) if packed else min(SCORED_POSITIONS // (prompt + longest), logits // longest)
-        for ids, fed in _cut(group.candidates, min(FED_TOKENS, logits - 1), max(1, most_rows)):
+        # Rows of their own are padded to the longest beside them, and share no beginnings.
+        candidates = group.candidates if packed else tuple(sorted(group.candidates, key=len))
+        for ids, fed in _cut(candidates, min(FED_TOKENS, logits - 1), max(1, most_rows)):
             words = max(map(len, ids))
             rows, length, predicting = (1, prompt + fed, fed + 1) if packed else (len(ids), prompt + words, words)
             wide, high = max(wide, length), max(high, predicting)
@@ -176,7 +178,7 @@ def _parts(groups: Sequence[Group], queries: int, vocabulary: int, packed: bool)
 
 
 def _cut(candidates: tuple[Ids, ...], tokens: int, rows: int) -> Iterator[tuple[tuple[Ids, ...], int]]:
-    """Sorted candidates in pieces of at most so many fed tokens and rows, and how many tokens each piece feeds."""
+    """Candidates in pieces of at most so many fed tokens and rows, and how many tokens each piece feeds."""
     start, fed = 0, 0
     for number, ids in enumerate(candidates):
         new = len(ids) - 1 - (_common(candidates[number - 1][:-1], ids[:-1]) if number > start else 0)

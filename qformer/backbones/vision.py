@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from qformer.backbones import inside
 from qformer.config import VisionConfig
-from qformer.errors import ConfigError, did_you_mean
+from qformer.errors import ConfigError, did_you_mean, reason
 from qformer.nn.tokens import Tokens
 from qformer.tensorfiles import load_tensors, read_pickle
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 HEADS = ("head", "classifier", "fc", "head_dist")
+INSIDE_LAVIS = "visual_encoder."
+"""What an encoder's tensors begin with in a file of LAVIS that holds an adapter too."""
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -255,9 +257,7 @@ def _timm_settings(config: VisionConfig) -> VisionSettings:
         with torch.device("meta"):
             model = timm.create_model(_timm_name(config), pretrained=False, num_classes=0)
     except (OSError, RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"vision.name is '{config.name}', and timm makes no model of it ({str(error).splitlines()[0]})."
-        ) from None
+        raise ConfigError(f"vision.name is '{config.name}', and timm makes no model of it ({reason(error)}).") from None
     data = resolve_data_config({}, model=model)
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
     patch = patch if isinstance(patch, int) else patch[0]
@@ -276,7 +276,7 @@ def _load_timm(config: VisionConfig) -> FrozenTower:
         model = timm.create_model(_timm_name(config), pretrained=download, num_classes=0)
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"vision.name '{config.name}': its weights cannot be had ({str(error).splitlines()[0]}); give a local file "
+            f"vision.name '{config.name}': its weights cannot be had ({reason(error)}); give a local file "
             f"as vision.checkpoint."
         ) from None
     if config.checkpoint is not None:
@@ -358,6 +358,8 @@ def _fill(model: nn.Module, checkpoint: str, unread: Callable[[str], bool]) -> N
         held = read_pickle(file)
         held = held.get("model", held.get("state_dict", held))
         tensors = {name: tensor for name, tensor in held.items() if isinstance(tensor, Tensor)}
+    inner = {n.removeprefix(INSIDE_LAVIS): t for n, t in tensors.items() if n.startswith(INSIDE_LAVIS)}
+    tensors = inner or tensors
     own = model.state_dict()
     if "pos_embed" in own and "pos_embed" in tensors and own["pos_embed"].shape != tensors["pos_embed"].shape:
         marks = getattr(model, "num_prefix_tokens", 0)
@@ -407,9 +409,9 @@ def _transformers_config(config: VisionConfig) -> Any:
 
     try:
         found = AutoConfig.from_pretrained(config.name, revision=config.revision)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # files that are broken raise all kinds
         raise ConfigError(
-            f"vision.name is '{config.name}', and no model can be read from there ({str(error).splitlines()[0]}); give "
+            f"vision.name is '{config.name}', and no model can be read from there ({reason(error)}); give "
             f"a directory with config.json, a hub id, or a timm name."
         ) from None
     if getattr(getattr(found, "vision_config", found), "image_size", None) is None and not hasattr(
@@ -440,7 +442,6 @@ def _transformers_settings(config: VisionConfig) -> VisionSettings:
 
 
 def _load_transformers(config: VisionConfig) -> FrozenTower:
-    from safetensors import SafetensorError
     from transformers import AutoModel
 
     settings, found = vision_settings(config), _transformers_config(config)
@@ -456,10 +457,8 @@ def _load_transformers(config: VisionConfig) -> FrozenTower:
                 model, report = kind.from_pretrained(
                     config.name, revision=config.revision, dtype=dtype, output_loading_info=True, **more
                 )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ConfigError(
-                f"vision.name '{config.name}': its weights cannot be read ({str(error).splitlines()[0]})."
-            ) from None
+        except Exception as error:  # files that are broken raise all kinds
+            raise ConfigError(f"vision.name '{config.name}': its weights cannot be read ({reason(error)}).") from None
         lacking = sorted(name for name in report["missing_keys"] if not name.startswith(("pooler", "text_model")))
         if lacking:
             raise ConfigError(

@@ -6,7 +6,7 @@ B rows, Q queries, T instruction ids, P image tokens, V encoder width, D Q-Forme
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +37,17 @@ class QFormerSize:
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("hidden", "layers", "heads", "intermediate", "queries", "cross_attention_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"qformer.{name} is {getattr(self, name)}; it must be at least 1.")
+        for entry in fields(self):
+            name, value = entry.name, getattr(self, entry.name)
+            if name == "dropout":
+                if not isinstance(value, int | float) or not 0 <= value < 1:
+                    raise ConfigError(f"qformer.dropout is {value!r}; it must be a number from 0 to below 1.")
+            elif name != "instruction":
+                least = 0 if name in ("vocabulary", "positions") else 1
+                if not isinstance(value, int):
+                    raise ConfigError(f"qformer.{name} is {value!r}; it must be a whole number.")
+                if value < least:
+                    raise ConfigError(f"qformer.{name} is {value}; it must be at least {least}.")
         if self.hidden % self.heads:
             raise ConfigError(f"qformer.hidden ({self.hidden}) must divide evenly by qformer.heads ({self.heads}).")
 
