@@ -135,7 +135,7 @@ def test_a_mention_becomes_the_values_of_its_thing(writer: towers.Writer):
 
 
 def test_rows_are_a_function_of_the_step(writer: towers.Writer):
-    steps = towers.Steps(writer)
+    steps = towers.Steps(writer, towers.READERS["language"])
     for one, two in zip(vars(steps[60]).values(), vars(steps[60]).values(), strict=True):
         assert torch.equal(one, two)
 
@@ -178,9 +178,10 @@ def test_the_shipped_encoder_names_what_it_was_not_shown():
 
 
 def test_every_step_has_its_stage_and_place_in_its_course():
-    first, last = towers.COURSES
-    assert towers.lesson(0) == (first.stages[0], first, 0)
-    assert towers.lesson(first.steps - 1) == (first.stages[-1], first, first.steps - 1)
-    assert towers.lesson(first.steps) == (last.stages[0], last, 0)
-    with pytest.raises(IndexError):
-        towers.lesson(towers.TEXT_STEPS)
+    for reader in towers.READERS.values():
+        first, last = reader.courses
+        assert reader.lesson(0) == (first.stages[0], first, 0)
+        assert reader.lesson(first.steps - 1) == (first.stages[-1], first, first.steps - 1)
+        assert reader.lesson(first.steps) == (last.stages[0], last, 0)
+        with pytest.raises(IndexError):
+            reader.lesson(reader.steps)

@@ -69,6 +69,7 @@ def train(settings: RunConfig, *, say: Callable[[str], None] = print, quiet: boo
     first_process = accelerator.is_main_process
     say = say if first_process else lambda _: None
     model = loading.build(settings, report=say).to(accelerator.device)
+    model.train_only(settings.train.only)
     model.train()
     optimizer = optimizer_for(model.trainable(), settings.train)
     start = checkpoint.restore(last[0], model, optimizer) if last else 0
