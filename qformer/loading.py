@@ -263,6 +263,15 @@ def _load_saved(path: Path, named: Named, strict: bool, say: Callable[[str], Non
     return model
 
 
+def saved_settings(directory: Path) -> RunConfig:
+    """What an adapter's directory says of its towers and its Q-Former.
+
+    Raises:
+        ConfigError: it does not describe an adapter.
+    """
+    return _saved_settings(directory, _described(directory / CONFIG_FILE)[0], Named(None, None, {}, None))
+
+
 def _saved_settings(directory: Path, description: dict[str, Any], named: Named) -> RunConfig:
     """What a saved adapter's description says of towers and Q-Former, with what the caller says in its place."""
     settings = config.structured(

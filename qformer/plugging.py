@@ -83,7 +83,7 @@ def plug(
     own = adapter.settings.language
     if start == "mapped":
         _check_mappable(adapter)
-    spoken = _spoken(language, own, dtype, quantization)
+    spoken = spoken_by(language, own, dtype, quantization)
     tower = language_backbone.load_language(located(spoken))
     _check_another(adapter, tower, spoken.name)
     generator = torch.Generator().manual_seed(seed)
@@ -104,8 +104,11 @@ def plug(
     return model.to(device).eval() if device else model.eval()
 
 
-def _spoken(
-    language: str | LanguageConfig, own: LanguageConfig, dtype: str | torch.dtype | None, quantization: Any | None
+def spoken_by(
+    language: str | LanguageConfig,
+    own: LanguageConfig,
+    dtype: str | torch.dtype | None = None,
+    quantization: Any | None = None,
 ) -> LanguageConfig:
     """The new LLM's settings: the profile, revision and quantisation of the old one say nothing about it."""
     if not isinstance(language, LanguageConfig):

@@ -1,4 +1,4 @@
-"""An adapter carried over to another LLM as a run: a new projection, its warm-up alone, a short joint tuning, one table.
+"""An adapter carried over to another LLM: a new projection, its warm-up alone, a short joint tuning, one table.
 
 Everything stands in one run directory: `before/` (nothing tuned yet), `warmup/` and `fresh/` are runs of their own, the
 tuning is the directory's own run, and `plug.json` holds what was asked for and every score of the table.
@@ -12,27 +12,18 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from qformer import cards, config, loading, plugging, run, weights
-from qformer.config import LanguageConfig, RunConfig, check_numbers
+from qformer.comparison import PLUG_FILE, ROWS, table
+from qformer.config import RunConfig, check_numbers
 from qformer.errors import ConfigError, did_you_mean
-from qformer.evaluate.metrics import METRICS
 from qformer.plugging import Start
-from qformer.report import PLUG_FILE, write_report
+from qformer.report import write_report
 from qformer.vlm import ADAPTER_FILE, TOKENIZER_FOLDER
 
-if TYPE_CHECKING:
-    from rich.table import Table
+Number = TypeVar("Number", int, float)
 
-ROWS = {
-    "before": "before tuning",
-    "warmup": "after warm-up",
-    "tuned": "after tuning",
-    "fresh": "fresh adapter",
-    "source": "source, its own LLM",
-}
-"""What is compared, and what the table calls it."""
 KEPT = ("score", "interval", "shuffled", "most_frequent", "chance", "samples", "of", "partial", "recipe")
 """What `plug.json` keeps of a score file."""
 WARMUP_SHARE, TUNING_SHARE = 0.05, 0.2
@@ -55,20 +46,29 @@ class Stages:
         check_numbers("plug", self, "warmup_steps", "steps")
         check_numbers("plug", self, "warmup_rate", "rate", above=True)
 
-    def after(self, settings: RunConfig) -> Stages:
+    def after(self, settings: RunConfig) -> Plan:
         """Every number filled in from the source's settings."""
         train = settings.train
-
-        def chosen(given: float | None, otherwise: float) -> Any:
-            return otherwise if given is None else given
-
-        return dataclasses.replace(
-            self,
-            warmup_steps=chosen(self.warmup_steps, max(1, round(WARMUP_SHARE * train.steps))),
-            warmup_rate=chosen(self.warmup_rate, WARMUP_RATE * train.rate),
-            steps=chosen(self.steps, max(1, round(TUNING_SHARE * train.steps))),
-            rate=chosen(self.rate, train.rate),
+        return Plan(
+            warmup_steps=_or(self.warmup_steps, max(1, round(WARMUP_SHARE * train.steps))),
+            warmup_rate=_or(self.warmup_rate, WARMUP_RATE * train.rate),
+            steps=_or(self.steps, max(1, round(TUNING_SHARE * train.steps))),
+            rate=_or(self.rate, train.rate),
         )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and at which rates the projection is warmed up and all is tuned."""
+
+    warmup_steps: int
+    warmup_rate: float
+    steps: int
+    rate: float
+
+
+def _or(given: Number | None, otherwise: Number) -> Number:
+    return otherwise if given is None else given
 
 
 def carry(
@@ -113,6 +113,7 @@ def carry(
         ConfigError, DataError, TrainingError: as `plug`, `fit` and `score`; or the directory holds another carrying
             over.
     """
+    from qformer.evaluate.run import as_text
     from qformer.train.checkpoint import same_run
     from qformer.train.loop import train
 
@@ -120,121 +121,95 @@ def carry(
         if row not in ROWS:
             raise ConfigError(f"plug: unknown row '{row}' to leave out.{did_you_mean(row, ROWS)}")
     settings = _settings(source, language, overrides, tasks=tasks, data=data, limit=limit)
-    stages = stages.after(settings)
+    plan = stages.after(settings)
     directory = Path(output) if output is not None else _beside(source, language)
     chosen = cards.load_all(settings.evaluate.tasks, "eval")
     if not chosen:
         raise ConfigError("plug: there is no task to score; name cards with --tasks (tasks=), or 'held_out'.")
-    if (stages.warmup_steps or stages.steps) and not settings.data.tasks:
+    if (plan.warmup_steps or plan.steps) and not settings.data.tasks:
         raise ConfigError(
             f"{source}: it is no run, so nothing says what to tune on; add data.tasks={{CARD: 1.0}}, or leave both "
             f"stages out (steps 0)."
         )
-    first = _is_first_process()
     ledger = _Ledger(directory / PLUG_FILE, {"source": str(source), "language": language, "start": stages.start})
 
+    first = _is_first_process()
     before = directory / "before" / "checkpoints" / "step-0"
-    if first and not (before / ADAPTER_FILE).is_file():
-        told: list[str] = []
-        model = plugging.plug(
-            source,
-            settings.language if _is_run(source) or _speaks(overrides) else language,
-            start=stages.start,
-            own_language=own_language,
-            vision=vision,
-            seed=settings.seed,
-            report=told.append,
-        )
-        model.save(before)
-        ledger.note(told="\n".join(told))
-        del model
-    _together()
     if first:
-        say(ledger.content.get("told", ""))
+        if not (before / ADAPTER_FILE).is_file():
+            named = settings.language if _is_run(source) or _speaks(overrides) else language
+            model = plugging.plug(
+                source,
+                named,
+                start=stages.start,
+                own_language=own_language,
+                vision=vision,
+                seed=settings.seed,
+                report=lambda told: ledger.note(told=told),
+            )
+            model.save(before)
+        say(ledger.content["told"])
+    _together()
     described = loading.saved_settings(before)
     settings = dataclasses.replace(
         settings, vision=described.vision, language=described.language, qformer=described.qformer
     )
-
-    runs: dict[str, RunConfig] = {}
-    start = before
-    if stages.warmup_steps:
-        runs["warmup"] = _stage(
-            settings, directory / "warmup", stages.warmup_steps, stages.warmup_rate, start, only=["projection"]
-        )
-        start = directory / "warmup" / "checkpoints" / f"step-{stages.warmup_steps}"
-    if stages.steps:
-        tuning = dataclasses.replace(settings, seed=settings.seed + 1)  # draws that the warm-up has not had
-        runs["tuned"] = _stage(tuning, directory, stages.steps, stages.rate, start, only=settings.train.only)
-    together = sum(each.train.steps for each in runs.values())
-    if together and "fresh" not in without:
-        runs["fresh"] = _stage(settings, directory / "fresh", together, settings.train.rate, None, settings.train.only)
+    runs = _runs(settings, directory, plan, before, fresh="fresh" not in without)
     for name, each in runs.items():
         if (each.directory / "checkpoints" / f"step-{each.train.steps}" / ADAPTER_FILE).is_file():
-            same_run(each.directory / run.CONFIG_FILE, each)
-        else:
-            say(f"{ROWS[name]}: {each.train.steps} steps at {each.train.rate:g}, of {', '.join(each.train.only) or 'all'}")
-            train(each, say=say, quiet=quiet)
+            same_run(each.directory / run.SETTINGS_FILE, each)
+            continue
+        if first:
+            parts = ", ".join(each.train.only) or "all"
+            say(f"{ROWS[name]}: {each.train.steps} steps at a rate of {each.train.rate:g}; trained: {parts}")
+        train(each, say=say, quiet=quiet)
     if not first:
         return directory
 
-    sources: dict[str, str | Path] = {"before": directory / "before"}
-    sources |= {name: each.directory for name, each in runs.items()} | {"source": source}
-    steps = {name: each.train.steps for name, each in runs.items()}
-    ledger.note(steps=steps, own_language=_own_name(source, own_language))
+    compared: dict[str, str | Path] = {"before": directory / "before"}
+    compared |= {name: each.directory for name, each in runs.items()} | {"source": source}
+    ledger.note(
+        steps={name: each.train.steps for name, each in runs.items()},
+        own_language=own_language or _own_language(source),
+    )
     for name in ROWS:
-        if name in sources and name not in without:
+        if name in compared and name not in without:
             towers = {"vision": vision, "language": own_language} if name == "source" else {}
-            where = directory / "source" / "eval" if name == "source" else Path(sources[name]) / "eval"
-            _score(ledger, name, sources[name], settings, where, towers, say=say, quiet=quiet)
-    if (directory / run.CONFIG_FILE).exists():
+            where = (directory / "source" if name == "source" else Path(compared[name])) / "eval"
+            _score(ledger, name, compared[name], settings, where, towers, say=say, quiet=quiet)
+    if (directory / run.SETTINGS_FILE).exists():
         say(f"report: {write_report(directory)}")
     say(as_text(table(ledger.content, without)))
-    say(f"the adapter: {directory if stages.steps else start}")
+    last = "warmup" if plan.warmup_steps else "before"
+    say(f"the adapter: {directory if plan.steps else directory / last}")
     return directory
 
 
-def table(content: Mapping[str, Any], without: Sequence[str] = ()) -> Table:
-    """What `plug.json` holds: a row a task, a column for each adapter, and the most frequent answer."""
-    from rich.table import Table
-
-    from qformer.evaluate.run import in_words
-
-    rows = {name: content["rows"][name]["scores"] for name in ROWS if name in content["rows"] and name not in without}
-    shown = Table(title=f"From '{content['own_language']}' to '{content['language']}', projection {content['start']}")
-    for heading in ("task", "metric"):
-        shown.add_column(heading)
-    for name in rows:
-        count = content["steps"].get(name)
-        shown.add_column(ROWS[name] + (f", {count} steps" if count else ""), justify="right")
-    for heading in ("most frequent", "n"):
-        shown.add_column(heading, justify="right")
-    for key in dict.fromkeys(key for scores in rows.values() for key in scores):
-        found = {name: scores[key] for name, scores in rows.items() if key in scores}
-        any_one = next(iter(found.values()))
-        percent = METRICS[any_one["metric"]].percent
-        cells = []
-        for name in rows:
-            entry = found.get(name)
-            beside = f"\nshuffled {in_words(entry['shuffled'], percent)}" if entry and entry["shuffled"] else ""
-            cells.append(in_words(entry, percent) + beside)
-        number = f"{any_one['samples']:,}" + (f" of {any_one['of']:,}, partial" if any_one["partial"] else "")
-        shown.add_row(key, any_one["metric"], *cells, in_words(any_one["most_frequent"], percent), number)
-    return shown
-
-
-def as_text(shown: Table) -> str:
-    """A table as lines of plain text."""
-    from qformer.evaluate.run import as_text
-
-    return as_text(shown)
+def _runs(settings: RunConfig, directory: Path, plan: Plan, before: Path, *, fresh: bool) -> dict[str, RunConfig]:
+    """The runs that are made, by row: warm-up of the projection, tuning, and a fresh adapter with as many steps."""
+    runs: dict[str, RunConfig] = {}
+    start, words = before, before / TOKENIZER_FOLDER
+    if plan.warmup_steps:
+        place = directory / "warmup"
+        runs["warmup"] = _stage(
+            settings, place, plan.warmup_steps, plan.warmup_rate, ["projection"], start=start, words=words
+        )
+        start = place / "checkpoints" / f"step-{plan.warmup_steps}"
+    every = settings.train.only
+    if plan.steps:
+        tuning = dataclasses.replace(settings, seed=settings.seed + 1)  # draws that the warm-up has not had
+        runs["tuned"] = _stage(tuning, directory, plan.steps, plan.rate, every, start=start, words=words)
+    if fresh and runs:
+        together = plan.warmup_steps + plan.steps
+        runs["fresh"] = _stage(settings, directory / "fresh", together, settings.train.rate, every)
+    return runs
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------
 
 
 def _is_run(source: str | Path) -> bool:
-    return (run.run_directory(Path(source)) / run.CONFIG_FILE).is_file()
+    return (run.run_directory(Path(source)) / run.SETTINGS_FILE).is_file()
 
 
 def _speaks(overrides: Sequence[str]) -> bool:
@@ -258,8 +233,8 @@ def _settings(
                 f"plug: '{each}' would change what is carried over as it is; only settings of data, train, evaluate "
                 f"and language, and the seed, may change."
             )
-    own = config.load(run.run_directory(Path(source)) / run.CONFIG_FILE) if _is_run(source) else RunConfig()
-    spoken = plugging.spoken(language, own.language)
+    own = config.load(run.run_directory(Path(source)) / run.SETTINGS_FILE) if _is_run(source) else RunConfig()
+    spoken = plugging.spoken_by(language, own.language)
     settings = config.changed(dataclasses.replace(own, language=spoken, output=None), overrides)
     root = dataclasses.replace(settings.data, root=str(data)) if data is not None else settings.data
     scored = settings.evaluate
@@ -270,6 +245,14 @@ def _settings(
     return dataclasses.replace(settings, data=root, evaluate=scored)
 
 
+def _own_language(source: str | Path) -> str:
+    """The name of the LLM that an adapter was trained with; a whole model has its own inside."""
+    try:
+        return loading.saved_settings(loading.adapter_directory(Path(source))).language.name
+    except ConfigError:
+        return str(source)
+
+
 def _beside(source: str | Path, language: str) -> Path:
     """`runs/demo` and `demo:other` make `runs/demo-on-other`."""
     place = run.run_directory(Path(source))
@@ -278,11 +261,27 @@ def _beside(source: str | Path, language: str) -> Path:
 
 
 def _stage(
-    settings: RunConfig, directory: Path, steps: int, rate: float | None, start: Path | None, only: Sequence[str]
+    settings: RunConfig,
+    directory: Path,
+    steps: int,
+    rate: float,
+    only: Sequence[str],
+    *,
+    start: Path | None = None,
+    words: Path | None = None,
 ) -> RunConfig:
-    """Settings of one stage: its warm-up of the rate is as large a share of it as of the source's run."""
+    """Settings of one stage: its warm-up of the rate is as large a share of it as of the source's run.
+
+    Args:
+        settings: of the source, with the new LLM.
+        directory: where it is run.
+        steps: how many.
+        rate: the greatest.
+        only: the parts that are trained.
+        start: the adapter it starts from; None: as the source's run did.
+        words: the Q-Former's tokenizer, where the adapter has one.
+    """
     train = settings.train
-    assert rate is not None
     train = dataclasses.replace(
         train,
         steps=steps,
@@ -292,19 +291,10 @@ def _stage(
     )
     qformer = settings.qformer
     if start is not None:
-        words = start / TOKENIZER_FOLDER
-        known = start.parent.parent.parent / "before" / "checkpoints" / "step-0" / TOKENIZER_FOLDER
-        qformer = dataclasses.replace(
-            qformer,
-            init=[{"from": str(start)}],
-            tokenizer=str(words if words.is_dir() else known) if qformer.instruction else None,
-        )
+        qformer = dataclasses.replace(qformer, init=[{"from": str(start)}])
+    if words is not None and words.is_dir():
+        qformer = dataclasses.replace(qformer, tokenizer=str(words))
     return dataclasses.replace(settings, name=directory.name, output=str(directory), train=train, qformer=qformer)
-
-
-def _own_name(source: str | Path, own_language: str | None) -> str:
-    """What the source's own LLM is called."""
-    return own_language or loading.language_name(source)
 
 
 # -- scores -----------------------------------------------------------------------------------------------------------

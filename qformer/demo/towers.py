@@ -401,13 +401,13 @@ SHORT_COURSES = (
     Course(
         1.0,
         (
-            Stage(480, (2, 3), FINDING, 5, terse=1.0, plain=1.0),
-            Stage(420, (2, 3), FINDING, 3, terse=0.4, plain=1.0),
-            Stage(1400, (2, 3, 4), JUDGING, 3, noise=0.1, terse=0.1, plain=0.8),
-            Stage(1700, (3, 4), FORMS, 2, noise=0.2, plain=0.2, telling=True),
+            Stage(420, (2, 3), FINDING, 5, terse=1.0, plain=1.0),
+            Stage(320, (2, 3), FINDING, 3, terse=0.4, plain=1.0),
+            Stage(1200, (2, 3, 4), JUDGING, 3, noise=0.1, terse=0.1, plain=0.8),
+            Stage(900, (3, 4), FORMS, 2, noise=0.2, plain=0.2, telling=True),
         ),
     ),
-    Course(0.3, (Stage(500, (3, 4), FORMS, 2, drift=1.0, plain=0.2, telling=True),)),
+    Course(0.3, (Stage(260, (3, 4), FORMS, 2, drift=1.0, plain=0.2, telling=True),)),
 )
 """The same with fewer steps for judging and for all forms."""
 
@@ -419,6 +419,7 @@ class Reader:
     family: str
     width: int
     vocabulary: int
+    heads: int = 4
     courses: tuple[Course, ...] = COURSES
 
     @property
@@ -439,7 +440,7 @@ class Reader:
 
 READERS = {
     "language": Reader("Llama", 128, 768),
-    "other": Reader("Qwen2", 160, 640, SHORT_COURSES),
+    "other": Reader("Qwen2", 96, 640, courses=SHORT_COURSES),
 }
 """By folder.  The second is what a tuned Q-Former is carried to."""
 
@@ -594,10 +595,10 @@ def _mask(block: Tensor) -> Tensor:
 
 
 def make_llm(reader: Reader) -> Any:
-    """The LLM with fresh weights: 4 blocks, heads of 32."""
+    """The LLM with fresh weights: 4 blocks."""
     import transformers
 
-    heads = reader.width // 32
+    heads = reader.heads
     config = getattr(transformers, f"{reader.family}Config")(
         vocab_size=reader.vocabulary, hidden_size=reader.width, num_hidden_layers=4, num_attention_heads=heads,
         num_key_value_heads=heads, intermediate_size=3 * reader.width, max_position_embeddings=512,
