@@ -99,7 +99,7 @@ def carry(
         data: the data root; by default that of the source's run.
         output: the run directory; by default beside the source's, NAME-on-LLM.
         limit: score a seeded subset of this many samples per set; by default as the source's run.
-        without: rows of the table to leave out: "before", "warmup", "tuned", "fresh", "source".
+        without: columns of the table to leave out: "before", "warmup", "tuned", "fresh", "source".
         overrides: `key=value` changes to the source's settings of data, training, evaluation, and to `language`.
         vision: where the image encoder is, if it moved.
         own_language: where the source's own LLM is, if it moved.
@@ -119,7 +119,7 @@ def carry(
 
     for row in without:
         if row not in ROWS:
-            raise ConfigError(f"plug: unknown row '{row}' to leave out.{did_you_mean(row, ROWS)}")
+            raise ConfigError(f"plug: unknown column '{row}' to leave out.{did_you_mean(row, ROWS)}")
     settings = _settings(source, language, overrides, tasks=tasks, data=data, limit=limit)
     plan = stages.after(settings)
     directory = Path(output) if output is not None else _beside(source, language)

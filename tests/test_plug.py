@@ -442,7 +442,7 @@ def test_mistakes_with_stages_are_answered_in_a_sentence(
         Stages(steps=-1)
     with pytest.raises(ConfigError, match=r"plug\.warmup_rate is 0"):
         Stages(warmup_rate=0.0)
-    with pytest.raises(ConfigError, match=r"unknown row 'frehs' to leave out\. Did you mean 'fresh'"):
+    with pytest.raises(ConfigError, match=r"unknown column 'frehs' to leave out\. Did you mean 'fresh'"):
         carry(source, new, without=["frehs"], output=out)
     with pytest.raises(ConfigError, match=r"'vision\.name=x' would change what is carried over"):
         carry(source, new, overrides=["vision.name=x"], output=out)
