@@ -13,9 +13,10 @@ _HOMES = {
     "export": "qformer.run",
     "load": "qformer.loading",
     "fit": "qformer.run",
+    "plug": "qformer.plugging",
     "score": "qformer.run",
 }
-__all__ = ["VLM", "build", "export", "fit", "load", "score"]
+__all__ = ["VLM", "build", "export", "fit", "load", "plug", "score"]
 
 
 def __getattr__(name: str) -> Any:

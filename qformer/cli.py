@@ -16,7 +16,7 @@ from qformer import __version__
 from qformer.errors import QFormerError
 
 INTERRUPTED = 130
-TRAINING = ("train", "demo")
+TRAINING = ("train", "demo", "plug")
 """Commands that leave checkpoints to go on from."""
 NARROWEST_TABLE = 130
 """Columns a table is given at least: it reads better cut off on the right than folded into slivers."""
@@ -74,6 +74,27 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("changes", nargs="*", metavar="key=value", help="settings to change")
     command.add_argument("-n", type=int, default=5, dest="count", help="how many samples")
     command.add_argument("--ids", action="store_true", help="every token with its id")
+
+    command = commands.add_parser(
+        "plug", help="another LLM under the same Q-Former: new projection, short tuning, a table"
+    )
+    command.add_argument("source", help="a run directory, or whatever else can be loaded")
+    command.add_argument("--language", required=True, help="the new LLM")
+    command.add_argument("--start", choices=("mapped", "random"), default="mapped", help="of the projection (mapped)")
+    command.add_argument("--warmup-steps", type=int, help="of the projection alone (a twentieth of the source's steps)")
+    command.add_argument("--warmup-rate", type=float, help="(five times the source's)")
+    command.add_argument("--steps", type=int, help="of joint tuning (a fifth of the source's steps)")
+    command.add_argument("--rate", type=float, help="of joint tuning (the source's)")
+    command.add_argument("--tasks", help="cards to score, comma-separated (the source's)")
+    command.add_argument("--data", help="the folder the cards' paths start from (the source's)")
+    command.add_argument("--limit", type=int, help="score a seeded subset of this many samples; marked as partial")
+    command.add_argument("--without", default="", help="columns to leave out: before,warmup,tuned,fresh,source")
+    command.add_argument("--output", help="the run directory (beside the source's: NAME-on-LLM)")
+    command.add_argument("--vision", help="where the image encoder is now, if it moved")
+    command.add_argument("--own-language", help="where the source's own LLM is now, if it moved")
+    command.add_argument(
+        "--set", nargs="+", default=[], action="extend", metavar="key=value", help="settings to change"
+    )
 
     command = commands.add_parser("export", help="write an adapter in the form of transformers or LAVIS")
     command.add_argument("source", help="a run, a saved adapter, a published model, or a .pth file of LAVIS")
@@ -243,6 +264,25 @@ def _render(options: argparse.Namespace) -> None:
         console.print(block)
 
 
+def _plug(options: argparse.Namespace) -> None:
+    from qformer.stages import Stages, carry
+
+    carry(
+        options.source,
+        options.language,
+        Stages(options.start, options.warmup_steps, options.warmup_rate, options.steps, options.rate),
+        tasks=options.tasks.split(",") if options.tasks else None,
+        data=options.data,
+        output=options.output,
+        limit=options.limit,
+        without=[row for row in options.without.split(",") if row],
+        overrides=options.set,
+        vision=options.vision,
+        own_language=options.own_language,
+        say=_say,
+    )
+
+
 def _export(options: argparse.Namespace) -> None:
     from qformer.run import export
 
@@ -296,6 +336,7 @@ COMMANDS = {
     "eval": _eval,
     "ask": _ask,
     "render": _render,
+    "plug": _plug,
     "export": _export,
     "data": _data,
     "tasks": _tasks,

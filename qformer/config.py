@@ -148,7 +148,7 @@ INIT_PARTS = (
     "norm", "queries", "embeddings", "self_attention", "cross_attention", "query_feed_forward", "text_feed_forward",
     "text", "projection",
 )  # fmt: skip
-"""Parts of an adapter that a source may give; `text` is embeddings and text_feed_forward together."""
+"""Parts of an adapter that a source may give, or a run train; `text` is embeddings and text_feed_forward together."""
 
 
 @dataclass(frozen=True)
@@ -297,8 +297,13 @@ class TrainConfig:
     keep_checkpoints: int = 2
     log_with: list[str] = field(default_factory=list)
     """Trackers of accelerate (tensorboard, wandb …) beside metrics.jsonl."""
+    only: list[str] = field(default_factory=list)
+    """Parts of the adapter that are trained, by the names that `qformer.init` has for them; empty: all of it."""
 
     def __post_init__(self) -> None:
+        for part in self.only:
+            if part not in INIT_PARTS:
+                raise ConfigError(f"train.only: unknown part '{part}'.{did_you_mean(part, INIT_PARTS)}")
         counts = ("steps", "batch_size", "micro_batch_tokens", "log_every", "checkpoint_every", "keep_checkpoints")
         check_numbers("train", self, *counts, least=1)
         check_numbers("train", self, "rate", "max_norm", above=True)
@@ -376,13 +381,7 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: no such file, an unknown key, a wrong type, a value that cannot work; says file and key.
     """
     path = resources.find("configs", str(source), "config")
-    layers = _with_parents(path, seen=())
-    changes, mixture, whole = _command_line(overrides)
-    if whole:
-        layers = [(where, _without(raw, ["data", "tasks"])) for where, raw in layers]
-    if mixture is not None:
-        changes = [*changes, {"data": {"tasks": mixture}}]
-    config = structured(RunConfig, [*layers, *(("command line", change) for change in changes)])
+    config = _overridden(_with_parents(path, seen=()), overrides)
     for section, key in (("vision", "name"), ("language", "name")):
         if not getattr(getattr(config, section), key):
             raise ConfigError(f"{path}: {section}.{key} is not set; it takes a name or a directory.")
@@ -396,6 +395,24 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         validation=dataclasses.replace(config.validation, tasks=validated),
         evaluate=dataclasses.replace(config.evaluate, tasks=scored),
     )
+
+
+def changed(settings: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """Settings with `key=value` overrides on top, as `load` takes them.
+
+    Raises:
+        ConfigError: as `load`.
+    """
+    return _overridden([("settings", dataclasses.asdict(settings))], overrides)
+
+
+def _overridden(layers: Sequence[tuple[str, Mapping[str, Any]]], overrides: Sequence[str]) -> RunConfig:
+    changes, mixture, whole = _command_line(overrides)
+    if whole:
+        layers = [(where, _without(raw, ["data", "tasks"])) for where, raw in layers]
+    if mixture is not None:
+        changes = [*changes, {"data": {"tasks": mixture}}]
+    return structured(RunConfig, [*layers, *(("command line", change) for change in changes)])
 
 
 def save(config: Any, path: Path) -> None:

@@ -6,9 +6,9 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -105,7 +105,7 @@ def build(
     _check_reading(qformer.size, tokenizer, given)
     connector = QFormerConnector(qformer, language.width, generator, given.norm_eps)
     if given.soft_scale == "embeddings":
-        _scale_soft_tokens(connector, language.embedding_norm(), generator)
+        scale_soft_tokens(connector, language.embedding_norm(), generator)
     return VLM(encoder, connector, language, tokenizer, settings)
 
 
@@ -139,7 +139,7 @@ def _build_from_sources(
     )
     report(table.table())
     if given.soft_scale == "embeddings" and "projection.weight" in table.made:
-        _scale_soft_tokens(connector, language.embedding_norm(), generator)
+        scale_soft_tokens(connector, language.embedding_norm(), generator)
     tokenizer = instruction_tokenizer(given)
     _check_reading(connector.size, tokenizer, given)
     return VLM(vision, connector, language, tokenizer, settings)
@@ -212,7 +212,7 @@ def load(
             LLM than the adapter was trained with (use `qformer.plug` to carry an adapter to another LLM).
     """
     _check_device(device)
-    say = report or _to_stderr
+    say = report or to_stderr
     spoken: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")} if dtype else {}
     if quantization is not None:
         spoken["quantization"] = language_backbone.quantization_values(quantization)
@@ -276,14 +276,7 @@ class Named:
 def _load_saved(path: Path, named: Named, strict: bool, say: Callable[[str], None]) -> VLM:
     directory = adapter_directory(path)
     description, size, profile = _described(directory / CONFIG_FILE)
-    settings = config.structured(
-        RunConfig,
-        [(str(directory / CONFIG_FILE), {name: description[name] for name in ("vision", "language", "qformer")})],
-    )
-    limits = dataclasses.replace(settings.data, max_pixels=description["max_pixels"])
-    settings = dataclasses.replace(
-        settings, vision=named.seen(settings.vision), language=named.spoken(settings.language), data=limits
-    )
+    settings = _saved_settings(directory, description, named)
     tensors, fingerprint = adapter_tensors(directory)
     towers, settings = _towers(settings, named.encoder)
     encoder, language = towers
@@ -305,6 +298,98 @@ def _load_saved(path: Path, named: Named, strict: bool, say: Callable[[str], Non
     return model
 
 
+def saved_settings(directory: Path) -> RunConfig:
+    """What an adapter's directory says of its towers and its Q-Former.
+
+    Raises:
+        ConfigError: it does not describe an adapter.
+    """
+    return _saved_settings(directory, _described(directory / CONFIG_FILE)[0], Named(None, None, {}, None))
+
+
+def _saved_settings(directory: Path, description: dict[str, Any], named: Named) -> RunConfig:
+    """What a saved adapter's description says of towers and Q-Former, with what the caller says in its place."""
+    settings = config.structured(
+        RunConfig,
+        [(str(directory / CONFIG_FILE), {name: description[name] for name in ("vision", "language", "qformer")})],
+    )
+    limits = dataclasses.replace(settings.data, max_pixels=description["max_pixels"])
+    return dataclasses.replace(
+        settings, vision=named.seen(settings.vision), language=named.spoken(settings.language), data=limits
+    )
+
+
+@dataclass(frozen=True)
+class Unplugged:
+    """An adapter of any form behind its encoder and without its LLM: what is put in front of another one."""
+
+    source: str
+    encoder: FrozenTower | OwnTower
+    tensors: Mapping[str, Tensor]
+    size: QFormerSize
+    norm_eps: float
+    settings: RunConfig
+    """Towers and Q-Former as the source has them; `language` is the LLM it was trained with, as far as it is known."""
+    tokenizer: Any | None
+    """What the Q-Former reads with."""
+    fingerprint: Tensor | None
+    """Of its own LLM, where the source tells it."""
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+
+def unplug(
+    source: str | Path,
+    *,
+    vision: str | VisionConfig | Callable[[Tensor], Any] | None = None,
+    language: str | LanguageConfig | None = None,
+    instruction_tokenizer: str | Path | None = None,
+    revision: str | None = None,
+) -> Unplugged:
+    """An adapter in any form that `load` takes, without its LLM; the arguments are those of `load`.
+
+    Raises:
+        ConfigError: nothing to load there, files that are broken, an adapter that is not whole, or an encoder of
+            another width.
+    """
+    named = Named(vision, language, {}, revision)
+    path = place(source, revision)
+    if path.is_file() or _is_published(path):
+        published = read_lavis(path) if path.is_file() else read_transformers(path, str(source))
+        if published.directory is None and vision is None:
+            raise ConfigError(
+                f"{source}: a file of LAVIS holds the adapter alone; name its image encoder, as in "
+                f"vision='eva_vit_g.pth'."
+            )
+        settings, size = _published_settings(published, named, instruction_tokenizer), published.size
+        tensors, eps = dict(published.tensors), published.norm_eps
+        tokenizer = None
+        if size.instruction:
+            tokenizer = _published_tokenizer(published, instruction_tokenizer, settings.qformer, revision)
+        inner = read_embeddings(published)
+        fingerprint, recipe = None if inner is None else language_backbone.fingerprint(inner), {}
+        if published.directory is None and language is None:
+            settings = dataclasses.replace(settings, language=dataclasses.replace(settings.language, name=""))
+    else:
+        directory = adapter_directory(path)
+        description, size, _ = _described(directory / CONFIG_FILE)
+        settings = _saved_settings(directory, description, named)
+        tensors, fingerprint = adapter_tensors(directory)
+        eps, recipe = description.get("norm_eps", 1e-5), description.get("recipe", {})
+        tokenizer = _own_tokenizer(directory) if size.instruction else None
+    lacking = [name for name in own_names(size) if name not in tensors and not name.startswith("projection.")]
+    if lacking:
+        raise ConfigError(f"{source}: the adapter is not whole; missing: {weights.shortened(lacking)}.")
+    if named.encoder is None:
+        vision_backbone.check_vision(located(settings.vision))
+    encoder, settings = _encoder(settings, named.encoder)
+    if encoder.width != size.vision_width:
+        raise ConfigError(
+            f"{source}: its adapter reads an encoder of width {size.vision_width}, and '{settings.vision.name}' is "
+            f"{encoder.width} wide; name the encoder it was trained on."
+        )
+    return Unplugged(str(source), encoder, tensors, size, eps, settings, tokenizer, fingerprint, recipe)
+
+
 def _own_tokenizer(directory: Path) -> Any:
     if (directory / TOKENIZER_FOLDER).is_dir():
         return _tokenizer(directory / TOKENIZER_FOLDER)
@@ -320,32 +405,8 @@ def _load_published(
             f"{published.source}: a file of LAVIS holds the adapter alone; name both towers, as in "
             f"load(..., vision='eva_vit_g.pth', language='google/flan-t5-xl')."
         )
-    preset = presets.load(published.preset)
-    seen = named.seen(dataclasses.replace(preset.vision, name=published.source, revision=named.revision))
-    if (
-        named.encoder is None
-        and not isinstance(named.vision, VisionConfig)
-        and inside.is_whole(seen.name, seen.revision)
-    ):
-        seen = dataclasses.replace(seen, block=None)
-    spoken = named.spoken(dataclasses.replace(preset.language, name=published.source, revision=named.revision))
-    if directory is not None and not isinstance(named.language, LanguageConfig):
-        spoken = _ended_as_published(spoken, published)
-    read = dataclasses.replace(
-        preset.qformer,
-        tokenizer=str(tokenizer) if tokenizer else preset.qformer.tokenizer,
-        queries=size.queries,
-        hidden=size.hidden,
-        layers=size.layers,
-        heads=size.heads,
-        intermediate=size.intermediate,
-        cross_attention_every=size.cross_attention_every,
-        instruction=size.instruction,
-        dropout=size.dropout,
-        norm_eps=published.norm_eps,
-        instruction_limit=min(preset.qformer.instruction_limit, size.positions),
-    )
-    settings = RunConfig(vision=seen, language=spoken, qformer=read)
+    settings = _published_settings(published, named, tokenizer)
+    spoken, read, seen = settings.language, settings.qformer, settings.vision
     towers, settings = _towers(settings, named.encoder)
     if strict:
         _same_width(towers[0].width, published.source, size, settings.vision.name)
@@ -372,6 +433,37 @@ def _load_published(
         if not isinstance(words, MissingTokenizer):
             _check_reading(size, words, read)
     return VLM(towers[0], connector, towers[1], words, settings)
+
+
+def _published_settings(published: Published, named: Named, tokenizer: str | Path | None) -> RunConfig:
+    """The preset of a published form, with what the source and the caller say."""
+    size, directory = published.size, published.directory
+    preset = presets.load(published.preset)
+    seen = named.seen(dataclasses.replace(preset.vision, name=published.source, revision=named.revision))
+    if (
+        named.encoder is None
+        and not isinstance(named.vision, VisionConfig)
+        and inside.is_whole(seen.name, seen.revision)
+    ):
+        seen = dataclasses.replace(seen, block=None)
+    spoken = named.spoken(dataclasses.replace(preset.language, name=published.source, revision=named.revision))
+    if directory is not None and not isinstance(named.language, LanguageConfig):
+        spoken = _ended_as_published(spoken, published)
+    read = dataclasses.replace(
+        preset.qformer,
+        tokenizer=str(tokenizer) if tokenizer else preset.qformer.tokenizer,
+        queries=size.queries,
+        hidden=size.hidden,
+        layers=size.layers,
+        heads=size.heads,
+        intermediate=size.intermediate,
+        cross_attention_every=size.cross_attention_every,
+        instruction=size.instruction,
+        dropout=size.dropout,
+        norm_eps=published.norm_eps,
+        instruction_limit=min(preset.qformer.instruction_limit, size.positions),
+    )
+    return RunConfig(vision=seen, language=spoken, qformer=read)
 
 
 def _ended_as_published(spoken: LanguageConfig, published: Published) -> LanguageConfig:
@@ -444,7 +536,8 @@ def _is_published(path: Path) -> bool:
     return is_transformers(read_config(path, str(path)))
 
 
-def _to_stderr(line: str) -> None:
+def to_stderr(line: str) -> None:
+    """Where a report goes that nobody asks for."""
     print(line, file=sys.stderr)  # noqa: T201
 
 
@@ -662,7 +755,7 @@ def _check_reading(size: QFormerSize, tokenizer: Any | None, given: QFormerConfi
         )
 
 
-def _scale_soft_tokens(connector: QFormerConnector, norm: float, generator: torch.Generator) -> None:
+def scale_soft_tokens(connector: QFormerConnector, norm: float, generator: torch.Generator) -> None:
     """Query outputs leave a LayerNorm with length √D, so this spread gives soft tokens of the wanted length."""
     weight = connector.projection.weight
     with torch.no_grad():

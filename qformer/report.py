@@ -17,6 +17,7 @@ from typing import Any
 
 from qformer import __version__, charts, config, gallery
 from qformer.charts import Mark
+from qformer.comparison import PLUG_FILE, ROWS, cell
 from qformer.errors import DataError
 from qformer.results import Score, read_json, read_lines
 
@@ -61,6 +62,7 @@ def write_report(directory: Path) -> Path:
         _head(directory, settings, lines, scores),
         _what_was_run(settings),
         _scores(scores),
+        _carried(read_json(directory / PLUG_FILE) if (directory / PLUG_FILE).exists() else {}),
         _curves(lines),
         _mixture(mixture),
         _answers(scores, Path(settings.get("data", {}).get("root", "."))),
@@ -238,6 +240,21 @@ def _scores(scores: Sequence[Score]) -> str:
         + _table(("Set", "", "Score", *(LEGEND[kind].capitalize() for kind in kinds), "Samples"), rows)
         + _types(scores)
     )
+
+
+def _carried(content: Mapping[str, Any]) -> str:
+    """The stages of an adapter that was carried over to another LLM, a row a set, where any of them was scored."""
+    found = {name: content["rows"][name]["scores"] for name in ROWS if name in content.get("rows", {})}
+    if not found:
+        return ""
+    rows = []
+    for key in dict.fromkeys(key for scores in found.values() for key in scores):
+        cells = [_cell(ROWS[name], *cell(scores.get(key)).split("\n")) for name, scores in found.items()]
+        title = next(scores[key]["title"] for scores in found.values() if key in scores)
+        rows.append(f'<tr><td class="name"><b>{escape(title)}</b></td>{"".join(cells)}</tr>')
+    words = f"From {content['own_language']} to {content['language']}, projection {content['start']}"
+    heads = ("Set", *(ROWS[name].capitalize() for name in found))
+    return f'<h2>Carried over</h2>\n<p class="soft">{escape(words)}.</p>{_table(heads, rows, names=1)}'
 
 
 def _types(scores: Sequence[Score]) -> str:

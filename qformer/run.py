@@ -12,8 +12,8 @@ from qformer.errors import ConfigError, DataError
 from qformer.exporting import LAVIS_FILE, to_lavis
 from qformer.report import write_report
 
-METRICS_FILE = "metrics.jsonl"
-"""Is in every run directory."""
+METRICS_FILE, SETTINGS_FILE = "metrics.jsonl", "config.yaml"
+"""Are in every run directory."""
 
 
 def fit(

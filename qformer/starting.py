@@ -100,7 +100,7 @@ def start(
     loose = any(not each.strict for each in chosen)
     for each in chosen:
         source = sources.get(each.source)
-        covered = [name for name in open_names if _covers(each.parts, name)]
+        covered = [name for name in open_names if covers(each.parts, name)]
         label = f"{Path(each.source).name}: " if len(chosen) > 1 else ""
         if source is None:
             _refuse_partless(each)
@@ -163,7 +163,8 @@ def _size(
     return QFormerSize(**{name: value for name, value in {**found, **fixed}.items() if name in known})
 
 
-def _covers(parts: Sequence[str], name: str) -> bool:
+def covers(parts: Sequence[str], name: str) -> bool:
+    """Whether a tensor is in one of the parts; no parts: in any case."""
     return not parts or any(re.match(PARTS[part], name) for part in parts)
 
 

@@ -17,7 +17,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from qformer import __version__, config, exporting, modelcard, weights
+from qformer import __version__, config, exporting, modelcard, starting, weights
 from qformer.assemble import Assembler, Item
 from qformer.backbones.language import LanguageTower
 from qformer.backbones.vision import FrozenTower, OwnTower, VisionSettings
@@ -106,6 +106,21 @@ class VLM(nn.Module):
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that take a gradient, by name."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def train_only(self, parts: Sequence[str]) -> None:
+        """Freeze what is in none of the parts (`train.only`); no parts: nothing is frozen.
+
+        Raises:
+            ConfigError: nothing is left to train.
+        """
+        for name, parameter in self.connector.named_parameters():
+            if not starting.covers(parts, name):
+                parameter.requires_grad_(False)
+        if not self.trainable():
+            raise ConfigError(
+                f"train.only is {list(parts)}, and this Q-Former has nothing of that to train; name other parts, or "
+                f"leave it empty to train all of it."
+            )
 
     def _reads(self, batch: Batch) -> tuple[Tokens, tuple[Tensor, Tensor] | None]:
         pictures = torch.tensor([read.picture for read in batch.reads], device=self.device)

@@ -18,12 +18,15 @@ LAYERS = {
     1: ("keyed", "config", "cards", "text", "sample", "untokenized", "presets"),
     2: ("nn", "tensorfiles"),
     3: ("images", "backbones"),
-    4: ("assemble", "vlm", "objectives", "weights", "loading", "checkpoints", "exporting", "modelcard", "starting"),
+    4: (
+        "assemble", "vlm", "objectives", "weights", "loading", "checkpoints", "exporting", "modelcard", "starting",
+        "plugging",
+    ),
     5: ("data",),
     6: ("train", "evaluate"),
     7: (
-        "demo", "report", "charts", "gallery", "results", "render", "listing", "dryrun", "dataroot", "run", "cli",
-        "__init__", "__main__",
+        "comparison", "stages", "demo", "report", "charts", "gallery", "results", "render", "listing", "dryrun",
+        "dataroot", "run", "cli", "__init__", "__main__",
     ),
 }  # fmt: skip
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names}

@@ -109,10 +109,21 @@ class LanguageTower(nn.Module):
 
     @torch.no_grad()
     def embedding_norm(self) -> float:
-        """Mean length of a word's embedding as the LLM reads it: through its module, whose scaling counts (Gemma)."""
-        rows = min(len(self.tokenizer), self._embeddings.weight.shape[0])
-        parts = torch.arange(rows, device=self.device).split(4096)
-        return float(torch.cat([self._embeddings(part).float().norm(dim=-1) for part in parts]).mean())
+        """Mean length of a word's embedding as the LLM reads it."""
+        parts = torch.arange(self.words).split(4096)
+        return float(torch.cat([self.embedded(part).norm(dim=-1) for part in parts]).mean())
+
+    @property
+    def words(self) -> int:
+        """Ids that both the tokenizer and the table of embeddings have."""
+        return min(len(self.tokenizer), self._embeddings.weight.shape[0])
+
+    @torch.no_grad()
+    def embedded(self, ids: Tensor) -> Tensor:
+        """Ids (N,) -> their embeddings (N, L) in float32 as the LLM reads them: through its module, whose scaling
+        counts (Gemma), so that soft tokens stand in the same space.
+        """
+        return self._embeddings(ids.to(self.device)).float()
 
     @torch.no_grad()
     def fingerprint(self) -> Tensor:

@@ -344,17 +344,6 @@ def make_tokenizer(folder: Path, vocabulary: int) -> Any:
 # -- the LLM ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Reader:
-    """An LLM of the demo: its family in transformers, width, words."""
-
-    family: str
-    width: int
-    vocabulary: int
-
-
-READERS = {"language": Reader("Llama", 128, 768), "other": Reader("Qwen2", 160, 640)}
-"""By folder.  The second is what a tuned Q-Former is carried to."""
 TEXT_BATCH, TEXT_LENGTH = 24, 88
 GROUP_WORDS = 8
 QUESTION_WEIGHT = 0.02
@@ -408,18 +397,52 @@ COURSES = (
     ),
     Course(0.3, (Stage(900, (3, 4), FORMS, 2, drift=1.0, plain=0.2, telling=True),)),
 )
-TEXT_STEPS = sum(course.steps for course in COURSES)
+SHORT_COURSES = (
+    Course(
+        1.0,
+        (
+            Stage(420, (2, 3), FINDING, 5, terse=1.0, plain=1.0),
+            Stage(320, (2, 3), FINDING, 3, terse=0.4, plain=1.0),
+            Stage(1200, (2, 3, 4), JUDGING, 3, noise=0.1, terse=0.1, plain=0.8),
+            Stage(900, (3, 4), FORMS, 2, noise=0.2, plain=0.2, telling=True),
+        ),
+    ),
+    Course(0.3, (Stage(260, (3, 4), FORMS, 2, drift=1.0, plain=0.2, telling=True),)),
+)
+"""The same with fewer steps for judging and for all forms."""
 
 
-def lesson(step: int) -> tuple[Stage, Course, int]:
-    """The stage and the course of a step, and its number in the course."""
-    for course in COURSES:
-        if step < course.steps:
-            for stage, end in zip(course.stages, accumulate(each.steps for each in course.stages), strict=True):
-                if step < end:
-                    return stage, course, step
-        step -= course.steps
-    raise IndexError(step)
+@dataclass(frozen=True)
+class Reader:
+    """An LLM of the demo: its family in transformers, width, words, and what it is taught."""
+
+    family: str
+    width: int
+    vocabulary: int
+    heads: int = 4
+    courses: tuple[Course, ...] = COURSES
+
+    @property
+    def steps(self) -> int:
+        """Of all its courses."""
+        return sum(course.steps for course in self.courses)
+
+    def lesson(self, step: int) -> tuple[Stage, Course, int]:
+        """The stage and the course of a step, and its number in the course."""
+        for course in self.courses:
+            if step < course.steps:
+                for stage, end in zip(course.stages, accumulate(each.steps for each in course.stages), strict=True):
+                    if step < end:
+                        return stage, course, step
+            step -= course.steps
+        raise IndexError(step)
+
+
+READERS = {
+    "language": Reader("Llama", 128, 768),
+    "other": Reader("Qwen2", 96, 640, courses=SHORT_COURSES),
+}
+"""By folder.  The second is what a tuned Q-Former is carried to."""
 
 
 @dataclass(frozen=True)
@@ -537,14 +560,14 @@ class Writer:
 class Steps(Dataset[Texts]):
     """The texts of every step of the LLM's training, a function of the step alone."""
 
-    def __init__(self, writer: Writer):
-        self.writer = writer
+    def __init__(self, writer: Writer, reader: Reader):
+        self.writer, self.reader = writer, reader
 
     def __len__(self) -> int:
-        return TEXT_STEPS
+        return self.reader.steps
 
     def __getitem__(self, step: int) -> Texts:
-        stage, _, _ = lesson(step)
+        stage, _, _ = self.reader.lesson(step)
         found = []
         for number in range(step * TEXT_BATCH, (step + 1) * TEXT_BATCH):
             scene = text_scene(TEXT_SEED, number, stage.things)
@@ -572,10 +595,10 @@ def _mask(block: Tensor) -> Tensor:
 
 
 def make_llm(reader: Reader) -> Any:
-    """The LLM with fresh weights: 4 blocks, heads of 32."""
+    """The LLM with fresh weights: 4 blocks."""
     import transformers
 
-    heads = reader.width // 32
+    heads = reader.heads
     config = getattr(transformers, f"{reader.family}Config")(
         vocab_size=reader.vocabulary, hidden_size=reader.width, num_hidden_layers=4, num_attention_heads=heads,
         num_key_value_heads=heads, intermediate_size=3 * reader.width, max_position_embeddings=512,
@@ -664,9 +687,9 @@ def train_llm(out: Path, name: str = "language") -> None:
     pointers = Pointers(model.config.hidden_size)
     others = [p for p in model.parameters() if all(p is not m for m in matrices)] + list(pointers.parameters())
     optimizers = [Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0)]
-    clock = Clock(name, TEXT_STEPS)
-    for step, texts in enumerate(DataLoader(Steps(writer), batch_size=None, num_workers=1, prefetch_factor=4)):
-        stage, course, place = lesson(step)
+    clock = Clock(name, reader.steps)
+    for step, texts in enumerate(DataLoader(Steps(writer, reader), batch_size=None, num_workers=1, prefetch_factor=4)):
+        stage, course, place = reader.lesson(step)
         for optimizer in optimizers:
             set_rate(optimizer, place, course.steps, warmup=50, most=course.rate)
         states = read(model, texts, stage.noise, stage.drift)
@@ -681,7 +704,7 @@ def train_llm(out: Path, name: str = "language") -> None:
         for optimizer in optimizers:
             optimizer.step()
         clock.tick(step, loss, pointed)
-        if step % 200 == 199 or step == TEXT_STEPS - 1:
+        if step % 200 == 199 or step == reader.steps - 1:
             scores = answer_accuracy(model, writer)
             save_half(model, folder)
             (folder / "scores.json").write_text(

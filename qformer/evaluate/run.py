@@ -169,7 +169,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     for key, result in results.items():
         percent = METRICS[result["metric"]].percent
         entries = [result, result["shuffled"], result["most_frequent"], *([result["chance"]] if ranked else [])]
-        marks = [_shown(entry, percent) for entry in entries]
+        marks = [in_words(entry, percent) for entry in entries]
         number = f"{result['samples']:,}" + (f" of {result['of']:,}, partial" if result["partial"] else "")
         shown.add_row(key, result["metric"], *marks, number, result["recipe"])
     return shown
@@ -451,7 +451,8 @@ def _libraries() -> dict[str, str]:
 # -- for people -------------------------------------------------------------------------------------------------------
 
 
-def _shown(entry: Mapping[str, Any] | None, percent: bool) -> str:
+def in_words(entry: Mapping[str, Any] | None, percent: bool) -> str:
+    """A score with its interval."""
     if entry is None:
         return "–"
     factor, digits = (100, 1) if percent else (1, 3)

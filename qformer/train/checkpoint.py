@@ -211,6 +211,8 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
             flat |= _flat(value, f"{prefix}{key}.")
         elif f"{prefix}{key}" == "data.tasks":
             flat[f"{prefix}{key}"] = {PurePath(name).name: weight for name, weight in value.items()}
+        elif f"{prefix}{key}" == "qformer.init" and isinstance(value, list | tuple):
+            flat[f"{prefix}{key}"] = [{**each, "from": PurePath(each["from"]).name} for each in value]
         else:
             flat[f"{prefix}{key}"] = value
     return flat

@@ -94,6 +94,7 @@ def train(
     first_process = accelerator.is_main_process
     say = say if first_process else lambda _: None
     model = loading.build(settings, report=say).to(accelerator.device)
+    model.train_only(settings.train.only)
     model.train()
     optimizer = optimizer_for(model.trainable(), settings.train)
     start = checkpoint.restore(last[0], model, optimizer) if last else 0
