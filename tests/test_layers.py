@@ -21,8 +21,11 @@ LAYERS = {
     4: ("assemble", "vlm", "objectives", "weights", "loading", "checkpoints", "exporting", "modelcard", "starting"),
     5: ("data",),
     6: ("train", "evaluate"),
-    7: ("demo", "report", "charts", "gallery", "results", "render", "listing", "run", "cli", "__init__", "__main__"),
-}
+    7: (
+        "demo", "report", "charts", "gallery", "results", "render", "listing", "run", "harness", "lmms",
+        "cli", "__init__", "__main__",
+    ),
+}  # fmt: skip
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names}
 HEAVY = {"torch", "torchvision", "transformers", "timm", "accelerate", "torchmetrics", "datasets", "matplotlib"}
 
