@@ -205,8 +205,7 @@ class Said(list):
             self.append((about, message))
 
 
-@pytest.mark.parametrize("family", ["llama", "t5"])
-@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize(("family", "size"), [("llama", 3), ("t5", 2), ("llama", 1)])
 def test_answers_are_those_of_the_model_whatever_the_batch(model: Any, family: str, size: int) -> None:
     vlm, said, counted = model(family), Said(), []
     wishes = [
@@ -221,7 +220,7 @@ def test_answers_are_those_of_the_model_whatever_the_batch(model: Any, family: s
     assert len(set(found)) > 1
     assert sum(counted) == 4
     assert said == []
-    ended = [{**wish, "until": [answer[2:4]]} for wish, answer in zip(wishes, alone, strict=True)]
+    ended = [{**wish, "until": [answer[1:3]]} for wish, answer in zip(wishes, alone, strict=True)]
     cut = [stopped(answer, wish["until"]) for answer, wish in zip(alone, ended, strict=True)]
     assert Answerer(vlm, size, said).generate(requests(ended)) == cut != alone
 
@@ -230,8 +229,9 @@ def rank(vlm: VLM, normalize: str, end: bool) -> list[list[float]]:
     return vlm.rank([list(each) for each in SEEN], PROMPTS, CHOICES, normalize=normalize, end=end)
 
 
-@pytest.mark.parametrize("family", ["llama", "t5"])
-@pytest.mark.parametrize(("normalize", "end"), [("mean", True), ("sum", False), ("pmi", True)])
+@pytest.mark.parametrize(
+    ("family", "normalize", "end"), [("llama", "mean", True), ("llama", "pmi", True), ("t5", "sum", False)]
+)
 def test_losses_are_minus_likelihoods(model: Any, family: str, normalize: str, end: bool) -> None:
     vlm, opened = model(family), []
     asking = [
@@ -266,31 +266,34 @@ def argmax_agrees(vlm: VLM, seen: Any, prompt: str, ids: tuple[int, ...]) -> boo
     return True
 
 
+def favour(vlm: VLM, token: int) -> None:
+    """From now on the LLM finds this id the likeliest, wherever it stands."""
+    head = vlm.language.model.get_output_embeddings()
+    head.register_forward_hook(lambda module, given, logits: logits.index_fill(-1, torch.tensor([token]), 30.0))
+
+
 @pytest.mark.parametrize("family", ["llama", "t5"])
 @torch.inference_mode()
 def test_greedy_is_what_greedy_decoding_writes(model: Any, family: str) -> None:
     vlm = model(family)
     joiner = Joiner(vlm.language.tokenizer, vlm.language.profile, None)
-    first = [text for text in vlm.generate([list(s) for s in SEEN], PROMPTS, max_new_tokens=1) if text]
-    choices = [*dict.fromkeys(first), "it is red"]
-    asking = [each for choice in choices for each in requests([choice] * 4)]
+    [favourite] = joiner.answer_ids("a")
+    favour(vlm, favourite)
+    choices = ["a", "a a", "a the", "the a", "two cats"]
+    asking = [each for choice in choices for each in requests([choice] * 2, PROMPTS[:2], SEEN[:2])]
     flags = [flag for _, flag in Answerer(vlm, 3, Said()).losses(asking, end=False)]
     expected = [
         argmax_agrees(vlm, seen, prompt, joiner.answer_ids(choice))
-        for choice, (seen, prompt) in itertools.product(choices, zip(SEEN, PROMPTS, strict=True))
+        for choice, (seen, prompt) in itertools.product(choices, zip(SEEN[:2], PROMPTS[:2], strict=True))
     ]
-    assert flags == expected
-    assert True in flags
-    assert False in flags
+    assert flags == expected == [True] * 4 + [False] * 6
 
 
 @torch.inference_mode()
 def test_greedy_counts_the_end_mark(model: Any) -> None:
     vlm = model()
-    words, [end] = vlm.language.profile, vlm.language.profile.end
-    assert words.separator == ""
-    head = vlm.language.model.lm_head
-    head.register_forward_hook(lambda module, given, logits: logits.index_fill(-1, torch.tensor([end]), 1e4))
+    assert vlm.language.profile.separator == ""
+    favour(vlm, vlm.language.profile.end[0])
     found = Answerer(vlm, 2, Said()).losses(requests(["", "red"], PROMPTS[:2], SEEN[:2]))
     assert [flag for _, flag in found] == [True, False]  # nothing at all, then the end mark
     assert found[0][0] == pytest.approx(0, abs=1e-4)
@@ -315,22 +318,21 @@ def test_without_a_picture_the_llm_is_asked_alone(model: Any) -> None:
 
 
 def test_what_is_left_out_is_said_once(model: Any) -> None:
-    vlm, said = model("gpt2"), Said()  # of 256 positions
+    vlm, said = model(), Said()
+    vlm.language.model.config.max_position_embeddings = 138  # 4 soft tokens and a prompt of 128 leave 6
     prompts = ["<image> and <image> what colour", "please " * 200, "<image> red", "how many?"]
-    asking = requests([{"image_size": 3, "max_new_tokens": 200}] * 4, prompts, [(COLOURS[0],)] * 4)
+    asking = requests([{"image_size": 3, "max_new_tokens": 20}] * 4, prompts, [(COLOURS[0],)] * 4)
     answers = Answerer(vlm, 4, said).generate(asking)
     assert dict(said) == {
         "image_size": "generation_kwargs.image_size means nothing to qformer and is left out.",
         "<image>": "colours: test 0 has 2 <image> marks for 1 pictures: such marks are left out, and the pictures "
         "stand in front.",
-        "max_new_tokens": "a task asks for up to 200 new tokens, and the LLM has 256 positions: such answers end where "
+        "max_new_tokens": "a task asks for up to 20 new tokens, and the LLM has 138 positions: such answers end where "
         "these do.",
         "cuts": "2 text(s) were cut to their limits (language.instruction_limit, language.target_limit, "
         "qformer.instruction_limit).",
     }
-    assert answers[2:] == Answerer(vlm, 4, Said()).generate(
-        requests([{"max_new_tokens": 256 - 4 - 128}] * 2, ["red", "how many?"], [(COLOURS[0],)] * 2)
-    )
+    assert answers[2:] == vlm.generate([COLOURS[0]] * 2, prompts[2:], max_new_tokens=6)
 
 
 def test_a_broken_picture_is_an_error_that_names_its_document(model: Any, tmp_path: Path) -> None:
