@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from lmms_eval.api.instance import GenerationResult, unwrap_generation_output
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from loguru import logger
@@ -83,13 +84,13 @@ class HarnessModel(lmms):
             self.cache_hook.add_partial("generate_until", request.args[:2], answer)
         return answers
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
         """Losses, which is what lmms-eval ranks by, and whether greedy decoding writes the continuation."""
         with self._bar(requests) as bar:
             losses = self._answerer().losses(self._asked(requests), self.normalize, self.end, bar.update)
         for request, loss in zip(requests, losses, strict=True):
             self.cache_hook.add_partial("loglikelihood", request.args[:2], loss)
-        return losses
+        return [_unharmed(loss) for loss in losses]
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         """Not to be had.
@@ -112,6 +113,19 @@ class HarnessModel(lmms):
 
     def _bar(self, requests: Sequence[Any]) -> Any:
         return tqdm(total=len(requests), disable=self.rank != 0, desc="qformer")
+
+
+class Pair(tuple[float, bool]):
+    """A loss and a flag that lmms-eval's cache may treat as a text, which it finds empty and does not store."""
+
+    def strip(self) -> str:
+        """Nothing."""
+        return ""
+
+
+def _unharmed(loss: tuple[float, bool]) -> Any:
+    """What reaches lmms-eval's scorers as the pair that it is: release 0.7.3 makes a text of a plain pair."""
+    return loss if unwrap_generation_output(loss)[0] == loss else GenerationResult(Pair(loss))
 
 
 def _batch_size(given: int | str) -> int:

@@ -367,6 +367,23 @@ class Manifest:
     simple_class_path: str
 
 
+@dataclass
+class Result:
+    """lmms-eval's record of an answer."""
+
+    text: Any
+
+
+def handed_on(output: Any) -> tuple[Any, None]:
+    """lmms-eval's `unwrap_generation_output`, of a release that hands pairs on as they are."""
+    return (output.text if isinstance(output, Result) else output), None
+
+
+def handed_on_as_text(output: Any) -> tuple[Any, None]:
+    """The same of release 0.7.3, which makes texts of pairs."""
+    return (output.text if isinstance(output, Result) else str(output)), None
+
+
 @pytest.fixture
 def plugin(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The plug-in's module, and what it logged."""
@@ -374,6 +391,7 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Any:
     logger = SimpleNamespace(info=str, warning=logged.append)
     fakes = {
         "lmms_eval": {}, "lmms_eval.api": {}, "lmms_eval.api.model": {"lmms": Simple}, "lmms_eval.models": {},
+        "lmms_eval.api.instance": {"GenerationResult": Result, "unwrap_generation_output": handed_on},
         "lmms_eval.models.registry_v2": {"ModelManifest": Manifest}, "loguru": {"logger": logger},
     }  # fmt: skip
     for name, members in fakes.items():
@@ -421,6 +439,15 @@ def test_the_plug_in_answers_and_scores(plugin: Any, saved: Any, model: Any) -> 
     assert built.cached[-1] == ("loglikelihood", asking[-1][:2], found[-1])
     with pytest.raises(ConfigError, match=r"one round; leave tasks of output_type generate_until_multi_round out"):
         built.generate_until_multi_round([])
+
+
+def test_a_likelihood_reaches_the_scorers_as_a_pair(plugin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, _ = plugin
+    assert module._unharmed((2.5, True)) == (2.5, True)
+    monkeypatch.setattr(module, "unwrap_generation_output", handed_on_as_text)
+    told = module._unharmed((2.5, True))
+    assert handed_on_as_text(told)[0] == (2.5, True)
+    assert not told.text.strip()  # the cache asks so whether there is anything to store
 
 
 @pytest.mark.parametrize(
