@@ -263,7 +263,15 @@ class LanguageTower(nn.Module):
     # -- writing ------------------------------------------------------------------------------------------------------
 
     def generate(self, soft: Tensor, rows: Sequence[Row], **decoding: Any) -> list[str]:
-        """One text per row; `decoding`: the fields of `qformer.cards.Decoding`."""
+        """One answer per row; `decoding`: the fields of `qformer.cards.Decoding`.
+
+        Raises:
+            DataError: a prompt and what is to be written are too long for the LLM.
+        """
+        return self._answers(self.write(soft, rows, **decoding))
+
+    def write(self, soft: Tensor, rows: Sequence[Row], **decoding: Any) -> Tensor:
+        """What `generate` makes answers of: the new ids (R, T) of each row, with end marks and padding."""
         raise NotImplementedError
 
     @property
@@ -325,8 +333,8 @@ class DecoderOnly(LanguageTower):
         owner = predicting.nonzero()[:, 0]
         return log_p.new_zeros(len(rows)).index_add(0, owner, log_p), predicting.sum(1)
 
-    def generate(self, soft: Tensor, rows: Sequence[Row], **decoding: Any) -> list[str]:
-        """One continuation per row; `decoding`: the fields of `qformer.cards.Decoding`.
+    def write(self, soft: Tensor, rows: Sequence[Row], **decoding: Any) -> Tensor:
+        """New ids (R, T), a continuation per row; `decoding`: the fields of `qformer.cards.Decoding`.
 
         Raises:
             DataError: a prompt and what is to be written behind it are too long for the LLM.
@@ -341,8 +349,7 @@ class DecoderOnly(LanguageTower):
         # hand: behind embeddings `generate` takes it off a padded row's first new tokens, as many as it has padding.
         given = {"inputs_embeds": joined.inputs, "attention_mask": joined.mask, "logits_processor": [penalty]}
         with self._answering():
-            generated = self.model.generate(**given, **settings)
-        return self._answers(generated)
+            return self.model.generate(**given, **settings)
 
     def _packed(self, soft: Tensor, groups: Sequence[Group]) -> Tensor:
         if not all(prompt for prompt, _ in groups):
@@ -478,8 +485,8 @@ class EncoderDecoder(LanguageTower):
         read, mask = self._encoded(soft, [row[:-1] for row in rows])
         return self._decoded(read, mask, targets), torch.tensor([len(ids) for ids in targets], device=self.device)
 
-    def generate(self, soft: Tensor, rows: Sequence[Row], **decoding: Any) -> list[str]:
-        """One answer per row; `decoding`: the fields of `qformer.cards.Decoding`.
+    def write(self, soft: Tensor, rows: Sequence[Row], **decoding: Any) -> Tensor:
+        """New ids (R, T), an answer per row; `decoding`: the fields of `qformer.cards.Decoding`.
 
         Raises:
             DataError: a prompt, or what is to be written, is too long for the LLM.
@@ -490,8 +497,7 @@ class EncoderDecoder(LanguageTower):
         self._check_length(max(joined.mask.shape[1], starts.shape[1] + settings["max_new_tokens"]))
         given = {"inputs_embeds": joined.inputs, "attention_mask": joined.mask, "decoder_input_ids": starts}
         with self._answering():
-            generated = self.model.generate(**given, **settings)
-        return self._answers(generated[:, starts.shape[1] :])
+            return self.model.generate(**given, **settings)[:, starts.shape[1] :]
 
     def _behind(self, soft: Tensor, groups: Sequence[Group]) -> Tensor:
         from transformers import DynamicCache, EncoderDecoderCache
