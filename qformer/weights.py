@@ -357,8 +357,8 @@ def located(source: str | Path) -> Path:
     name = str(source)
     if directory.is_file():
         raise ConfigError(
-            f"{source}: it is a file, and a BERT checkpoint is a directory or hub id; to start from an adapter, list "
-            f"it, as in qformer.init: [{{from: {source}}}]."
+            f"{source}: it is a file, and a BERT checkpoint is a directory or hub id; an adapter to start from is a "
+            f"directory too, or a .pth file of LAVIS."
         )
     if directory.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ConfigError(f"{source}: there is no such directory; give a BERT checkpoint's directory or hub id.")

@@ -152,10 +152,10 @@ def test_a_bert_may_be_a_hub_id_without_an_owner(towers: Path, tmp_path: Path, m
     )
 
 
-def test_a_file_in_the_place_of_a_bert_is_sent_to_the_list(towers: Path, tmp_path: Path) -> None:
-    write(tmp_path / "x.pth", MUTE, 1)
-    with pytest.raises(ConfigError, match=r"x\.pth: it is a file, .* list it, as in qformer\.init: \[\{from: .*x\.pth"):
-        built(towers, tmp_path, str(tmp_path / "x.pth"))
+def test_a_file_in_the_place_of_a_bert_is_refused(towers: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"x\.safetensors: it is a file, and a BERT checkpoint is a directory or hub id"):
+        built(towers, tmp_path, str(tmp_path / "x.safetensors"))
 
 
 def test_another_encoder_keeps_what_fits_and_lists_what_was_made_anew(towers: Path, tmp_path: Path) -> None:
