@@ -14,7 +14,6 @@ from qformer.config import RunConfig
 from qformer.train import loop
 from tests import fixtures, world
 
-
 TASKS = "data.tasks={" + ", ".join(f"{name}: 1.0" for name in fixtures.HELD_IN) + "}"
 
 
