@@ -221,7 +221,7 @@ def test_other_processes_wait_for_a_long_validation(
 
     monkeypatch.setattr(loop, "PartialState", watched)
     train(make("train.steps=1"), validate)
-    assert given == [timedelta(hours=12) if validate else None]
+    assert given[0] == (timedelta(hours=12) if validate else None)  # later ones find the processes joined
 
 
 VALIDATED = """

@@ -70,11 +70,11 @@ def train(
     run = settings.directory
     _check_place(run)
     check_trackers(settings.train.log_with)
-    state = _processes(patient=validate is not None)
+    _join_processes(patient=validate is not None)
     task_cards, multipliers = cards.mixture(settings.data)
     index = Index(Path(settings.data.root), settings.data.index, say=say)
     sources = _in_turn(
-        lambda: open_sources(task_cards, Path(settings.data.root), on_error=settings.data.on_error, index=index), state
+        lambda: open_sources(task_cards, Path(settings.data.root), on_error=settings.data.on_error, index=index)
     )
     mixture = mixture_of(sources, settings.data, multipliers, settings.seed)
     described = {key: source.described() for key, source in sources.items()}
@@ -143,7 +143,7 @@ def train(
     )
     with _bar(settings, start, shown=first_process and not quiet) as advance, _Lines(run, first_process) as lines:
         validation = _Validation(settings, validate, model, lines, accelerator, say)
-        if start and validation.due(start) and not validation.done(start):
+        if first_process and start and validation.due(start) and not validation.done(start):
             validation(start)  # it was cut off by whatever ended the run before
         began = time.perf_counter()
         for data in loader:
@@ -188,17 +188,18 @@ def train(
     return run
 
 
-def _processes(*, patient: bool) -> PartialState:
-    """The processes of the run, joined before anything else; patient where they will wait for a validation."""
-    return PartialState(cpu=not torch.cuda.is_available(), **({"timeout": VALIDATION_TIMEOUT} if patient else {}))
+def _join_processes(*, patient: bool) -> None:
+    """Joined before anything else, since their patience cannot be changed later: they may wait for a validation."""
+    PartialState(cpu=not torch.cuda.is_available(), **({"timeout": VALIDATION_TIMEOUT} if patient else {}))
 
 
-def _in_turn(work: Callable[[], Value], state: PartialState) -> Value:
+def _in_turn(work: Callable[[], Value]) -> Value:
     """What each process's work gives: the first process of all goes first, then the first of each machine, then the
     rest, so that what one writes the others find.
 
     A process whose work fails says so when all have had their turn, so that none waits for it.
     """
+    state = PartialState(cpu=not torch.cuda.is_available())
     mine = 0 if state.is_main_process else 1 if state.is_local_main_process else 2
     error: Exception | None = None
     for turn in range(3):
