@@ -26,7 +26,7 @@ from qformer.train import loop
 from tests import world
 from tests.families import family_llm
 from tests.published import tiny_published
-from tests.tiny import redraw, tiny_vision
+from tests.tiny import redraw, tiny_llm, tiny_vision
 
 PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 IDS = torch.tensor([[2, 8, 9, 3], [2, 7, 3, 0]])
@@ -39,7 +39,11 @@ def towers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def llm(towers: Path, family: str) -> str:
-    return world.towers(towers, family)["language"]
+    """The Qwen2 that adapters were trained with, or another LLM, drawn from another seed."""
+    if family == "qwen2":
+        return world.towers(towers, family)["language"]
+    directory = towers / f"other-{family}"
+    return str(directory if directory.exists() else tiny_llm(directory, family, seed=11))
 
 
 @pytest.fixture(scope="module")
