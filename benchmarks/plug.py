@@ -64,9 +64,9 @@ def share(scores: Scores, column: str, tasks: tuple[str, ...]) -> float:
     return gains[column] / gains["whole"] if gains["whole"] > 0 else float("nan")
 
 
-def spread(values: list[float], factor: float = 100.0) -> str:
-    """Mean, least and greatest."""
-    mean, low, high = (factor * each for each in (statistics.mean(values), min(values), max(values)))
+def spread(values: list[float]) -> str:
+    """Mean, least and greatest, in hundredths (CIDEr is printed so too)."""
+    mean, low, high = (100 * each for each in (statistics.mean(values), min(values), max(values)))
     return f"{mean:.1f} ({low:.1f} to {high:.1f})"
 
 
@@ -74,7 +74,7 @@ def tables(start: str, seeds: list[Scores]) -> str:
     """Both tables of one start, in Markdown."""
     lines = [f"Projection {start}.", "", "| | " + " | ".join(TASKS) + " |", "|---|" + "---:|" * len(TASKS)]
     for name in SHOWN:
-        cells = [spread([scores[name][task] for scores in seeds], 100.0 if task in SHARES else 1.0) for task in TASKS]
+        cells = [spread([scores[name][task] for scores in seeds]) for task in TASKS]
         lines.append(f"| {COLUMNS[name]} | " + " | ".join(cells) + " |")
     heads = [*SHARES, "together"]
     lines += [
@@ -112,7 +112,8 @@ def main() -> None:
         for start, scores in measure(options.output, seed, options).items():
             found[start].append(scores)
             done = share(scores, "tuned", SHARES)
-            print(f"seed {seed}, {start}: {done:.1%} of the gain ({time.perf_counter() - began:.0f} s)", flush=True)
+            seconds = time.perf_counter() - began
+            print(f"seed {seed}, {start}: {done:.1%} of the gain ({seconds:.0f} s)", flush=True)
         page = "\n\n".join(tables(start, seeds) for start, seeds in found.items())
         (options.output / "table.md").write_text(page + "\n", encoding="utf-8")
     print(page)
