@@ -117,16 +117,16 @@ def check(vlm: VLM, folder: Path, output: str, printed: str, kinds: Sequence[str
     wanted = expected(vlm, folder)
     assert set(responses) == set(kinds), printed[-6000:]
     for kind in ("write", "compare"):
-        assert [only for [only] in responses[kind]] == wanted[kind]
+        assert responses[kind] == wanted[kind]
         assert len(set(wanted[kind])) == 2
     if kinds is not KINDS:
         return
     for said, likely in zip(responses["choose"], wanted["choose"], strict=True):
-        assert [loss for loss, _ in said] == pytest.approx([-value for value in likely], abs=2e-4)
+        assert [float(loss) for loss, _ in said] == pytest.approx([-value for value in likely], abs=2e-4)
     assert scores["qformer_choose"]["acc,none"] == 1  # the likeliest is chosen: it has the least loss
     gold = [max(range(len(CHOICES)), key=likely.__getitem__) for likely in wanted["choose"]]
     losses = [-likely[number] for likely, number in zip(wanted["judge"], gold, strict=True)]
-    assert [loss for [[loss, _]] in responses["judge"]] == pytest.approx(losses, abs=2e-4)
+    assert [float(loss) for loss, _ in responses["judge"]] == pytest.approx(losses, abs=2e-4)
     assert scores["qformer_judge"]["loss,none"] == pytest.approx(sum(losses) / 2, abs=2e-4)
 
 
