@@ -160,8 +160,16 @@ def read_transformers(directory: Path, source: str) -> Published:
     Raises:
         ConfigError: files are missing or not whole, or config.json says other sizes than the tensors have.
     """
+    from transformers import AutoConfig
+
     described = read_config(directory, source)
     form: Form = described["model_type"]
+    try:
+        AutoConfig.from_pretrained(directory)
+    except Exception as error:  # strict in types and values, each with an error of its own
+        raise ConfigError(
+            f"{source}: transformers can make nothing of its config.json ({reason(error)}); fetch it again."
+        ) from None
     theirs = {
         re.sub(r"^(model\.)?(embeddings\.|)", lambda found: "qformer." * bool(found[2]) + found[2], name): tensor
         for name, tensor in weights.read_weights(directory, source, _is_of_adapter).items()
@@ -172,6 +180,8 @@ def read_transformers(directory: Path, source: str) -> Published:
     tensors, unused = _renamed(theirs, size, form)
     vision = described.get("vision_config") or {}
     eps = described.get("qformer_norm_eps", vision.get("layer_norm_eps", 1e-6))
+    if not isinstance(eps, int | float):
+        raise ConfigError(f"{source}: config.json's qformer_norm_eps is {eps!r}; it takes a number, such as 1e-5.")
     return Published(source, form, tensors, unused, size, float(eps), None, directory, described)
 
 

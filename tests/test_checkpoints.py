@@ -490,6 +490,13 @@ def test_blocks_that_look_at_no_steady_distance_are_refused(tmp_path: Path) -> N
         ("qformer_config", {"num_attention_heads": 5}, "num_attention_heads 5, which does not divide"),
         ("qformer_config", {"hidden_act": "relu"}, "hidden_act 'relu'"),
         ("", {"num_query_tokens": 32}, r"queries 32 \(the tensors say 4\)"),
+        (
+            "qformer_config",
+            {"hidden_size": "wide"},
+            r"can make nothing of its config\.json \(.*\); fetch it again",
+        ),
+        ("", {"vision_config": [24]}, r"can make nothing of its config\.json"),
+        ("", {"qformer_norm_eps": "small"}, r"qformer_norm_eps is 'small'; it takes a number"),
         ("vision_config", {"intermediate_size": 40}, r"vision\.name '.*': its weights cannot be read"),
         ("text_config", {"hidden_size": 16}, r"language\.name is '.*', and no LLM can be read from there"),
     ],

@@ -47,7 +47,7 @@ def is_whole(name: str, revision: str | None = None) -> bool:
         return False
     try:
         return AutoConfig.from_pretrained(name, revision=revision).model_type in VISION_CLASSES
-    except (OSError, ValueError):
+    except Exception:  # whatever is wrong with it is told where it is loaded
         return False
 
 
