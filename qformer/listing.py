@@ -45,7 +45,8 @@ def prompt(card: TaskCard) -> str:
     if card.eval:
         return text.load_templates(card.eval.template).templates[0]
     assert card.train is not None
-    return f"{len(text.load_templates(card.train.template).templates)} phrasings ({card.train.template})"
+    count = len(text.load_templates(card.train.template).templates)
+    return f"{count} phrasing{'s' if count > 1 else ''} ({card.train.template})"
 
 
 def card_page(name: str) -> Text:

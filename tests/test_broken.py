@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import time
+import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qformer.data import pictures
 from qformer.data.readers import READERS
 from tests import broken, fixtures
 from tests.broken import CARDS, Case, outcome
@@ -19,14 +21,13 @@ TEXT = (*CARDS, "jsonl")
 
 
 @pytest.fixture(scope="module")
-def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Case]]:
     import datasets
 
     folder = tmp_path_factory.mktemp("broken")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-    datasets.config.HF_DATASETS_CACHE = folder / "cache"
-    return broken.cases(fixtures.root(folder))
+        yield broken.cases(fixtures.root(folder))
 
 
 def spoilt(case: Case, folder: Path, change: Callable[[bytes], bytes], role: str | None = None) -> broken.Outcome:
@@ -186,6 +187,64 @@ def test_a_picture_out_of_the_root_is_refused(cases: dict[str, Case], tmp_path: 
     assert "leads out" in found.broken[0] or "is an absolute path" in found.broken[0]
 
 
+def archive(case: Case, file: Path, content: bytes | None = None) -> Path:
+    """The pictures of a case's samples in a zip archive: their own bytes, or all of them the same."""
+    root = case.files["images"]
+    assert isinstance(root, Path)
+    asked = {picture for sample in outcome(case).samples for picture in sample.images if isinstance(picture, Path)}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
+        for picture in sorted(asked):
+            packed.writestr(picture.relative_to(root).as_posix(), picture.read_bytes() if content is None else content)
+    return file
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_pictures_in_an_archive_are_read_and_bombs_are_not(
+    cases: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    case = cases[name]
+    whole = outcome(case)
+    packed = outcome(case, images=archive(case, tmp_path / "whole.zip"))
+    assert [sample.id for sample in packed.samples] == [sample.id for sample in whole.samples]
+    monkeypatch.setattr(pictures, "LARGEST", 1_000_000)
+    bombed = outcome(case, images=archive(case, tmp_path / "bomb.zip", bytes(2_000_000)))
+    assert len(bombed.broken) == 2  # as many as are opened
+    assert all("would take 2,000,000 bytes, more than the 1,000,000" in message for message in bombed.broken)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_member_out_of_an_archive_is_refused(cases: dict[str, Case], tmp_path: Path, name: str) -> None:
+    def put(row: Any) -> None:
+        row[NAMED[name]] = "../secret.jpg"
+
+    packed = archive(cases[name], tmp_path / "whole.zip")
+    with zipfile.ZipFile(packed, "a") as opened:
+        opened.writestr("../secret.jpg", b"secret")
+    source = cases[name].files[cases[name].spoilt[0]]
+    assert isinstance(source, Path)
+    file = tmp_path / source.name
+    file.write_bytes(edited(cases[name], put)(source.read_bytes()))
+    found = outcome(cases[name], images=packed, **{cases[name].spoilt[0]: file})
+    assert found.broken and "leads out of files.images" in found.broken[0]
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_link_out_of_the_root_is_refused(cases: dict[str, Case], tmp_path: Path, name: str) -> None:
+    def put(row: Any) -> None:
+        row[NAMED[name]] = "link.jpg" if NAMED[name] not in ("image_id", "imageId") else "link"
+
+    fixtures.picture(tmp_path / "secret.jpg")
+    (tmp_path / "images" / "train2014").mkdir(parents=True)
+    for folder in ("images", "images/train2014"):
+        (tmp_path / folder / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    source = cases[name].files[cases[name].spoilt[0]]
+    assert isinstance(source, Path)
+    file = tmp_path / source.name
+    file.write_bytes(edited(cases[name], put)(source.read_bytes()))
+    found = outcome(cases[name], images=tmp_path / "images", **{cases[name].spoilt[0]: file})
+    assert found.broken and "is a link that leads out of" in found.broken[0]
+
+
 @pytest.mark.parametrize("name", ["ocrvqa:ocr", "iconqa"])
 def test_a_key_that_leads_out_of_the_root_is_refused(cases: dict[str, Case], tmp_path: Path, name: str) -> None:
     key = b'"0123456789"' if name == "ocrvqa:ocr" else b'"12"'
@@ -310,5 +369,6 @@ def test_a_tenth_of_five_thousand_broken_files(cases: dict[str, Case], tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_five_thousand_broken_files(cases: dict[str, Case], tmp_path: Path) -> None:
     assert sum(try_variants(cases, tmp_path, 5000).values()) == 5000

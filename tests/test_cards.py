@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from pathlib import Path
 
@@ -19,14 +20,17 @@ UNSCORED = [name for name in HELD_IN if name.startswith(("llava", "vqg", "web"))
 HELD_OUT = ["gqa", "iconqa", "nocaps", "vsr"]
 
 
+load = functools.cache(cards.load)
+
+
 def with_variants() -> list[str]:
     names = resources.names("tasks")
-    return [*names, *(f"{name}:{variant}" for name in names for variant in cards.load(name).variants)]
+    return [*names, *(f"{name}:{variant}" for name in names for variant in load(name).variants)]
 
 
 @pytest.mark.parametrize("name", with_variants())
 def test_every_card_names_only_what_there_is(name: str) -> None:
-    card = cards.load(name)
+    card = load(name)
     assert card.key == name
     assert card.title
     assert card.licence
@@ -46,7 +50,7 @@ def test_every_card_names_only_what_there_is(name: str) -> None:
 
 @pytest.mark.parametrize("name", HELD_IN + HELD_OUT)
 def test_the_role_says_which_sections_there_are(name: str) -> None:
-    card = cards.load(name)
+    card = load(name)
     assert card.role == ("held_in" if name in HELD_IN else "held_out")
     assert (card.train is not None) == (name in HELD_IN)
     assert (card.eval is None) == (name in UNSCORED)
@@ -83,7 +87,7 @@ C = {
 
 
 def size(name: str) -> int:
-    card = cards.load(name)
+    card = load(name)
     assert card.train and card.train.size
     return card.train.size
 
@@ -128,7 +132,7 @@ def test_the_table_lists_thirteen_held_in_sets_with_their_sizes_and_shares() -> 
 
 @pytest.mark.parametrize("name", HELD_IN)
 def test_every_held_in_card_has_its_forms_for_the_ablation_without_templates(name: str) -> None:
-    plain, named = cards.load(f"{name}:plain").train, cards.load(f"{name}:dataset_name").train
+    plain, named = load(f"{name}:plain").train, load(f"{name}:dataset_name").train
     assert plain and named
     for section in (plain, named):
         templates = text.load_templates(section.template).templates

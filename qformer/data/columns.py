@@ -143,6 +143,7 @@ def _load(folder: Path, options: Mapping[str, Any], task: str) -> Any:
     """The table, from a folder or from the hub."""
     import datasets
 
+    datasets.disable_progress_bars()
     repository = options.get("repository")
     split = options.get("split", "train")
     try:

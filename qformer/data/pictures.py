@@ -25,6 +25,8 @@ LARGEST = 64 << 20
 """Bytes of a packed picture beyond which it is refused before it is read."""
 ARCHIVES = (".zip", ".tar")
 """Endings under which an archive may stand in the place of a folder."""
+PLACES = 1 << 14
+"""Folders whose place is remembered; some sets have one for each picture."""
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz"}
 
 
@@ -58,6 +60,8 @@ class Pictures:
         path = PurePosixPath(name)
         parent = str(path.parent)
         if (root, parent) not in self._places:
+            if len(self._places) >= PLACES:
+                self._places.clear()
             self._places[root, parent] = _place(root, path.parent)
         place = self._places[root, parent]
         if place.archive is not None:
