@@ -193,7 +193,11 @@ class Cost:
 
 
 def index(root: Path, name: str) -> Cost:
-    """What the command costs where nothing was indexed before."""
+    """What the command costs where nothing was indexed before.
+
+    Linux counts the memory that this process holds when it forks into the command's peak, so nothing heavy is imported
+    here.
+    """
     for older in (root / ".qformer-index").glob(f"*-{'questions' if name == 'vqa' else name}-*"):
         older.unlink()
     command = [sys.executable, "-m", "qformer", "data", "index", "--data", root, "--tasks", root / f"{name}.yaml"]

@@ -37,7 +37,7 @@ def test_what_is_written_has_the_official_shape_and_is_indexed(script: ModuleTyp
     assert {len(row["answers"]) for row in said} == {10}
     cost = script.index(tmp_path, "vqa")
     assert cost.seconds > 0 and cost.busy > 0
-    assert 10_000_000 < cost.peak < 400_000_000
+    assert cost.peak > 10_000_000  # no upper bound: Linux counts what the tests' own process held when it forked
     assert len(list((tmp_path / ".qformer-index").glob("*.arrow"))) == 1
     card = cards.load(str(tmp_path / "vqa.yaml"))
     assert card.train is not None
