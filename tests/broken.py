@@ -26,8 +26,8 @@ from qformer.sample import Sample
 
 CARDS = (
     "aokvqa", "aokvqa:multiple_choice", "coco_caption", "gqa", "iconqa", "llava_conversation",
-    "llava_conversation:turns", "nocaps", "ocrvqa:ocr", "okvqa", "textcaps", "vqav2", "vqg_vqav2:per_answer", "vsr",
-    "web_capfilt",
+    "llava_conversation:turns", "nocaps", "ocrvqa:ocr", "okvqa", "scienceqa", "textcaps", "vqav2",
+    "vqg_vqav2:per_answer", "vsr", "web_capfilt",
 )  # fmt: skip
 """Cards that together name every reader of text files but `jsonl`."""
 
