@@ -537,8 +537,8 @@ class Writer:
                     continue
                 ids[row, at:end] = tokens
                 targets[row, at : end - 1] = tokens[1:]
-                told = min(1.0, ANSWER_TOKENS / sum(answer))
-                weights[row, at : end - 1] = np.where(answer[1:], told, QUESTION_WEIGHT)
+                counted = min(1.0, ANSWER_TOKENS / sum(answer))
+                weights[row, at : end - 1] = np.where(answer[1:], counted, QUESTION_WEIGHT)
                 positions[row, first + at : first + end] = np.arange(len(tokens)) + len(phrases)
                 block[row, first + at : first + end] = number
                 for place, depth, thing in self.mentions(exchange):
