@@ -154,7 +154,9 @@ def test_a_bert_may_be_a_hub_id_without_an_owner(towers: Path, tmp_path: Path, m
 
 def test_a_file_in_the_place_of_a_bert_is_refused(towers: Path, tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"x\.safetensors: it is a file, and a BERT checkpoint is a directory or hub id"):
+    with pytest.raises(
+        ConfigError, match=r"x\.safetensors: it is a file, and a BERT checkpoint is a directory or hub id"
+    ):
         built(towers, tmp_path, str(tmp_path / "x.safetensors"))
 
 
