@@ -7,7 +7,9 @@ import os
 import pickle
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from qformer.data.index import FOLDER, Index
 from qformer.data.jsonl import JsonLines
 from qformer.data.readers import READERS
 from qformer.data.records import Records
+from qformer.data.shards import Shards
 from qformer.errors import DataError
 
 ROWS = [
@@ -121,6 +124,23 @@ def test_a_touched_file_keeps_its_index_and_a_changed_one_gets_another(tmp_path:
     after = files(tmp_path / FOLDER)
     assert len(after) == len(before) == 2
     assert after != before, "the older Arrow file is gone"
+
+
+def test_shards_that_were_changed_in_their_middle_are_read_again(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(module, "END", 16)
+    folder = tmp_path / "shards"
+    folder.mkdir()
+
+    def caption(words: str) -> str:
+        with tarfile.open(folder / "0.tar", "w") as archive:
+            for name, content in (("a.jpg", b"x" * 600), ("a.txt", words.encode()), ("b.jpg", b"x" * 600)):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, BytesIO(content))
+        return Shards({"shards": folder}, {}, "set", "split", Index(tmp_path, always=True))[0].references[0]
+
+    assert caption("a kite") == "a kite"
+    assert caption("a boat") == "a boat"
 
 
 def test_a_changed_small_file_is_read_although_an_older_index_is_there(tmp_path: Path) -> None:

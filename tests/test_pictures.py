@@ -174,6 +174,27 @@ def test_a_member_that_lies_about_its_size_is_read_no_further(tmp_path: Path) ->
         packed(Pictures(tmp_path / "liar.zip").find("a.png")).read()
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_member_that_could_only_be_unpacked_as_a_whole_is_not(tmp_path: Path, method: int) -> None:
+    """Whatever size it claims: Python unpacks bzip2 and LZMA to their end before it cuts them."""
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", method) as archive:
+        archive.writestr("a.png", content())
+    with pytest.raises(DataError, match=r"x\.zip/a\.png is compressed otherwise than by deflate; unpack the archive"):
+        packed(Pictures(tmp_path / "x.zip").find("a.png")).read()
+
+
+def test_a_member_of_negative_size_does_not_lead_back(tmp_path: Path) -> None:
+    """Its header would come after itself, for ever."""
+    data = bytearray(tarred(tmp_path / "whole.tar", "a.png").read_bytes())
+    data[124:136] = b"\xff" + (256**11 - 512).to_bytes(11, "big")
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    with pytest.raises(
+        DataError, match=r"loop\.tar: it cannot be read as a tar archive \('a\.png' is of negative size\)"
+    ):
+        Pictures(put(tmp_path / "loop.tar", bytes(data))).find("a.png")
+
+
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [

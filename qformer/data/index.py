@@ -6,7 +6,8 @@ reader and options, and the records that were found broken.
 
 An index holds as long as its sources do.  Hashing a gigabyte at every start would cost seconds, so the manifest notes
 size, modification and change time of each source, and only where one of them differs is the content hashed: the same
-content (a copied or touched file) keeps the index, another content, reader, option or format makes a new one.
+content (a copied or touched file) keeps the index, another content, reader, option or format makes a new one.  Of files
+that hold pictures too, size, modification time and both ends stand for the content.
 
 Files appear whole, by renaming, or not at all.  There are no locks: two processes that build the same index write the
 same file.
@@ -46,8 +47,9 @@ FOLDER = ".qformer-index"
 SMALL = 8 << 20
 """Bytes of sources that are read faster than an index is worth."""
 CONTAINERS = (".tar", ".parquet", ".arrow")
-"""Endings of files that hold pictures beside their records: of these, which may be terabytes, the ends are hashed."""
+"""Endings of files that hold pictures beside their records, and may be terabytes."""
 END = 1 << 20
+"""Bytes at either end of such a file that are hashed."""
 BATCH = 16 << 20
 """Bytes of rows that are held before they are written."""
 DAY = 24 * 60 * 60
@@ -185,8 +187,9 @@ class _Sources:
             try:
                 with file.open("rb") as stream:
                     if file.suffix in CONTAINERS:
-                        whole.update(f"{file.stat().st_size} ".encode() + stream.read(END))
-                        stream.seek(max(0, file.stat().st_size - END))
+                        state = file.stat()
+                        whole.update(f"{state.st_size} {state.st_mtime_ns} ".encode() + stream.read(END))
+                        stream.seek(max(0, state.st_size - END))
                     whole.update(hashlib.file_digest(stream, "sha256").digest())
             except OSError as error:
                 raise DataError(f"{file}: it cannot be read: {error.strerror}.") from None

@@ -8,7 +8,6 @@ Nothing outside the roots is ever opened: neither by `..`, nor by an absolute pa
 from __future__ import annotations
 
 import functools
-import lzma
 import os
 import tarfile
 import zipfile
@@ -27,6 +26,8 @@ ARCHIVES = (".zip", ".tar")
 """Endings under which an archive may stand in the place of a folder."""
 PLACES = 1 << 14
 """Folders whose place is remembered; some sets have one for each picture."""
+PLAIN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""How members of a zip archive may be compressed: others unpack as a whole, whatever size they claim."""
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz"}
 
 
@@ -152,13 +153,15 @@ class ZipMember(Packed):
             opened = _zip(self.container, os.getpid())
             info = opened.getinfo(self.name)
             check_size(info.file_size, str(self))
+            if info.compress_type not in PLAIN:
+                raise DataError(f"the picture {self} is compressed otherwise than by deflate; unpack the archive once")
             with opened.open(info) as stream:
-                return stream.read(LARGEST + 1)
+                return stream.read(info.file_size)
         except KeyError:
             raise DataError(f"there is no '{self.name}' in {self.container}") from None
-        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, ValueError) as error:
+        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError) as error:
             raise DataError(f"the picture {self} cannot be unpacked ({error})") from None
-        except RuntimeError as error:  # a member that is encrypted, or compressed in a way that is not known
+        except RuntimeError as error:  # a member that is encrypted
             raise DataError(f"the picture {self} cannot be unpacked ({error})") from None
 
 
@@ -239,6 +242,8 @@ def tar_members(path: Path) -> dict[str, tuple[int, int]]:
         with tarfile.open(path, "r:") as opened:
             while (member := opened.next()) is not None:
                 opened.members.clear()  # type: ignore[attr-defined]  # it would keep every header
+                if member.size < 0:  # the next header would be looked for before this one, for ever
+                    raise tarfile.ReadError(f"'{member.name}' is of negative size")
                 name = member.name.removeprefix("./")
                 if member.isreg() and not member.issparse():
                     members[name] = (member.offset_data, member.size)
