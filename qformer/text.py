@@ -164,13 +164,14 @@ def choose_answer(
     references: Sequence[str], rule: Literal["most_frequent", "sampled", "uniform_distinct"], key: tuple[object, ...]
 ) -> str | None:
     """One of several reference answers: the most frequent (the first of equals), one drawn by count, or one drawn from
-    the distinct ones.  None where there are no references.
+    the distinct ones.  Blanks count where there is nothing else.  None where there are no references.
     """
     if not references:
         return None
+    said = [each for each in references if each.strip()] or references
     if rule == "most_frequent":
-        return Counter(references).most_common(1)[0][0]
-    return keyed.choose(references if rule == "sampled" else sorted(set(references)), *key, "answer")
+        return Counter(said).most_common(1)[0][0]
+    return keyed.choose(said if rule == "sampled" else sorted(set(said)), *key, "answer")
 
 
 # -- how an LLM is spoken to ------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -190,6 +191,31 @@ class TestColumns:
             ("set/train/0/1", ("b",)),
         ]
 
+    def test_a_row_that_is_wrong_is_listed_and_the_others_are_split(self, root: Path, tmp_path: Path) -> None:
+        made = self.made(
+            tmp_path, image=[stored("red")] * 3, question=[["Q?", "R?"], None, ["S?"]],
+            answers=[["a", "b"], ["a"], ["a", "b"]],
+        )  # fmt: skip
+        records = self.opened(made, per="item")
+        assert [(records[place].fields["question"], records[place].references) for place in (0, 1)] == [
+            ("Q?", ("a",)),
+            ("R?", ("b",)),
+        ]
+        for place, shown in ((2, "null"), (3, r'\["S\?"\]')):
+            with pytest.raises(DataError, match=rf"record {place - 1}: 'question' is {shown} where text belongs"):
+                records[place]
+
+    def test_an_answer_that_is_none_is_no_word(self, root: Path, tmp_path: Path) -> None:
+        records = self.opened(self.made(tmp_path, answers=[[None, "a"]]), per="answer")
+        assert records[1].references == ("a",)
+        with pytest.raises(DataError, match="one of 'answers' is null where text belongs"):
+            records[0]
+
+    def test_words_in_pictures_that_are_no_list_are_named_with_their_row(self, root: Path, tmp_path: Path) -> None:
+        made = self.made(tmp_path, words=[7])
+        with pytest.raises(DataError, match=r"record 0: 'ocr_tokens' must be a list of words\."):
+            self.opened(made, ocr="words")
+
     def test_what_is_wrong_with_a_table_is_said(self, root: Path, tmp_path: Path) -> None:
         made = self.made(tmp_path / "t")
         with pytest.raises(
@@ -345,6 +371,26 @@ class TestChoices:
         assert few[0].fields["ocr"] == "TONIC"  # the second of the file's words is empty
         with pytest.raises(DataError, match=r"'options\.ocr_tokens' is \"few\" where a whole number belongs"):
             READERS["textvqa"](files, {**section.options, "ocr_tokens": "few"}, "set")
+
+    def test_a_list_may_name_pictures_by_their_place_on_another_disk(self, tmp_path: Path) -> None:
+        file = tmp_path / "annotation.json"
+        rows = [{"image": path, "caption": "a boat"} for path in ("/disk/web/0/a.jpg", "0/b.jpg", "/other/c.jpg")]
+        file.write_text(json.dumps(rows), encoding="utf-8")
+        files = {"captions": file, "images": tmp_path / "images"}
+        records = READERS["caption_list"](files, {"prefix": "/disk/web"}, "set")
+        assert [records[place].images[0] for place in (0, 1)] == [
+            tmp_path / "images" / "0" / "a.jpg",
+            tmp_path / "images" / "0" / "b.jpg",
+        ]
+        with pytest.raises(DataError, match=r"'/other/c\.jpg' is an absolute path; say in options\.prefix what"):
+            records[2]
+
+    def test_splits_are_a_list(self, root: Path) -> None:
+        section = cards.load("ocrvqa").train
+        assert section is not None
+        files = {role: root / path for role, path in section.files.items()}
+        with pytest.raises(ConfigError, match=r"set: options\.splits is '1'; it takes a list, even of one"):
+            READERS["ocrvqa"](files, {"splits": 1}, "set")
 
     @pytest.mark.parametrize(("reader", "pattern"), [("vqa", "COCO_%s.jpg"), ("vqa", "a.jpg"), ("vqa", 7)])
     def test_a_pattern_without_a_place_for_the_number_is_refused(self, root: Path, reader: str, pattern: Any) -> None:

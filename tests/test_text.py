@@ -52,6 +52,9 @@ def test_answer_rules():
     distinct = Counter(text.choose_answer(answers, "uniform_distinct", (n,)) for n in range(3000))
     assert all(count == pytest.approx(1000, abs=130) for count in distinct.values()) and len(distinct) == 3
     assert text.choose_answer((), "sampled", ()) is None
+    for rule in ("most_frequent", "sampled", "uniform_distinct"):  # an annotator may have said nothing
+        assert {text.choose_answer(("", "", "", "cab"), rule, (n,)) for n in range(20)} == {"cab"}
+        assert text.choose_answer(("", ""), rule, ("k",)) == ""
 
 
 def test_question_generation_reads_the_answer_and_writes_the_question():

@@ -12,7 +12,7 @@ from typing import Any
 from qformer.data import ocr
 from qformer.data.pictures import check_size
 from qformer.data.records import Records
-from qformer.data.values import answers, chosen, several, shown, text
+from qformer.data.values import answers, chosen, shown, text
 from qformer.errors import ConfigError, DataError, did_you_mean
 from qformer.sample import Packed, Sample
 
@@ -86,7 +86,10 @@ class Columns(Records):
             for values in zip(*(batch[head] for head in heads), strict=True):
                 cells = dict(zip(heads, values, strict=True))
                 row = {use: _value(cells, column) for use, column in wanted.items()}
-                own = ocr.joined(_listed(row.get("ocr")), most)
+                try:
+                    own = ocr.joined(_listed(row.get("ocr")), most)
+                except DataError as error:
+                    raise self.at_fault(row.get("id", place), str(error)) from None
                 row |= {"place": place, "ocr": own or written.get(str(row.get("image_id")), "")}
                 if not (drop and cells[drop]):
                     yield from _split(row.get("id", place), row, per)
@@ -221,12 +224,12 @@ def _split(key: Any, row: dict[str, Any], per: str) -> Iterator[tuple[Any, Any]]
     if per == "row" or not isinstance(said, list) or not said:
         yield key, row
     elif per == "answer":
-        for place, answer in enumerate(dict.fromkeys(map(str, said))):
+        for place, answer in enumerate({str(each): each for each in said}.values()):
             yield f"{key}/{place}", row | {name: [answer]}
     elif "question" in row:
-        asked = several(row["question"], "'question'")
-        if len(asked) != len(said):
-            yield key, row  # asking for it says that its question is no text
+        asked = row["question"]
+        if not isinstance(asked, list) or len(asked) != len(said):
+            yield key, row  # where its question is no text, asking for it says so
             return
         for place, (question, answer) in enumerate(zip(asked, said, strict=True)):
             yield f"{key}/{place}", row | {"question": question, name: [answer]}

@@ -80,9 +80,7 @@ class Karpathy(Records):
         yield from self.once(self._rows())
 
     def _rows(self) -> Iterator[tuple[Any, Any]]:
-        splits = self.options.get("splits", ["train", "restval"])
-        if not isinstance(splits, list | tuple):  # in a text, any part of it would be found
-            raise ConfigError(f"{self.task}: options.splits is '{splits}'; it takes a list, even of one.")
+        splits = self.listed("splits", ["train", "restval"])
         per_caption = self.option("per", ("caption", "image")) == "caption"
         for picture in iterate_json(self.file, "images"):
             if picture["split"] not in splits:
@@ -107,12 +105,13 @@ class Karpathy(Records):
 class CaptionList(Records):
     """A list of pictures with their captions, as BLIP's CapFilt files and LAVIS's own: `[{"image", "caption"}]`.
 
-    A caption is a text, or a list of texts.  Options: `image` and `caption`, the names of the two fields.
+    A caption is a text, or a list of texts.  Options: `image` and `caption`, the names of the two fields; `prefix`,
+    what pictures' paths begin with and is taken off, as in lists that name them by their place on another disk.
     """
 
     name = "caption_list"
     roles = ("captions", "images")
-    settings = ("image", "caption")
+    settings = ("image", "caption", "prefix")
 
     def _prepare(self) -> None:
         self.fields = [str(self.options.get(name, name)) for name in ("image", "caption")]
@@ -124,7 +123,15 @@ class CaptionList(Records):
     def _sample(self, key: Any, row: Any) -> Sample:
         image, caption = self.fields
         captions = answers(row[caption], f"'{caption}'") if isinstance(row[caption], list) else (words(row, caption),)
-        return Sample(self.id(key), self.task, self.image(row[image]), {"image_id": row[image]}, references=captions)
+        path, prefix = row[image], str(self.options.get("prefix", ""))
+        if prefix and isinstance(path, str) and path.startswith(prefix):
+            path = path.removeprefix(prefix).lstrip("/")
+        elif isinstance(path, str) and path.startswith("/"):
+            raise DataError(
+                f"its picture '{path}' is an absolute path; say in options.prefix what is to be taken off, so that the "
+                f"rest lies below files.images"
+            )
+        return Sample(self.id(key), self.task, self.image(path), {"image_id": row[image]}, references=captions)
 
 
 class TextVQA(Records):
@@ -275,7 +282,7 @@ class OCRVQA(Records):
         yield from self.once(self._rows(written))
 
     def _rows(self, written: Mapping[str, str]) -> Iterator[tuple[Any, Any]]:
-        splits = self.options.get("splits", [1])
+        splits = self.listed("splits", [1])
         for name, book in iterate_items(self.file):
             if book["split"] not in splits:
                 continue

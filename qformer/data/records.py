@@ -182,6 +182,13 @@ class Records(ABC):
             raise ConfigError(f"{self.task}: options.{name} is '{value}'; it takes {' or '.join(known)}.")
         return str(value)
 
+    def listed(self, name: str, otherwise: Sequence[Any]) -> Sequence[Any]:
+        """An option that takes a list; in a text, any part of it would be found."""
+        value = self.options.get(name, otherwise)
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{self.task}: options.{name} is '{value}'; it takes a list, even of one.")
+        return value
+
 
 def _encodable(sample: Sample) -> Sample:
     """The sample, if its words can be written down: JSON may hold halves of characters, which no tokenizer takes."""
