@@ -66,6 +66,14 @@ class TestCheck:
         assert err == ""
         return code, out
 
+    def test_files_that_a_card_names_by_absolute_paths_are_missed_like_others(self, root: Path, capsys: Any) -> None:
+        elsewhere = root.parent / "elsewhere"
+        (root.parent / "birds.yaml").write_text(CARD.replace("records: birds", f"records: {elsewhere}"))
+        code, out = self.check(capsys, root)
+        assert code == 1
+        assert f"missing  {elsewhere}/train.jsonl  (records)" in out
+        assert f"birds.zip, from example.org: into {root}/birds" in out
+
     def test_an_empty_root_is_told_in_full_for_every_shipped_card(self, root: Path, capsys: Any) -> None:
         code, out, _ = run(capsys, "check", "--data", root)
         assert code == 1

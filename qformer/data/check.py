@@ -73,7 +73,8 @@ class Found:
     @property
     def downloads(self) -> list[Download]:
         """What brings the missing files: whatever goes where one of them belongs, or where there is nothing yet."""
-        gone = [PurePosixPath(file.path.relative_to(self.root).as_posix()) for file in self.missing]
+        missing = [file.path for file in self.missing if file.path.is_relative_to(self.root)]
+        gone = [PurePosixPath(path.relative_to(self.root).as_posix()) for path in missing]
         return [
             each
             for each in self.card.downloads
