@@ -335,7 +335,12 @@ def test_a_number_out_of_all_bounds_is_no_traceback(
 def test_side_files_that_are_broken_are_named(cases: dict[str, Case], tmp_path: Path) -> None:
     annotations = spoilt(cases["vqav2"], tmp_path, lambda raw: raw[:-40], "annotations")
     assert annotations.error and "annotations.json: not valid JSON" in annotations.error
-    assert spoilt(cases["vqav2"], tmp_path, lambda _: b'{"annotations": []}', "annotations").broken
+    for empty in (b'{"annotations": []}', b'{"annotations": [{"image_id": 42}, "no record"]}'):
+        found = spoilt(cases["vqav2"], tmp_path, lambda _, content=empty: content, "annotations")  # type: ignore[misc]
+        assert found.broken and "there is no such question_id in" in found.broken[0]
+    for content in (b"{}", b"[]", b'{"annotations": 7}', b'{"annotations": [7]}'):
+        error = spoilt(cases["vqav2"], tmp_path, lambda _, content=content: content, "annotations").error  # type: ignore[misc]
+        assert error and "annotations.json: " in error and "is it the file that the card means?" in error
     for content in (
         b"[]",
         b'{"data": [{"image_id": "a"}]}',

@@ -202,7 +202,8 @@ class VQA(Records):
         field = self.options.get("answer", "answer")
 
         def annotations() -> Iterator[Any]:
-            return iterate_json(self.files["annotations"], "annotations")
+            rows = iterate_json(self.files["annotations"], "annotations")
+            return self.beside("annotations", (row for row in rows if "question_id" in row))
 
         for question, annotation in join(iterate_json(self.file, "questions"), annotations, "question_id"):
             row = {name: question[name] for name in ("question", "image_id") if name in question}

@@ -135,7 +135,7 @@ class Records(ABC):
             except StopIteration:
                 return
             except MISFORMED as error:
-                raise DataError(f"{self.file}: {_what_is_wrong(error)}; is it the file that the card means?") from None
+                raise _misformed(self.file, error) from None
             except OSError as error:
                 raise DataError(f"{self.file}: it cannot be read: {error}.") from None
             try:
@@ -143,6 +143,13 @@ class Records(ABC):
             except (TypeError, ValueError, RecursionError) as error:
                 raise self.at_fault(key, f"it holds what JSON cannot ({error})") from None
             yield *entry, str(self.broken[place]) if place in self.broken else None
+
+    def beside(self, role: str, rows: Iterable[Any]) -> Iterator[Any]:
+        """What is read from another file than the first, so that an error names the right one."""
+        try:
+            yield from rows
+        except MISFORMED as error:
+            raise _misformed(self.files[role], error) from None
 
     def _prepare(self) -> None:  # noqa: B027 (most readers have nothing to prepare)
         """Check and read the options; runs before `_read`, which does not run where an index holds the records."""
@@ -201,6 +208,10 @@ def _encodable(sample: Sample) -> Sample:
 
 def _printable(value: Any) -> str:
     return str(value).encode("utf-8", "backslashreplace").decode()
+
+
+def _misformed(file: Path, error: Exception) -> DataError:
+    return DataError(f"{file}: {_what_is_wrong(error)}; is it the file that the card means?")
 
 
 def _what_is_wrong(error: Exception) -> str:
