@@ -258,6 +258,25 @@ class TestColumns:
         with pytest.raises(DataError, match="record 0: 'question' is null where text belongs"):
             self.opened(folder)[0]
 
+    def test_words_beside_a_table_of_the_hub_are_a_source_too(
+        self, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Else an index would keep those of an older file."""
+        import datasets
+
+        rows = datasets.Dataset.from_dict({"image": ["a.jpg"], "image_id": ["a"], "answers": [["b"]]})
+        rows.save_to_disk(str(tmp_path / "cache"))
+        side = tmp_path / "ocr.json"
+        side.write_text('{"a": ["TONIC"]}')
+        columns = {"image": "image", "image_id": "image_id", "answers": "answers"}
+        files = {"table": tmp_path / "nowhere", "ocr": side, "images": tmp_path}
+        for table in (datasets.load_from_disk(str(tmp_path / "cache")), rows):
+            monkeypatch.setattr("qformer.data.columns._load", lambda *_, table=table: table)
+            records = READERS["columns"](files, {"columns": columns}, "set")
+            assert records[0].fields["ocr"] == "TONIC"
+            kept = [Path(each["filename"]) for each in table.cache_files]
+            assert list(records.sources().values()) == ([side, *kept] if kept else [])
+
     def test_a_table_that_was_saved_to_disk(self, root: Path, tmp_path: Path) -> None:
         import datasets
 

@@ -66,11 +66,11 @@ class Columns(Records):
                 )
 
     def sources(self) -> dict[str, Path]:
-        """What the table is read from: the folder, or files that the hub's client keeps."""
+        """What the table is read from: the folder, or files that the hub's client keeps; and the words beside it."""
         if self.file.is_dir():
             return dict(self.files)
-        kept = self.table.cache_files
-        return {f"table {number}": Path(each["filename"]) for number, each in enumerate(kept)}
+        kept = {f"table {number}": Path(each["filename"]) for number, each in enumerate(self.table.cache_files)}
+        return {role: path for role, path in self.files.items() if role != "table"} | kept if kept else {}
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
         yield from self.once(self._rows())
