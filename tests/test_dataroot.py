@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from qformer.data import index as index_module
 from qformer.data.check import sample, sections_of
 from qformer.data.index import FOLDER
 from qformer.data.readers import expected
+from tests import fixtures
 
 CARD = """
 name: birds
@@ -65,6 +67,14 @@ class TestCheck:
         code, out, err = run(capsys, "check", "--data", root, "--tasks", root.parent / "birds.yaml", *more)
         assert err == ""
         return code, out
+
+    def test_of_a_set_that_is_nearly_there_only_the_missing_download_is_told(self, tmp_path: Path, capsys: Any) -> None:
+        data = fixtures.root(tmp_path)
+        (data / "vqav2" / "v2_mscoco_val2014_annotations.json").unlink()
+        (data / "okvqa" / "OpenEnded_mscoco_train2014_questions.json").unlink()
+        _, out, _ = run(capsys, "check", "--data", data, "--tasks", "vqav2,okvqa")
+        told = re.findall(r"^    (\S+), from ", out, re.MULTILINE)
+        assert told == ["v2_Annotations_Val_mscoco.zip", "OpenEnded_mscoco_train2014_questions.json.zip"]
 
     def test_files_that_a_card_names_by_absolute_paths_are_missed_like_others(self, root: Path, capsys: Any) -> None:
         elsewhere = root.parent / "elsewhere"
