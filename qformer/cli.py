@@ -206,7 +206,7 @@ def _dry_run(options: argparse.Namespace) -> None:
     from qformer import config
     from qformer.dryrun import dry_run
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     console.width = max(console.width, NARROWEST_TABLE)
     for shown in dry_run(config.load(options.config, options.changes)):
         console.print(shown, soft_wrap=not isinstance(shown, Table))
@@ -259,7 +259,7 @@ def _render(options: argparse.Namespace) -> None:
     config.check_numbers("render", options, "count", least=1)
     from qformer.render import render
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     for block in render(config.load(options.config, options.changes), options.count, ids=options.ids):
         console.print(block)
 
@@ -296,9 +296,9 @@ def _tasks(options: argparse.Namespace) -> None:
 
     from qformer.listing import card_page, table
 
-    console = Console(highlight=False, soft_wrap=bool(options.name))
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=bool(options.name))
     console.width = max(console.width, NARROWEST_TABLE)
-    console.print(card_page(options.name) if options.name else table(), markup=False)
+    console.print(card_page(options.name) if options.name else table())
 
 
 def _source(options: argparse.Namespace) -> str:
@@ -319,7 +319,7 @@ def _data(options: argparse.Namespace) -> int:
     if options.action == "index":
         root = Path(options.data) if options.data else None
         return put_into_index(root, tasks, options.config, options.changes, options.index, _say)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     console.width = max(console.width, NARROWEST_TABLE)
     return look_through(Path(options.data), tasks, console, every=options.all, seed=options.seed, index=options.index)
 

@@ -76,6 +76,11 @@ class TestCheck:
         told = re.findall(r"^    (\S+), from ", out, re.MULTILINE)
         assert told == ["v2_Annotations_Val_mscoco.zip", "OpenEnded_mscoco_train2014_questions.json.zip"]
 
+    def test_brackets_in_a_cards_name_are_no_markup(self, root: Path, capsys: Any) -> None:
+        (root.parent / "birds.yaml").write_text(CARD.replace("name: birds", "name: 'birds [/b] [red]'"))
+        _, out = self.check(capsys, root)
+        assert "│ birds [/b] [red] │" in out
+
     def test_files_that_a_card_names_by_absolute_paths_are_missed_like_others(self, root: Path, capsys: Any) -> None:
         elsewhere = root.parent / "elsewhere"
         (root.parent / "birds.yaml").write_text(CARD.replace("records: birds", f"records: {elsewhere}"))

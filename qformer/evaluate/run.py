@@ -182,7 +182,7 @@ def as_text(shown: Table) -> str:
     from rich.console import Console
 
     stream = io.StringIO()
-    Console(file=stream, width=160).print(shown)
+    Console(file=stream, width=160, markup=False, emoji=False).print(shown)
     return stream.getvalue().rstrip("\n")
 
 
