@@ -123,11 +123,14 @@ def test_the_table_lists_thirteen_held_in_sets_with_their_sizes_and_shares() -> 
 
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(listing.table())
-    rows = [line.split("│") for line in console.export_text().splitlines() if "held-in" in line]
+    rows = [line.split("│") for line in console.export_text(clear=False).splitlines() if "held-in" in line]
     shown = {cells[1].strip(): (cells[3].strip(), cells[4].strip()) for cells in rows}
     assert set(shown) == set(HELD_IN)
     assert shown == {name: (f"{size(name):,}", f"{share:.4f}") for name, share in A.items()}
     assert shown["coco_caption"] == ("566,747", "0.0923")
+    scored = [line.split("│") for line in console.export_text().splitlines() if "held-out" in line]
+    sizes = {cells[1].strip(): cells[3].strip() for cells in scored}
+    assert sizes == {name: f"{load(name).eval.size:,}" for name in (*HELD_OUT, "scienceqa")}  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("name", HELD_IN)
