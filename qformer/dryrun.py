@@ -243,7 +243,7 @@ def _samples(mixture: Mixture, sources: Mapping[str, Source], settings: RunConfi
 def _end(missing: Mapping[str, DataError], settings: RunConfig) -> Text:
     shown = Text()
     if missing:
-        shown.append("data that are not there\n", style="bold")
+        shown.append("data that are not there, or cannot be used\n", style="bold")
         if not Path(settings.data.root).is_dir():
             shown.append(f"  data.root is '{settings.data.root}', and there is no such folder.\n")
         for key, error in missing.items() if Path(settings.data.root).is_dir() else ():
