@@ -14,6 +14,10 @@ class QFormerError(Exception):
 
     exit_code = 1
 
+    def __init__(self, message: str):
+        # What a file says may hold half a character, as JSON can write it: no terminal and no log takes that.
+        super().__init__(message.encode(errors="backslashreplace").decode())
+
 
 class ConfigError(QFormerError):
     """A setting, a card or a command is wrong: nothing has been read or written yet."""

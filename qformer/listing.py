@@ -20,7 +20,7 @@ def table() -> Table:
     loaded = [cards.load(name) for name in resources.names("tasks")]
     shares = published_shares(loaded)
     for card in sorted(loaded, key=lambda card: (card.role, card.name)):
-        section = (card.eval or card.train) if card.role == "held_out" else (card.train or card.eval)
+        section = card.train if card.train and card.role == "held_in" else card.eval
         size = section.size if section else None
         shown.add_row(
             card.name,

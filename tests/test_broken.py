@@ -14,6 +14,7 @@ import pytest
 
 from qformer.data import pictures
 from qformer.data.readers import READERS
+from qformer.errors import DataError
 from tests import broken, fixtures
 from tests.broken import CARDS, Case, outcome
 
@@ -361,7 +362,7 @@ def try_variants(cases: dict[str, Case], folder: Path, count: int) -> Counter[st
         try:
             found = outcome(case, **changes)
         except BaseException as error:
-            raise AssertionError(f"{told}: {type(error).__name__}: {error}") from error
+            raise AssertionError(f"{told}: {type(error).__name__}: {error}".encode("ascii", "replace")) from error
         assert time.process_time() - began < 10, f"{told}: took too long"
         came["error" if found.error else "listed" if found.broken else "read"] += 1
     return came
@@ -371,6 +372,10 @@ def test_a_tenth_of_five_thousand_broken_files(cases: dict[str, Case], tmp_path:
     came = try_variants(cases, tmp_path, 500)
     assert sum(came.values()) == 500
     assert min(came.values()) > 50, came  # the generator spoils files in every degree
+
+
+def test_half_a_character_from_a_file_can_be_printed() -> None:
+    assert str(DataError("no split '\ud800'; known: é")) == r"no split '\ud800'; known: é"
 
 
 @pytest.mark.slow
