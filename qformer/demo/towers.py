@@ -385,30 +385,24 @@ class Course:
         return sum(stage.steps for stage in self.stages)
 
 
-COURSES = (
-    Course(
-        1.0,
-        (
-            Stage(480, (2, 3), FINDING, 5, terse=1.0, plain=1.0),
-            Stage(420, (2, 3), FINDING, 3, terse=0.4, plain=1.0),
-            Stage(1800, (2, 3, 4), JUDGING, 3, noise=0.1, terse=0.1, plain=0.8),
-            Stage(3300, (3, 4), FORMS, 2, noise=0.2, plain=0.2, telling=True),
+def courses(found: int, told: int, judged: int, asked: int, disturbed: int) -> tuple[Course, ...]:
+    """By the steps of their stages: finding by key words, then in questions; judging; every form; the same disturbed."""
+    return (
+        Course(
+            1.0,
+            (
+                Stage(found, (2, 3), FINDING, 5, terse=1.0, plain=1.0),
+                Stage(told, (2, 3), FINDING, 3, terse=0.4, plain=1.0),
+                Stage(judged, (2, 3, 4), JUDGING, 3, noise=0.1, terse=0.1, plain=0.8),
+                Stage(asked, (3, 4), FORMS, 2, noise=0.2, plain=0.2, telling=True),
+            ),
         ),
-    ),
-    Course(0.3, (Stage(900, (3, 4), FORMS, 2, drift=1.0, plain=0.2, telling=True),)),
-)
-SHORT_COURSES = (
-    Course(
-        1.0,
-        (
-            Stage(420, (2, 3), FINDING, 5, terse=1.0, plain=1.0),
-            Stage(320, (2, 3), FINDING, 3, terse=0.4, plain=1.0),
-            Stage(1200, (2, 3, 4), JUDGING, 3, noise=0.1, terse=0.1, plain=0.8),
-            Stage(900, (3, 4), FORMS, 2, noise=0.2, plain=0.2, telling=True),
-        ),
-    ),
-    Course(0.3, (Stage(260, (3, 4), FORMS, 2, drift=1.0, plain=0.2, telling=True),)),
-)
+        Course(0.3, (Stage(disturbed, (3, 4), FORMS, 2, drift=1.0, plain=0.2, telling=True),)),
+    )
+
+
+COURSES = courses(480, 420, 1800, 3300, 900)
+SHORT_COURSES = courses(420, 320, 1200, 900, 260)
 """The same with fewer steps for judging and for all forms."""
 
 
