@@ -386,7 +386,7 @@ class Course:
 
 
 def courses(found: int, told: int, judged: int, asked: int, disturbed: int) -> tuple[Course, ...]:
-    """By the steps of their stages: finding by key words, then in questions; judging; every form; the same disturbed."""
+    """By their stages' steps: finding by key words, then in questions; judging; every form; every form disturbed."""
     return (
         Course(
             1.0,
