@@ -248,7 +248,7 @@ class LanguageTower(nn.Module):
         return "apart"
 
     def _packed(self, soft: Tensor, groups: Sequence[Group]) -> Tensor:
-        """Sums of log p of the groups' candidates, each group in one row."""
+        """Sums of log p of the groups' candidates, each group in one row; the probe passes over LLMs without it."""
         raise NotImplementedError
 
     def _behind(self, soft: Tensor, groups: Sequence[Group]) -> Tensor:
