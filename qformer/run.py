@@ -45,22 +45,30 @@ def fit(
     if not _is_first_process():
         return run
     if settings.evaluate.tasks:
-        score(
-            run,
-            settings.evaluate.tasks,
-            settings.data.root,
-            limit=settings.evaluate.limit,
-            batch_size=settings.evaluate.batch_size,
-            shuffled=settings.evaluate.shuffled,
-            seed=settings.seed,
-            on_error=settings.data.on_error,
-            index=settings.data.index,
-            say=say,
-            quiet=quiet,
-        )
+        score_as_set(settings, run, say=say, quiet=quiet)
     else:
         say(f"report: {write_report(run)}")
     return run
+
+
+def score_as_set(
+    settings: RunConfig, source: str | Path, *, say: Callable[[str], None] = print, quiet: bool = False, **places: Any
+) -> dict[str, dict[str, Any]]:
+    """What `score` does, as a run's settings say; `places`: its `output`, `vision` and `language`."""
+    return score(
+        source,
+        settings.evaluate.tasks,
+        settings.data.root,
+        limit=settings.evaluate.limit,
+        batch_size=settings.evaluate.batch_size,
+        shuffled=settings.evaluate.shuffled,
+        seed=settings.seed,
+        on_error=settings.data.on_error,
+        index=settings.data.index,
+        say=say,
+        quiet=quiet,
+        **places,
+    )
 
 
 def score(

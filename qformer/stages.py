@@ -350,15 +350,9 @@ def _score(
     }
     if ledger.content["rows"].get(name, {}).get("asked") == asked:
         return
-    found = run.score(
+    found = run.score_as_set(
+        settings,
         source,
-        settings.evaluate.tasks,
-        settings.data.root,
-        limit=settings.evaluate.limit,
-        batch_size=settings.evaluate.batch_size,
-        shuffled=settings.evaluate.shuffled,
-        seed=settings.seed,
-        on_error=settings.data.on_error,
         output=where,
         say=lambda _: None,  # one table at the end
         quiet=quiet,

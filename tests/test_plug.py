@@ -372,6 +372,19 @@ def test_stages_train_what_they_say_and_end_in_one_table(source: Path, towers: P
     assert qformer.load(out, report=str).settings.language.name == llm(towers, "llama")
 
 
+def test_scores_heed_where_the_index_is_kept(
+    source: Path, towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[str | None] = []
+    score = run.score
+    monkeypatch.setattr(run, "score", lambda *what, **named: given.append(named["index"]) or score(*what, **named))
+    carry(
+        source, llm(towers, "llama"), Stages(warmup_steps=0, steps=0), overrides=[f"data.index={tmp_path / 'kept'}"],
+        without=["fresh", "source"], output=tmp_path / "out", say=lines, quiet=True,
+    )  # fmt: skip
+    assert given and set(given) == {str(tmp_path / "kept")}
+
+
 def test_what_is_done_is_not_done_again(
     source: Path, towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
