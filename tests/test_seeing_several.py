@@ -345,7 +345,7 @@ def test_records_of_videos_are_checked(data: Path, tmp_path: Path) -> None:
     records = JsonLines({"records": tmp_path / "r.jsonl", "images": data}, {"frames": 6}, "mine")
     for place, said in enumerate(
         (
-            "it has both 'image' and 'video'; name all it is about as 'images'",
+            "it has a 'video' and pictures beside it; name all it is about as 'images'",
             "'video' holds 7 where text belongs",
             "leads out of files.images",
         )
