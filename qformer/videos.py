@@ -12,6 +12,7 @@ that every packet and every frame asks runs out in any thread or process, where 
 from __future__ import annotations
 
 import bisect
+import errno
 import io
 import os
 import re
@@ -210,8 +211,10 @@ def _opened(video: Video, limit: int, clock: _Clock) -> Iterator[tuple[Any, Any]
         clock.end = 0.0
         clock.check()
     except av.error.FFmpegError as error:
+        # The library itself may refuse what is larger than it was told, and calls that an argument.
+        large = f", or has frames of more than the {limit:,} pixels that are decoded" * (error.errno == errno.EINVAL)
         raise DataError(
-            f"cannot be decoded ({error.strerror}): it is damaged, cut short or no video; fetch it again"
+            f"cannot be decoded ({error.strerror}): it is damaged, cut short or no video{large}; fetch it again"
         ) from None
     except PermissionError:
         raise DataError("may not be read; change its permissions") from None

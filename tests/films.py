@@ -33,7 +33,8 @@ def film(path: Path, count: int, codec: str = "mpeg4", *, between: int = 0, grou
         for number in range(count):
             pixels = np.full((SIZE[1], SIZE[0], 3), grey(number, count), np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode())
+        if count:
+            container.mux(stream.encode())
     return path
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 
 from qformer import videos
@@ -157,7 +158,7 @@ def test_a_video_of_no_frames(tmp_path: Path) -> None:
     assert refused(film(tmp_path / "f.mkv", 0)).startswith("cannot be decoded (End of file)")
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=8000)
-        frame = av.AudioFrame(format="fltp", layout="mono", samples=1024)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
         frame.sample_rate = 8000
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -219,16 +220,21 @@ def test_pixels_are_held_against_the_limit_before_they_are_decoded(tmp_path: Pat
     path = film(tmp_path / "f.avi", 4, "msmpeg4v2")  # which takes the size from the file's header
     content = bytearray(path.read_bytes())
     sizes = content.index(b"strf") + 8 + 4
-    for side, said in (
-        (10_000, "has frames of 10000×10000 pixels, more than the 35,389,440 that are decoded; make it smaller."),
-        (100_000, "cannot be decoded (Invalid argument): it is damaged, cut short or no video; fetch it again."),
-    ):
+
+    def said(width: int, height: int, limit: str) -> tuple[str, str]:
+        """Ours, and the library's own where it looks first."""
+        return (
+            f"has frames of {width}×{height} pixels, more than the {limit} that are decoded; make it smaller.",
+            f"cannot be decoded (Invalid argument): it is damaged, cut short or no video, or has frames of more than "
+            f"the {limit} pixels that are decoded; fetch it again.",
+        )
+
+    for side in (10_000, 100_000):
         content[sizes : sizes + 8] = struct.pack("<ii", side, side)
         path.write_bytes(content)
-        assert refused(path, limit=100_000_000) == said
-    assert refused(film(tmp_path / "g.mp4", 4), limit=64 * 48 - 1) == (
-        "has frames of 64×48 pixels, more than the 3,071 that are decoded; make it smaller."
-    )
+        assert refused(path, limit=100_000_000) in said(side, side, "35,389,440")
+    assert refused(film(tmp_path / "g.mp4", 4), limit=64 * 48 - 1) in said(64, 48, "3,071")
+    assert len(seen(tmp_path / "g.mp4", limit=64 * 48)) == 4
     assert "more than data.max_pixels (3,071)" in _refused_frame(folder(tmp_path / "g", ["1.png", "2.png"]), 3071)
 
 
