@@ -34,6 +34,8 @@ MOST_FRAMES = 1_000_000
 """Frames of a video beyond which it is refused: nine hours of film.  Their times are all that is kept of them."""
 MOST_PIXELS = 8192 * 4320
 """Pixels of a video's frame, beside `data.max_pixels`: decoders keep up to seventeen frames, 0.9 GB at this size."""
+PADDING = 1 << 20
+"""Pixels that a decoder may add to a frame's sides, for its own use."""
 LEAST_SHARE = 0.9
 """Of what a file's header says it holds; below, it was cut short.  Headers are often wrong by a frame or two."""
 ENDINGS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".ogv", ".gif")
@@ -195,7 +197,8 @@ def _opened(video: Video, limit: int, clock: _Clock) -> Iterator[tuple[Any, Any]
     else:
         source = f"file:{os.path.abspath(path)}"
     try:
-        options = {"format_whitelist": FORMATS, "max_pixels": str(limit)}
+        most = {"max_pixels": str(2 * limit + PADDING)}  # ours is held against the size itself, with a sentence
+        options = {"format_whitelist": FORMATS, **most}
         with av.open(source, options=options, timeout=clock.seconds, metadata_errors="replace") as container:
             stream = container.streams.best("video")
             if stream is None:
@@ -205,7 +208,7 @@ def _opened(video: Video, limit: int, clock: _Clock) -> Iterator[tuple[Any, Any]
             _check_size(stream.codec_context, limit)
             # One thread: workers are processes already, and several of a decoder's threads hold more frames each.
             stream.codec_context.thread_count = 1
-            stream.codec_context.options = {"max_pixels": str(limit)}
+            stream.codec_context.options = most
             yield container, stream
     except av.error.ExitError:  # the library's own clock, which watches single reads
         clock.end = 0.0

@@ -229,11 +229,11 @@ def test_pixels_are_held_against_the_limit_before_they_are_decoded(tmp_path: Pat
             f"the {limit} pixels that are decoded; fetch it again.",
         )
 
-    for side in (10_000, 100_000):
+    for side in (8_000, 100_000):
         content[sizes : sizes + 8] = struct.pack("<ii", side, side)
         path.write_bytes(content)
-        assert refused(path, limit=100_000_000) in said(side, side, "35,389,440")
-    assert refused(film(tmp_path / "g.mp4", 4), limit=64 * 48 - 1) in said(64, 48, "3,071")
+        assert refused(path, limit=100_000_000) == said(side, side, "35,389,440")[side == 100_000]
+    assert refused(film(tmp_path / "g.mp4", 4), limit=64 * 48 - 1) == said(64, 48, "3,071")[0]
     assert len(seen(tmp_path / "g.mp4", limit=64 * 48)) == 4
     assert "more than data.max_pixels (3,071)" in _refused_frame(folder(tmp_path / "g", ["1.png", "2.png"]), 3071)
 
