@@ -89,7 +89,7 @@ def frames(video: Video, max_pixels: int, where: str) -> Iterator[Image.Image]:
     """
     try:
         if isinstance(video.path, Path) and os.path.isdir(video.path):
-            yield from _of_folder(video, max_pixels, where)
+            yield from _of_folder(video.path, video, max_pixels, where)
         else:
             yield from _of_file(video, max_pixels)
     except _InsideError as error:
@@ -105,11 +105,11 @@ class _InsideError(Exception):
 # -- a folder of frames -----------------------------------------------------------------------------------------------
 
 
-def _of_folder(video: Video, max_pixels: int, where: str) -> Iterator[Image.Image]:
-    files = stills(video)
+def _of_folder(path: Path, video: Video, max_pixels: int, where: str) -> Iterator[Image.Image]:
+    files = stills(path)
     for place in positions(video, len(files)):
         file = files[place]
-        if file.is_symlink() and not file.resolve().is_relative_to(Path(video.path).resolve()):
+        if file.is_symlink() and not file.resolve().is_relative_to(path.resolve()):
             raise DataError(f"has the frame '{file.name}', a link that leads out of its folder and is not followed")
         try:
             image = load_image(file, max_pixels, where)
@@ -118,7 +118,7 @@ def _of_folder(video: Video, max_pixels: int, where: str) -> Iterator[Image.Imag
         yield image
 
 
-def stills(video: Video) -> list[Path]:
+def stills(path: Path) -> list[Path]:
     """The files of a folder of frames, in time order: by the numbers in their names, 2 before 10.
 
     Raises:
@@ -126,7 +126,7 @@ def stills(video: Video) -> list[Path]:
     """
     found = []
     try:
-        with os.scandir(Path(video.path)) as entries:
+        with os.scandir(path) as entries:
             for entry in entries:
                 if entry.name.lower().endswith(STILLS) and not entry.name.startswith("."):
                     found.append(entry.name)
@@ -134,7 +134,7 @@ def stills(video: Video) -> list[Path]:
                         raise DataError(_too_many())
     except OSError as error:
         raise DataError(f"cannot be listed ({error})") from None
-    return [Path(video.path) / name for name in sorted(found, key=_by_number)]
+    return [path / name for name in sorted(found, key=_by_number)]
 
 
 def _by_number(name: str) -> tuple[list[tuple[int, int, str]], str]:

@@ -121,7 +121,7 @@ def test_frames_of_a_folder_go_by_the_numbers_in_their_names(tmp_path: Path) -> 
     path = folder(tmp_path / "f", [f"{k}.jpg" for k in (1, 2, 9, 10, 11, 100)])
     (path / "notes.txt").write_text("no frame")
     (path / ".1.jpg").write_text("no frame either")
-    assert [each.name for each in videos.stills(Video(path))] == [
+    assert [each.name for each in videos.stills(path)] == [
         "1.jpg",
         "2.jpg",
         "9.jpg",

@@ -82,7 +82,7 @@ def sample_film(seed: int, number: int) -> Film | None:
     for mover, column, row in found:
         ways.setdefault(_way(scene.things[mover], column, row), []).append((mover, column, row))
     mover, column, row = dice.choose(ways[dice.choose(sorted(ways))])
-    [written] = [thing.word for thing in scene.things if thing.word] or [None]
+    written = next((thing.word for thing in scene.things if thing.word), None)
     word = dice.choose([each for each in WORDS if each != written]) if written else None
     return Film(seed, number, scene.things, True, mover, column, row, word)
 
