@@ -11,10 +11,12 @@ from typing import Any, ClassVar
 from qformer.data.index import Entry, Index, encoded, in_memory
 from qformer.data.pictures import Pictures
 from qformer.errors import ConfigError, DataError, did_you_mean
-from qformer.sample import Packed, Sample
+from qformer.sample import FRAMES, Packed, Sample
 
 MISFORMED = (KeyError, TypeError, AttributeError, ValueError, IndexError, OverflowError, RecursionError)
 """What Python raises where a file or a record is of another form than its reader takes it for."""
+MOST_FRAMES = 1024
+"""Frames of a video that can be looked at: at 32 soft tokens each, more positions than LLMs have."""
 
 
 class Records(ABC):
@@ -188,6 +190,15 @@ class Records(ABC):
         if value not in known:
             raise ConfigError(f"{self.task}: options.{name} is '{value}'; it takes {' or '.join(known)}.")
         return str(value)
+
+    def frames(self) -> int:
+        """The option `frames`: how many of each video are looked at; four, where it is not given."""
+        value = self.options.get("frames", FRAMES)
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_FRAMES:
+            raise ConfigError(
+                f"{self.task}: options.frames is {value!r}; it takes a whole number from 1 to {MOST_FRAMES}."
+            )
+        return value
 
     def listed(self, name: str, otherwise: Sequence[Any]) -> Sequence[Any]:
         """An option that takes a list; in a text, any part of it would be found."""
