@@ -14,7 +14,6 @@ from qformer import config, resources
 from qformer.config import DataConfig, RunConfig
 from qformer.errors import ConfigError, did_you_mean
 
-
 MEDIA = ("images", "videos")
 """Roles under `files` that name folders, where what records are about lies; each may be a list of folders."""
 

@@ -173,7 +173,6 @@ class Columns(Records):
                 )
         return Sample(self.id(key), self.task, picture, fields, references=said, candidates=choices)
 
-
     def _parted(self, choices: Any) -> Any:
         """A list of choices, also where the column holds them as one text."""
         if isinstance(choices, str) and "separator" in self.options:

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlparse
 
-from qformer.cards import MEDIA, EvalCard, TaskCard, TrainCard
+from qformer.cards import EvalCard, TaskCard, TrainCard
 from qformer.data import ocr
 from qformer.data.columns import Columns
 from qformer.data.dialogs import VisDial

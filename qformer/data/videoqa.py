@@ -160,7 +160,7 @@ def read_vocabulary(path: Path, most: int | None, least: int) -> tuple[str, ...]
     del counts[""]
     kept = [answer for answer, count in counts.most_common(most) if count >= least]
     if not kept:
-        raise DataError(f"{path}: no answer is given {least} time(s) or more in it, so there is nothing to choose from.")
+        raise DataError(f"{path}: no answer stands in it {least} time(s) or more, so there is nothing to choose from.")
     return tuple(kept)
 
 
