@@ -8,10 +8,10 @@ from __future__ import annotations
 import csv
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from qformer.data.records import Records
+from qformer.data.records import VIDEOS, Records
 from qformer.data.streams import iterate_items, iterate_json, iterate_lines
 from qformer.data.values import answers, number, shown, words
 from qformer.errors import ConfigError, DataError
@@ -77,7 +77,8 @@ class VideoQA(_Videos):
 
     def _sample(self, key: Any, row: Any) -> Sample:
         if "video" in row:
-            names = [words(row, "video")]
+            path = PurePosixPath(words(row, "video"))
+            names = [str(path), *([str(path.with_suffix(""))] if path.suffix in VIDEOS[1:] else ())]
         else:
             names = [*([row["clip"]] if row["clip"] else ()), self.named % number(row, "video_id")]
         question = words(row, "question")

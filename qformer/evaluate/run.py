@@ -125,15 +125,14 @@ def score(
     with _progress(quiet) as track:
         for key, task in tasks.items():
             places = subset(len(task.records), limit, seed, key)
-            blind = shuffled and METRICS[task.section.metric].scored
+            scored = METRICS[task.section.metric].scored
+            blind = shuffled and scored
             asked = _answered(
                 model, task, places, batch_size=batch_size, shuffled=blind, seed=seed, on_error=on_error, track=track
             )
             results[key], outcome = _scored(task, asked, model.language.profile, seed, root)
             name = key.replace(":", ".") + (".partial" if len(places) < len(task.records) else "")
-            lines = _lines(
-                asked, outcome.scores if METRICS[task.section.metric].scored else [None] * len(asked.places), root
-            )
+            lines = _lines(asked, outcome.scores if scored else [None] * len(asked.places), root)
             _write(directory, name, results[key], lines, asked.broken, _submitted(task, asked))
             notes += _remarks(task, results[key], directory / f"{name}.submission.json")
             if asked.broken:
