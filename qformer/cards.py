@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import string
 from collections.abc import Iterable, Mapping
@@ -286,11 +287,18 @@ def _expand(names: Iterable[str], section: str) -> list[str]:
     expanded: list[str] = []
     for name in names:
         if name in ("held_in", "held_out"):
-            shipped = [load(each) for each in resources.names("tasks")]
-            expanded += [card.name for card in shipped if card.role == name and getattr(card, section) is not None]
+            expanded += [each for each, (role, sections) in _shipped().items() if role == name and section in sections]
         else:
             expanded.append(name)
     return expanded
+
+
+@functools.cache
+def _shipped() -> dict[str, tuple[str, set[str]]]:
+    """Role and sections of every shipped card by name; read once, since that takes seconds."""
+    loaded = [load(name) for name in resources.names("tasks")]
+    sections = ("train", "eval")
+    return {card.name: (card.role, {each for each in sections if getattr(card, each) is not None}) for card in loaded}
 
 
 def _required(kind: type, key: str) -> bool:

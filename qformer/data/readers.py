@@ -151,10 +151,11 @@ class TextVQA(Records):
     settings = ("per", "image", "ocr_tokens", "answers")
 
     def _prepare(self) -> None:
+        self.per = self.option("per", ("caption", "image", "question"))
         self.hidden = self.answers_hidden()
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
-        per = self.option("per", ("caption", "image", "question"))
+        per = self.per
         written = ocr.read_side_file(self.files.get("ocr"), ocr.limit(self.options))
         rows = self._with_words(iterate_json(self.file, "data"), written)
         if per == "image":
@@ -190,10 +191,10 @@ class TextVQA(Records):
     def _sample(self, key: Any, row: Any) -> Sample:
         name = words(row, "image_id")
         fields = {"image_id": name, "ocr": row["ocr"]}
-        if "question" in row:
+        if self.per == "question":
             fields["question"] = words(row, "question")
             said = () if self.hidden else answers(row["answers"], "'answers'", blank=True)
-        elif "captions" in row:
+        elif self.per == "image":
             said = answers(row["captions"], "'caption_str'")
         else:
             said = (words(row, "caption_str"),)
@@ -462,9 +463,10 @@ class VizWiz(Records):
         yield from self.once((row["image"], self._kept(row)) for row in iterate_json(self.file))
 
     def _kept(self, row: Any) -> dict[str, Any]:
-        kept = {name: row[name] for name in ("image", "question", "answer_type") if name in row}
-        said = row.get("answers")
-        return kept | ({"answers": [_answer(each, "answer") for each in said]} if isinstance(said, list) else {})
+        kept = {name: row[name] for name in ("image", "question", "answer_type", "answers") if name in row}
+        if isinstance(kept.get("answers"), list):
+            kept["answers"] = [_answer(each, "answer") for each in kept["answers"]]
+        return kept
 
     def _sample(self, key: Any, row: Any) -> Sample:
         fields = {"question": words(row, "question"), "image_id": words(row, "image")}

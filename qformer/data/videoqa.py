@@ -80,7 +80,7 @@ class VideoQA(_Videos):
             path = PurePosixPath(words(row, "video"))
             names = [str(path), *([str(path.with_suffix(""))] if path.suffix in VIDEOS[1:] else ())]
         else:
-            names = [*([row["clip"]] if row["clip"] else ()), self.named % number(row, "video_id")]
+            names = [*([row["clip"]] if row.get("clip") else ()), self.named % number(row, "video_id")]
         question = words(row, "question")
         fields = {"question": question, "image_id": names[0], "kind": question.split()[0].lower()}
         said = (words(row, "answer"),)
