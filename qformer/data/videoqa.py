@@ -56,13 +56,16 @@ class VideoQA(_Videos):
 
     def _prepare(self) -> None:
         super()._prepare()
-        pattern = self.options.get("video", "video%d")
+        self.named = self.options.get("video", "video%d")
         try:
-            self.named = str(pattern % 1) and str(pattern)
+            fits = isinstance(self.named, str) and bool(self.named % 1)
         except (TypeError, ValueError):
+            fits = False
+        if not fits:
             raise ConfigError(
-                f"{self.task}: options.video is {pattern!r}; it takes a name with a place for a number, as 'video%d'."
-            ) from None
+                f"{self.task}: options.video is {self.named!r}; it takes a name with a place for a number, as "
+                f"'video%d'."
+            )
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
         yield from self.once(self._rows())
