@@ -291,7 +291,7 @@ def test_data_check_looks_through_all_held_out_sets(copy: Path, capsys: pytest.C
     out = capsys.readouterr().out
     assert f"visdial_1.0_val.zip, from visualdial.org/data: into {copy}/visdial/visdial_1.0_val.json (0.07 GB)" in out
     assert "record 30934: there is no video 'klteYv1Uv9A_27_33' or 'vid1302' in" in out
-    assert "neither as a file (.mp4, .avi, .webm, .mkv, .mov) nor as a folder of frames." in out
+    assert "neither as a file (with an ending like .mp4 or .avi) nor as a folder of frames." in out
 
 
 @pytest.mark.parametrize(
@@ -411,6 +411,7 @@ def test_lists_of_lavis_name_videos_with_an_ending(tmp_path: Path) -> None:
     [
         ({"video": "clip"}, r"options\.video is 'clip'; it takes a name with a place for a number, as 'video%d'"),
         ({"video": 7}, r"options\.video is 7; it takes a name"),
+        ({"frames": 0}, r"options\.frames is 0; it takes a whole number from 1 to 1024"),
         ({"most": 0}, r"options\.most is 0; it takes a whole number from 1"),
         ({"least": True}, r"options\.least is true; it takes a whole number from 1"),
     ],
