@@ -46,7 +46,7 @@ def stored(colour: str) -> dict[str, Any]:
     return {"bytes": jpeg(colour), "path": f"{colour}.jpg"}
 
 
-def table(folder: Path, split: str = "train", **columns: list[Any]) -> Path:
+def table(folder: Path, split: str = "train", /, **columns: list[Any]) -> Path:
     """A table in parquet where a card looks for one."""
     folder.mkdir(parents=True, exist_ok=True)
     parquet.write_table(pyarrow.table(columns), folder / f"{split}-00000-of-00001.parquet")
