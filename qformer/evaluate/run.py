@@ -121,7 +121,8 @@ def score(
             raise ConfigError(f"evaluation: {name} is {value}; it must be at least 1.")
     kept = Index(root, index, say=say)
     tasks = {key: _open(card, root, kept) for key, card in cards.items()}
-    results, notes = {}, []
+    results: dict[str, dict[str, Any]] = {}
+    notes: list[str] = []
     with _progress(quiet) as track:
         for key, task in tasks.items():
             places = subset(len(task.records), limit, seed, key)
