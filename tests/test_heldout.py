@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import shutil
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,9 @@ from qformer.evaluate.metrics import METRICS, Answer, auroc
 from qformer.results import Score
 from qformer.sample import Sample, Video
 from qformer.text import Profile, Rendered, Truncations
+from qformer.videos import frames
 from tests import fixtures
+from tests.films import film
 
 load = functools.cache(cards.load)
 REGISTERED = [name for name in fixtures.HELD_OUT if load(name).eval.metric in METRICS]  # type: ignore[union-attr]
@@ -390,6 +393,20 @@ def test_a_video_is_found_under_its_clips_name_or_its_number(tmp_path: Path, end
     ]
     assert records[0].fields == {"question": "Who runs?", "image_id": "abc_1_5", "kind": "who"}
     assert records[0].references == ("man",) and records[0].candidates == ()
+
+
+def test_videos_may_stay_in_an_archive(copy: Path) -> None:
+    folder = copy / "ivqa" / "videos"
+    shutil.rmtree(folder)
+    film(copy / "film.mp4", 6)
+    with zipfile.ZipFile(folder.with_suffix(".zip"), "w") as packed:
+        for name in ("abcDEF12345_12_20.mp4", "zyxWVU98765.mp4"):
+            packed.write(copy / "film.mp4", f"videos/{name}")
+    samples = read(copy, "ivqa")
+    assert [run.picture_name(sample.images[0], copy) for sample in samples] == [
+        f"ivqa/videos.zip/videos/{name}" for name in ("abcDEF12345_12_20.mp4", "zyxWVU98765.mp4")
+    ]
+    assert len(list(frames(samples[0].images[0], 100_000, "here"))) == 4  # type: ignore[arg-type]
 
 
 def test_lists_of_lavis_name_videos_with_an_ending(tmp_path: Path) -> None:

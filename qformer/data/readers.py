@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlparse
 
-from qformer.cards import EvalCard, TaskCard, TrainCard
+from qformer.cards import MEDIA, EvalCard, TaskCard, TrainCard
 from qformer.data import ocr
 from qformer.data.columns import Columns
 from qformer.data.dialogs import VisDial
@@ -565,8 +565,8 @@ def expected(section: TrainCard | EvalCard, root: Path) -> list[tuple[str, Path]
 
 
 def is_there(role: str, path: Path) -> bool:
-    """Whether a file is there, or for pictures an archive in a folder's place."""
-    return stands_for(path) if role in ("images", "shards") else path.exists()
+    """Whether a file is there, or for pictures and videos an archive in a folder's place."""
+    return stands_for(path) if role in (*MEDIA, "shards") else path.exists()
 
 
 def _lines(file: Path) -> Iterator[tuple[int, Any]]:
