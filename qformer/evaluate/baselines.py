@@ -48,3 +48,14 @@ def most_frequent(samples: Sequence[Sample], types: Sequence[Hashable]) -> list[
         counts.setdefault(kind, Counter()).update(sample.references)
     best = {kind: counter.most_common(1)[0][0] for kind, counter in counts.items()}
     return [best[kind] for kind in types]
+
+
+def unreachable(samples: Sequence[Sample], candidates: Sequence[tuple[str, ...]]) -> float:
+    """The share of samples none of whose references is among their candidates: no ranking could get them right."""
+    known: dict[int, frozenset[str]] = {}  # by identity: thousands of questions share a vocabulary of thousands
+    missed = 0
+    for sample, mine in zip(samples, candidates, strict=True):
+        if id(mine) not in known:
+            known[id(mine)] = frozenset(mine)
+        missed += known[id(mine)].isdisjoint(sample.references)
+    return missed / len(samples)

@@ -70,6 +70,8 @@ class Metric:
     """Whether it needs the likelihoods of candidates."""
     percent: bool = True
     """Whether scores are shares of one, shown as percentages."""
+    scored: bool = True
+    """Whether there is a score at all; False where only a test server has the answers."""
 
 
 def averaged(scores: Sequence[float]) -> Outcome:
@@ -226,6 +228,11 @@ def _vqa_normalised(said: str, truths: Sequence[str], rule: str) -> tuple[str, l
     return said, truths
 
 
+def submission(answers: Sequence[Answer], samples: Sequence[Sample], options: Mapping[str, Any]) -> Outcome:
+    """No score: the answers are a test server's, and what is written for it is in `evaluate/submission.py`."""
+    return Outcome([0.0] * len(answers), lambda places: None)
+
+
 # -- captions ---------------------------------------------------------------------------------------------------------
 
 
@@ -276,7 +283,8 @@ def ptb_tokenize(texts: Sequence[str]) -> list[str]:
 
 
 def auroc(answers: Sequence[Answer], samples: Sequence[Sample], options: Mapping[str, Any]) -> Outcome:
-    """Area under the ROC curve of log Σ p(positive words) − log Σ p(negative words).
+    """Area under the ROC curve of log Σ p(positive words) − log Σ p(negative words); with `pool: best` each side is its
+    likeliest word's.
 
     A sample's own number is 1 where that difference has the sign of its class.
     """
@@ -314,7 +322,8 @@ def _margin(answer: Answer, options: Mapping[str, Any]) -> float:
     """The difference; a group none of whose words was a candidate has no likelihood at all."""
     found = dict(zip(answer.candidates, answer.likelihoods))
     sides = [[found[word] for word in options[group] if word in found] for group in ("positive", "negative")]
-    positive, negative = (float(np.logaddexp.reduce(side)) if side else -np.inf for side in sides)
+    pool = np.logaddexp.reduce if options["pool"] == "sum" else max
+    positive, negative = (float(pool(side)) if side else -np.inf for side in sides)
     return 0.0 if positive == negative else positive - negative
 
 
@@ -339,5 +348,11 @@ METRICS: dict[str, Metric] = {
         choices={"normaliser": VQA_NORMALISERS},
     ),
     "cider": Metric(cider, percent=False),
-    "auroc": Metric(auroc, options={"positive": ["yes"], "negative": ["no"]}, ranked=True),
+    "auroc": Metric(
+        auroc,
+        options={"positive": ["yes"], "negative": ["no"], "pool": "sum"},
+        choices={"pool": ("sum", "best")},
+        ranked=True,
+    ),
+    "submission": Metric(submission, scored=False),
 }

@@ -21,8 +21,8 @@ from qformer import __version__, keyed
 from qformer.cards import EvalCard, TaskCard
 from qformer.data.index import Index
 from qformer.data.readers import Records, check_files, open_records
-from qformer.errors import ConfigError, DataError
-from qformer.evaluate import baselines
+from qformer.errors import ConfigError, DataError, lookup
+from qformer.evaluate import baselines, submission
 from qformer.evaluate.metrics import METRICS, Answer, Outcome, bootstrap, checked_options
 from qformer.evaluate.predict import Model, Question, predict, question
 from qformer.evaluate.recipe import recipe, recipe_id
@@ -91,7 +91,8 @@ def score(
     """Score a model on the `eval` sections of cards.
 
     Writes `TASK.json` (score, interval, baselines, recipe) and `TASK.predictions.jsonl` for each card as it is done,
-    and `TASK.broken.jsonl` where records were left out; of a subset `TASK.partial.json` and so on, which never takes
+    `TASK.submission.json` where the card names the form of a test server's, and `TASK.broken.jsonl` where records were
+    left out; of a subset `TASK.partial.json` and so on, which never takes
     the place of a whole score.
 
     Args:
@@ -120,16 +121,21 @@ def score(
             raise ConfigError(f"evaluation: {name} is {value}; it must be at least 1.")
     kept = Index(root, index, say=say)
     tasks = {key: _open(card, root, kept) for key, card in cards.items()}
-    results, notes = {}, []
+    results: dict[str, dict[str, Any]] = {}
+    notes: list[str] = []
     with _progress(quiet) as track:
         for key, task in tasks.items():
             places = subset(len(task.records), limit, seed, key)
+            scored = METRICS[task.section.metric].scored
+            blind = shuffled and scored
             asked = _answered(
-                model, task, places, batch_size=batch_size, shuffled=shuffled, seed=seed, on_error=on_error, track=track
+                model, task, places, batch_size=batch_size, shuffled=blind, seed=seed, on_error=on_error, track=track
             )
             results[key], outcome = _scored(task, asked, model.language.profile, seed, root)
             name = key.replace(":", ".") + (".partial" if len(places) < len(task.records) else "")
-            _write(directory, name, results[key], _lines(asked, outcome.scores, root), asked.broken)
+            lines = _lines(asked, outcome.scores if scored else [None] * len(asked.places), root)
+            _write(directory, name, results[key], lines, asked.broken, _submitted(task, asked))
+            notes += _remarks(task, results[key], directory / f"{name}.submission.json")
             if asked.broken:
                 notes.append(_left_out(key, asked.broken, directory / f"{name}.broken.jsonl"))
             if asked.truncations:
@@ -140,6 +146,34 @@ def score(
     for line in (*notes, as_text(table(results))):
         say(line)
     return results
+
+
+def _submitted(task: Task, asked: Answered) -> dict[str, str]:
+    """What is written for a test server, by the end of its file's name."""
+    if task.section.submission is None:
+        return {}
+    keys = [task.records.key(place) for place in asked.places]
+    return {"submission.json": submission.written(task.section.submission, keys, asked.samples, asked.answers)}
+
+
+def _check_submission(task: Task, asked: Sequence[tuple[int, Question]]) -> None:
+    """Refuse, before an hour of answering, records that no submission can be written of."""
+    if task.section.submission is not None:
+        keys = [task.records.key(place) for place, _ in asked]
+        samples = [each.sample for _, each in asked]
+        submission.written(task.section.submission, keys, samples, [Answer("")] * len(asked))
+
+
+def _remarks(task: Task, result: Mapping[str, Any], file: Path) -> Iterator[str]:
+    """What is to be said of truths that cannot be chosen, and of a file that a test server would refuse."""
+    if result["unreachable"]:
+        share = f"{100 * result['unreachable']:.1f} % of {result['samples']:,}"
+        yield f"{result['task']}: {share} truths are not among the candidates, and count as wrong."
+    if task.section.metric == "submission":
+        yield f"{result['task']}: not scored, since only the server has its answers; {file} is for it."
+        lacking = result["of"] - result["samples"]
+        if lacking:
+            yield f"{file}: {lacking:,} question(s) have no answer in it, and the server wants all."
 
 
 def check(cards: Mapping[str, TaskCard], root: Path) -> None:
@@ -202,6 +236,8 @@ def _settled(card: TaskCard) -> tuple[EvalCard, dict[str, Any]]:
             f"the card '{card.key}': eval.decoding.do_sample is true, and a score of answers that are drawn by chance "
             f"is another one each time; set it to false."
         )
+    if section.submission is not None:
+        lookup(submission.FORMS, section.submission, f"form of a submission (eval.submission of the card '{card.key}')")
     return section, checked_options(section, card.key)
 
 
@@ -231,6 +267,7 @@ def _answered(
                 raise
             found.broken.append({"record": task.records.key(place), "id": None, "error": str(error)})
 
+    _check_submission(task, asked)
     if shuffled:
         baselines.shuffled_pictures([each.sample for _, each in asked], seed, key)  # fails before an hour of answering
 
@@ -275,10 +312,14 @@ def _scored(task: Task, asked: Answered, profile: Profile, seed: int, root: Path
         return {"score": outcome.score, "interval": list(interval or (None, None))}
 
     kinds = [each.kind for each in asked.questions]
-    frequent = [Answer(text, (text,), (0.0,)) for text in baselines.most_frequent(samples, kinds)]
-    chance = None
-    if section.answer == "rank" and not metric.ranked:
-        chance = {"score": _chance(asked.questions, outcome_of), "interval": [None, None]}
+    frequent, chance, unreachable = None, None, None
+    if metric.scored:
+        said = baselines.most_frequent(samples, kinds)
+        frequent = marked(outcome_of([Answer(text, (text,), (0.0,)) for text in said]))
+    if metric.scored and section.answer == "rank":
+        unreachable = baselines.unreachable(samples, [each.candidates for each in asked.questions])
+        if not metric.ranked:
+            chance = {"score": _chance(asked.questions, outcome_of), "interval": [None, None]}
     settings = recipe(
         task.card,
         template=task.templates.templates[0],
@@ -306,8 +347,9 @@ def _scored(task: Task, asked: Answered, profile: Profile, seed: int, root: Path
         "broken": len(asked.broken),
         "truncations": asked.truncations,
         "shuffled": marked(outcome_of(asked.blind)) if asked.blind else None,
-        "most_frequent": marked(outcome_of(frequent)),
+        "most_frequent": frequent,
         "chance": chance,
+        "unreachable": unreachable,
         "by_type": _by_type(outcome, kinds) if section.question_type else {},
         "seed": seed,
         "recipe": recipe_id(settings),
@@ -366,7 +408,7 @@ def _by_type(outcome: Outcome, kinds: Sequence[str]) -> dict[str, dict[str, Any]
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-def _lines(asked: Answered, scores: Sequence[float], root: Path) -> list[dict[str, Any]]:
+def _lines(asked: Answered, scores: Sequence[float | None], root: Path) -> list[dict[str, Any]]:
     """The lines of the predictions' file."""
     lines = []
     for place, each, answer, value in zip(asked.places, asked.questions, asked.answers, scores, strict=True):
@@ -407,11 +449,13 @@ def _write(
     result: Mapping[str, Any],
     lines: Sequence[Mapping[str, Any]],
     broken: Sequence[Mapping[str, Any]],
+    further: Mapping[str, str],
 ) -> None:
     """Predictions first, the score last, each moved into place when it is whole."""
     contents = {
         f"{name}.predictions.jsonl": _json_lines(lines),
         f"{name}.broken.jsonl": _json_lines(broken),
+        **{f"{name}.{end}": content for end, content in further.items()},
         f"{name}.json": json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
     }
     made: list[Path] = []
@@ -452,7 +496,7 @@ def _libraries() -> dict[str, str]:
 
 def in_words(entry: Mapping[str, Any] | None, percent: bool) -> str:
     """A score with its interval."""
-    if entry is None:
+    if entry is None or entry["score"] is None:
         return "–"
     factor, digits = (100, 1) if percent else (1, 3)
     low, high = entry["interval"]
