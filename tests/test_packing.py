@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qformer.backbones import packing
+from qformer.backbones import packing, ranking
 from qformer.backbones.language import DecoderOnly, load_language
 from qformer.config import LanguageConfig
 from qformer.sample import Row, Slot, Text, row_length
@@ -125,6 +125,23 @@ def test_packed_rows_are_recomputed_in_gradient_checkpointing(
     expected = _graded(plain, True, monkeypatch)
     for found, wanted in zip(_graded(llm.train(), True, monkeypatch), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_logits_of_many_tokens_are_written_in_parts_and_nothing_changes(
+    tower: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = tower("llama")
+    expected = _graded(llm, True, monkeypatch)
+    written: list[int] = []
+    head = llm.model.get_output_embeddings()
+    with monkeypatch.context() as patch:
+        patch.setattr(ranking, "LOGITS_AT_ONCE", 4 * head.weight.shape[0])
+        handle = head.register_forward_hook(lambda _, inputs, __: written.append(len(inputs[0])))
+        found = _graded(llm, True, monkeypatch)
+        handle.remove()
+    assert sum(written) == 2 * int(expected[1].sum()) and max(written) <= 4  # forward, and again in backward
+    for ours, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-6)
 
 
 def soft_tokens(llm: Any) -> Tensor:

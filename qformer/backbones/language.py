@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from qformer.backbones import inside, packing, ranking
 from qformer.backbones.ranking import Group
@@ -359,7 +360,7 @@ class DecoderOnly(LanguageTower):
         # What stands at a position is predicted by the one before it, and a row's first by none.
         wanted = nn.functional.pad(joined.labels.masked_fill(firsts, -1)[:, 1:], (0, 1), value=-1)
         predicting = wanted >= 0
-        log_p = token_log_likelihood(self._logits(given, predicting), wanted[predicting])
+        log_p = self._log_p(given, predicting, wanted[predicting])
         owner = owners[predicting]
         counts = torch.zeros(len(rows), dtype=torch.long, device=self.device)
         return log_p.new_zeros(len(rows)).index_add(0, owner, log_p), counts.index_add(0, owner, torch.ones_like(owner))
@@ -493,6 +494,23 @@ class DecoderOnly(LanguageTower):
         if "position_ids" in inspect.signature(self.model.forward).parameters:
             given["position_ids"] = positions
         return given
+
+    def _log_p(self, given: dict[str, Any], predicting: Tensor, tokens: Tensor) -> Tensor:
+        """Log p (M,) of tokens (M,) at the predicting positions (R, S), row by row.
+
+        Where they are many, their logits are written in parts, and again in the backward pass, so that never more of
+        them are held than `ranking.LOGITS_AT_ONCE` numbers.
+        """
+        head = self.model.get_output_embeddings()
+        most = max(1, ranking.LOGITS_AT_ONCE // self._embeddings.weight.shape[0])
+        if len(tokens) <= most or not self._head_stands_alone:
+            return token_log_likelihood(self._logits(given, predicting), tokens)
+        hidden = self.model.base_model(**given).last_hidden_state[predicting]
+        parts = [
+            checkpoint(lambda h, t: token_log_likelihood(head(h), t), *part, use_reentrant=False)
+            for part in zip(hidden.split(most), tokens.split(most), strict=True)
+        ]
+        return torch.cat(parts)
 
     def _logits(self, given: dict[str, Any], predicting: Tensor) -> Tensor:
         """Which positions (R, S) predict a token that is wanted -> their logits (…, vocabulary), row by row."""
