@@ -131,6 +131,8 @@ class LanguageConfig:
     """Values of one of transformers' quantisation configs, such as {load_in_4bit: true} (bitsandbytes) or
     {quant_method: quanto, weights: int8}; null: none.  The adapter stays as it is."""
     gradient_checkpointing: bool = False
+    packing: bool = True
+    """Rows of unlike length share tensor rows where a decoder-only LLM can keep them apart; false pads each."""
     architecture: dict[str, Any] = field(default_factory=dict)
     """Values that take the place of those in the model's config.json (dense_act_fn …)."""
     profile: ProfileConfig = field(default_factory=ProfileConfig)
@@ -281,7 +283,8 @@ class TrainConfig:
     batch_size: int = 16
     """Samples in a step, over all processes."""
     micro_batch_tokens: int | None = None
-    """Padded LLM positions a forward pass may hold; null: a process takes its share of a step at once."""
+    """LLM positions a forward pass may hold, padding among them where rows are padded; null: a process takes its share
+    of a step at once."""
     rate: float = 1e-5
     warmup_rate: float = 1e-8
     warmup_steps: int = 1000

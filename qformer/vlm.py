@@ -146,10 +146,10 @@ class VLM(nn.Module):
             )
 
     def _reads(self, batch: Batch) -> tuple[Tokens, tuple[Tensor, Tensor] | None]:
-        pictures = torch.tensor([read.picture for read in batch.reads], device=self.device)
+        pictures = [read.picture for read in batch.reads]
         tokens = self.encode(batch.pixels)
-        mask = None if tokens.mask is None else tokens.mask[pictures]
-        tokens = Tokens(tokens.values[pictures], mask, tokens.grid)
+        if pictures != list(range(len(batch.pixels))):
+            tokens = tokens._replace(pictures=torch.tensor(pictures, device=self.device))
         return tokens, self._instructions([read.instruction for read in batch.reads])
 
     def _instructions(self, instructions: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor] | None:

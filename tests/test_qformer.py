@@ -255,6 +255,30 @@ def test_the_connector_is_norm_qformer_and_projection():
     assert connector.dtype == torch.float64
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_reads_of_one_picture_share_its_keys_and_values(masked: bool):
+    connector = redrawn(QFormerConnector(QFormer(SIZE), 8).double()).eval()
+    tokens, text = inputs(rows=5)
+    mask = torch.arange(IMAGE_TOKENS).expand(2, -1) < torch.tensor([[IMAGE_TOKENS], [3]]) if masked else None
+    shared = Tokens(tokens.values[:2], mask, None, torch.tensor([1, 0, 1, 1, 0]))
+    assert shared.reads == 5 and shared.spread().values.shape == tokens.values.shape
+    found, expected = connector(shared, text), connector(shared.spread(), text)
+    assert_close(found, expected)
+    assert_close(connector.look(shared, text)[0], connector.look(shared.spread(), text)[0])
+    for parameters, output in ((found_gradients := {}, found), (expected_gradients := {}, expected)):
+        connector.zero_grad()
+        output.square().sum().backward()
+        parameters |= {name: each.grad for name, each in connector.named_parameters() if each.grad is not None}
+    assert found_gradients.keys() == expected_gradients.keys()
+    for name, gradient in found_gradients.items():
+        assert_close(gradient, expected_gradients[name], name, 1e-12)
+    seen: list[int] = []
+    cross = connector.qformer.blocks[0].cross_attention
+    cross.key.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    connector(shared, text)
+    assert seen == [2]
+
+
 def test_looking_changes_neither_numbers_nor_random_state():
     connector = redrawn(QFormerConnector(QFormer(SIZE), 8).double()).eval()
     tokens, text = inputs()

@@ -12,18 +12,20 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from qformer.backbones import inside, ranking
+from qformer.backbones import inside, packing, ranking
 from qformer.backbones.ranking import Group
 from qformer.cards import Decoding
 from qformer.config import LanguageConfig
 from qformer.errors import ConfigError, DataError, reason
 from qformer.nn.losses import token_log_likelihood
-from qformer.sample import Row, Slot, Text
+from qformer.sample import Row, Slot, Text, row_length
 from qformer.text import Joiner, Profile, Truncations, profile_from_tokenizer
 from qformer.untokenized import MissingTokenizer
 
@@ -52,11 +54,19 @@ class LanguageTower(nn.Module):
 
     is_encoder_decoder: bool
 
-    def __init__(self, model: Any, tokenizer: Any, profile: Profile, *, gradient_checkpointing: bool = False):
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        profile: Profile,
+        *,
+        gradient_checkpointing: bool = False,
+        packing: bool = True,
+    ):
         super().__init__()
         self.model: Any = model
         self.tokenizer, self.profile = tokenizer, profile
-        self.checkpointing = gradient_checkpointing
+        self.checkpointing, self.packing = gradient_checkpointing, packing
         self.truncations = Truncations()
         """Counts every text that is cut for this LLM, candidates among them."""
         model.requires_grad_(False)
@@ -168,6 +178,11 @@ class LanguageTower(nn.Module):
             )
 
     # -- scoring ------------------------------------------------------------------------------------------------------
+
+    @property
+    def packs(self) -> str | None:
+        """How rows to be scored share tensor rows, see `qformer.backbones.packing`; None: they are padded."""
+        return None
 
     def log_likelihood(self, soft: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         """Soft tokens (N, Q, L) -> sums of log p over each row's trained tokens (R,), and their numbers (R,)."""
@@ -324,14 +339,62 @@ class DecoderOnly(LanguageTower):
                 "a row has nothing before its first trained token, so nothing predicts it; give the prompt words, a "
                 "picture, or an opening mark (language.profile.opening)."
             )
-        joined = self._join(soft, rows)
-        self._check_length(joined.mask.shape[1])
-        wanted = torch.cat([joined.labels[:, 1:], joined.labels.new_full((len(rows), 1), -1)], dim=1)
+        return self._likelihood(soft, rows, self.packs)
+
+    def _likelihood(
+        self, soft: Tensor, rows: Sequence[Row], packs: str | None, bins: Sequence[Sequence[int]] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        lengths = [row_length(row, soft.shape[1]) for row in rows]
+        self._check_length(max(lengths))
+        if packs is None:
+            joined = self._join(soft, rows)
+            given = self._given(joined.inputs, joined.mask, joined.positions)
+            owners = torch.arange(len(rows), device=self.device)[:, None].expand_as(joined.labels)
+            firsts = joined.positions == 0
+        else:
+            packed = packing.packed(lengths, bins or packing.cheapest(lengths, self.width)).to(self.device)
+            joined = self._join(soft, [tuple(chain.from_iterable(rows[n] for n in numbers)) for numbers in packed.bins])
+            mask = packed.mask(self.dtype) if packs == "mask" else None
+            given = self._given(joined.inputs, mask, packed.positions)
+            owners, firsts = packed.owners, packed.firsts
+        # What stands at a position is predicted by the one before it, and a row's first by none.
+        wanted = nn.functional.pad(joined.labels.masked_fill(firsts, -1)[:, 1:], (0, 1), value=-1)
         predicting = wanted >= 0
-        logits = self._logits(self._given(joined.inputs, joined.mask, joined.positions), predicting)
-        log_p = token_log_likelihood(logits, wanted[predicting])
-        owner = predicting.nonzero()[:, 0]
-        return log_p.new_zeros(len(rows)).index_add(0, owner, log_p), predicting.sum(1)
+        log_p = self._log_p(given, predicting, wanted[predicting])
+        owner = owners[predicting]
+        counts = torch.zeros(len(rows), dtype=torch.long, device=self.device)
+        return log_p.new_zeros(len(rows)).index_add(0, owner, log_p), counts.index_add(0, owner, torch.ones_like(owner))
+
+    @property
+    def packs(self) -> str | None:
+        """How rows to be scored share tensor rows, see `qformer.backbones.packing`; None: they are padded."""
+        return self._packs if self.packing else None
+
+    @cached_property
+    @torch.no_grad()
+    def _packs(self) -> str | None:
+        """The first way in which rows beside others score as alone: asked of the model, since families differ in what
+        they make of positions and masks, and say nothing of it.
+
+        A row must not notice what its neighbours hold, to the bit and therefore at any precision and any size of
+        weights, and score as a padded row does.
+        """
+        soft = self._embeddings(torch.arange(2, device=self.device)[None])
+        texts = [(3, 4, 5, 9), (6,), (7, 3, 8, 4, 5), (5, 6, 3)]
+        rows = [(Slot(0), Text(ids), Text(tuple(each + 2 for each in ids), trained=True)) for ids in texts]
+        others = [(Slot(0), Text(row[1].ids[::-1]), row[2]) if n in (0, 2) else row for n, row in enumerate(rows)]
+        near = 1e-3 if self.dtype in (torch.float32, torch.float64) else 0.05
+        wanted = self._likelihood(soft, rows, None)[0]
+        for way in ("positions", "mask"):
+            if way == "mask" and self._window < math.inf:
+                continue  # the mask shows everything, however far away
+            try:
+                found, beside = (self._likelihood(soft, each, way, [range(4)])[0] for each in (rows, others))
+            except (TypeError, AttributeError, RuntimeError, ValueError, NotImplementedError):
+                continue
+            if torch.equal(found[1::2], beside[1::2]) and torch.allclose(found, wanted, rtol=near, atol=near):
+                return way
+        return None
 
     def write(self, soft: Tensor, rows: Sequence[Row], **decoding: Any) -> Tensor:
         """New ids (R, T), a continuation per row; `decoding`: the fields of `qformer.cards.Decoding`.
@@ -425,12 +488,29 @@ class DecoderOnly(LanguageTower):
         log_p = token_log_likelihood(logits[scored], wanted[scored])
         return first.index_add(0, scored.nonzero()[:, 0], log_p)
 
-    def _given(self, inputs: Tensor, mask: Tensor, positions: Tensor, *, cache: bool = False) -> dict[str, Any]:
+    def _given(self, inputs: Tensor, mask: Tensor | None, positions: Tensor, *, cache: bool = False) -> dict[str, Any]:
         """What every forward pass is told; models without `position_ids` (ALiBi) count along the mask themselves."""
         given = {"inputs_embeds": inputs, "attention_mask": mask, "use_cache": cache}
         if "position_ids" in inspect.signature(self.model.forward).parameters:
             given["position_ids"] = positions
         return given
+
+    def _log_p(self, given: dict[str, Any], predicting: Tensor, tokens: Tensor) -> Tensor:
+        """Log p (M,) of tokens (M,) at the predicting positions (R, S), row by row.
+
+        Where they are many, their logits are written in parts, and again in the backward pass, so that never more of
+        them are held than `ranking.LOGITS_AT_ONCE` numbers.
+        """
+        head = self.model.get_output_embeddings()
+        most = max(1, ranking.LOGITS_AT_ONCE // self._embeddings.weight.shape[0])
+        if len(tokens) <= most or not self._head_stands_alone:
+            return token_log_likelihood(self._logits(given, predicting), tokens)
+        hidden = self.model.base_model(**given).last_hidden_state[predicting]
+        parts = [
+            checkpoint(lambda h, t: token_log_likelihood(head(h), t), *part, use_reentrant=False)
+            for part in zip(hidden.split(most), tokens.split(most), strict=True)
+        ]
+        return torch.cat(parts)
 
     def _logits(self, given: dict[str, Any], predicting: Tensor) -> Tensor:
         """Which positions (R, S) predict a token that is wanted -> their logits (…, vocabulary), row by row."""
@@ -648,7 +728,13 @@ def load_language(settings: LanguageConfig) -> LanguageTower:
             f"embeddings, so it is another model's; give a directory whose tokenizer belongs to the model."
         )
     kind = EncoderDecoder if config.is_encoder_decoder else DecoderOnly
-    return kind(model, tokenizer, profile, gradient_checkpointing=settings.gradient_checkpointing)
+    return kind(
+        model,
+        tokenizer,
+        profile,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        packing=settings.packing,
+    )
 
 
 def read_architecture(settings: LanguageConfig) -> Any:

@@ -112,13 +112,14 @@ class StepMaker(Dataset[StepData]):
         steps: int,
         soft_tokens: int,
         micro_batch_tokens: int | None = None,
+        packed: bool = False,
         rank: int = 0,
         ranks: int = 1,
         on_error: str = "fail",
     ):
         self.mixture, self.sources, self.assembler = mixture, dict(sources), assembler
         self.batch_size, self.steps, self.soft_tokens = batch_size, steps, soft_tokens
-        self.micro_batch_tokens, self.rank, self.ranks = micro_batch_tokens, rank, ranks
+        self.micro_batch_tokens, self.packed, self.rank, self.ranks = micro_batch_tokens, packed, rank, ranks
         self.on_error = on_error
 
     def __len__(self) -> int:
@@ -152,16 +153,19 @@ class StepMaker(Dataset[StepData]):
         return items_of(self.sources[draw.task], draw, self.mixture.seed)
 
     def _groups(self, prepared: Sequence[Prepared]) -> Iterator[list[Prepared]]:
-        """Rows by falling length, cut so that a padded micro-batch holds at most the budget of LLM positions."""
+        """Rows by falling length, cut so that a micro-batch holds at most the budget of LLM positions: those of its
+        rows where they are packed, else those of a padded rectangle.
+        """
         budget = self.micro_batch_tokens or 0
         group: list[Prepared] = []
-        longest = 0
+        filled = longest = 0
         for each in sorted(prepared, key=lambda item: -row_length(item.row, self.soft_tokens)):
             length = row_length(each.row, self.soft_tokens)
-            if group and budget and longest * (len(group) + 1) > budget:
+            positions = filled + length if self.packed else max(longest, length) * (len(group) + 1)
+            if group and budget and positions > budget:
                 yield group
-                group = []
-            longest = longest if group else length  # falling lengths: the first of a group is its longest
+                group, filled, longest = [], 0, 0
             group.append(each)
+            filled, longest = filled + length, max(longest, length)
         if group:
             yield group

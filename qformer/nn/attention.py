@@ -25,12 +25,20 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.dropout = nn.Dropout(dropout)
 
-    def attend(self, x: Tensor, source: Tensor, mask: Tensor | None) -> Tensor:
-        """Rows x (B, N, D), source (B, M, S), mask (B, M) bool or None -> (B, N, D)."""
+    def attend(self, x: Tensor, source: Tensor, mask: Tensor | None, rows: Tensor | None = None) -> Tensor:
+        """Rows x (B, N, D), source (B, M, S), mask (B, M) bool or None -> (B, N, D).
+
+        With `rows` (B,) source and mask may be fewer: x's n-th row attends to source `rows[n]`, whose keys and values
+        are computed once for all rows that do.
+        """
+        key, value = self._split(self.key(source)), self._split(self.value(source))
+        if rows is not None:
+            key, value = key.index_select(0, rows), value.index_select(0, rows)
+            mask = None if mask is None else mask.index_select(0, rows)
         context = F.scaled_dot_product_attention(
             self._split(self.query(x)),
-            self._split(self.key(source)),
-            self._split(self.value(source)),
+            key,
+            value,
             attn_mask=None if mask is None else mask[:, None, None, :],
             dropout_p=self.dropout.p if self.training else 0.0,
         )
@@ -66,5 +74,5 @@ class CrossAttention(Attention):
     """Attention of a sequence to an encoder's tokens."""
 
     def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
-        """Rows x (B, Q, D), tokens (B, P, V) -> (B, Q, D)."""
-        return self.attend(x, tokens.values, tokens.mask)
+        """Rows x (N, Q, D), tokens (B, P, V) of N reads -> (N, Q, D)."""
+        return self.attend(x, tokens.values, tokens.mask, tokens.pictures)

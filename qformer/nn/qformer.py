@@ -1,7 +1,8 @@
 """The instruction-aware Q-Former: a BERT whose learned queries read a picture and an instruction.
 
 Li et al. 2023, "BLIP-2", section 3.1; Dai et al. 2023, "InstructBLIP", section 2.3.
-B rows, Q queries, T instruction ids, P image tokens, V encoder width, D Q-Former width, L language width.
+B pictures, N reads (rows), Q queries, T instruction ids, P image tokens, V encoder width, D Q-Former width, L language
+width.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ class QFormer(nn.Module):
         self._draw(generator)
 
     def forward(self, tokens: Tokens, instruction: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Query outputs (B, Q, D) of tokens (B, P, V) and an instruction: ids (B, T), mask (B, T), True where real.
+        """Query outputs (N, Q, D) of tokens (B, P, V), an instruction each: ids (N, T), mask (N, T), True where real.
 
         Text is padded on the right: positions count from the row's first id.
 
@@ -137,7 +138,7 @@ class QFormer(nn.Module):
                 f"the image tokens are {tokens.values.shape[-1]} wide and the Q-Former was built for "
                 f"{self.size.vision_width}; give it the encoder it was built for."
             )
-        queries = self.queries.expand(len(tokens.values), -1, -1)
+        queries = self.queries.expand(tokens.reads, -1, -1)
         if instruction is None:
             x, mask = queries, None
         else:
@@ -155,7 +156,7 @@ class QFormer(nn.Module):
         entropies: list[Tensor] = []
 
         def note(module: CrossAttention, inputs: tuple[Tensor, Tokens], _output: Tensor) -> None:
-            x, seen = inputs
+            x, seen = inputs[0], inputs[1].spread()
             entropies.append(attention_entropy(module.probabilities(x, seen.values, seen.mask), seen.mask))
 
         watched = [module for module in self.modules() if isinstance(module, CrossAttention)]
@@ -227,7 +228,7 @@ class QFormerConnector(nn.Module):
         return self.projection.weight.dtype
 
     def forward(self, tokens: Tokens, instruction: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Tokens (B, P, V), instruction ids and mask (B, T) or None -> soft tokens (B, Q, L)."""
+        """Tokens (B, P, V) of N reads, instruction ids and mask (N, T) or None -> soft tokens (N, Q, L)."""
         return self.projection(self.qformer(self._normed(tokens), instruction))
 
     def in_time(self, soft: Tensor, frames: Tensor) -> Tensor:

@@ -107,6 +107,7 @@ def train(
         steps=settings.train.steps,
         soft_tokens=settings.qformer.queries,
         micro_batch_tokens=settings.train.micro_batch_tokens,
+        packed=model.language.packs is not None,
         rank=accelerator.process_index,
         ranks=accelerator.num_processes,
         on_error=settings.data.on_error,
@@ -129,6 +130,8 @@ def train(
         f"{run}: steps {start} to {settings.train.steps}, {trained:,} trained parameters, "
         f"{accelerator.num_processes} process(es)"
     )
+    if settings.language.packing and model.language.packs is None and not model.language.is_encoder_decoder:
+        say(f"{settings.language.name}: its rows cannot be kept apart in one tensor row, so they are padded")
     if first_process:
         for line in lossy_targets(model.language.tokenizer, sources, settings.seed):
             say(line)
