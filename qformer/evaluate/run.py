@@ -17,15 +17,20 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from qformer import __version__, keyed
 from qformer.cards import EvalCard, TaskCard
 from qformer.data.index import Index
 from qformer.data.readers import Records, check_files, open_records
 from qformer.errors import ConfigError, DataError
 from qformer.evaluate import baselines
-from qformer.evaluate.metrics import METRICS, Answer, Outcome, bootstrap, checked_options
+from qformer.evaluate.kept import Unfinished, forget
+from qformer.evaluate.metrics import COUNTS, METRICS, bootstrap, checked_options
+from qformer.evaluate.outcome import Answer, Outcome
 from qformer.evaluate.predict import Model, Question, predict, question
 from qformer.evaluate.recipe import recipe, recipe_id
+from qformer.processes import ALONE, Processes
 from qformer.sample import Packed, Sample, Video
 from qformer.text import Profile, Templates, load_templates
 
@@ -64,8 +69,11 @@ class Answered:
     """The answers about shuffled pictures."""
     broken: list[dict[str, Any]] = field(default_factory=list)
     """Records left out: number, id where it is known, error."""
-    truncations: int = 0
-    """Texts that were cut to their limits when the model was asked about its own pictures."""
+
+    @property
+    def truncations(self) -> int:
+        """Texts that were cut to their limits when the model was asked about its own pictures."""
+        return sum(answer.cut for answer in self.answers)
 
     @property
     def samples(self) -> list[Sample]:
@@ -85,6 +93,10 @@ def score(
     seed: int = 0,
     on_error: Literal["fail", "skip"] = "fail",
     index: str | None = None,
+    origin: Mapping[str, Any] | None = None,
+    wordings: Mapping[str, str] | None = None,
+    finish: bool = True,
+    processes: Processes = ALONE,
     say: Say = print,
     quiet: bool = False,
 ) -> dict[str, dict[str, Any]]:
@@ -92,7 +104,7 @@ def score(
 
     Writes `TASK.json` (score, interval, baselines, recipe) and `TASK.predictions.jsonl` for each card as it is done,
     and `TASK.broken.jsonl` where records were left out; of a subset `TASK.partial.json` and so on, which never takes
-    the place of a whole score.
+    the place of a whole score.  Answers are kept as they come: the same call goes on where it was interrupted.
 
     Args:
         model: answers and ranks.
@@ -105,11 +117,16 @@ def score(
         seed: of subset, shuffling and bootstrap.
         on_error: what a broken record does.
         index: where annotations are kept once they were read, as `data.index`.
+        origin: what the model is, by `qformer.origin`; stands beside the scores.  Without it no answer is kept, since
+            nothing would say whose it is.
+        wordings: by card, what is asked in place of the first of its templates.
+        finish: whether the answers that are kept on the way are removed when all is scored.
+        processes: those that share the work; all have to call this, and the first writes.
         say: is given every line meant for a person.
         quiet: no progress bars.
 
     Returns:
-        By card: what `TASK.json` holds.
+        By card: what `TASK.json` holds; the same in every process.
 
     Raises:
         ConfigError: an unknown metric, reader, template or option; before anything is read or asked.
@@ -118,28 +135,90 @@ def score(
     for name, value in (("limit", limit), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise ConfigError(f"evaluation: {name} is {value}; it must be at least 1.")
+    say = say if processes.first else lambda line: None
     kept = Index(root, index, say=say)
-    tasks = {key: _open(card, root, kept) for key, card in cards.items()}
-    results, notes = {}, []
-    with _progress(quiet) as track:
+    tasks = processes.in_turn(lambda: {key: _open(card, root, kept, wordings) for key, card in cards.items()})
+    results: dict[str, dict[str, Any]] = {}
+    notes: list[str] = []
+    with _progress(quiet or not processes.first) as track:
         for key, task in tasks.items():
             places = subset(len(task.records), limit, seed, key)
-            asked = _answered(
-                model, task, places, batch_size=batch_size, shuffled=shuffled, seed=seed, on_error=on_error, track=track
-            )
-            results[key], outcome = _scored(task, asked, model.language.profile, seed, root)
-            name = key.replace(":", ".") + (".partial" if len(places) < len(task.records) else "")
-            _write(directory, name, results[key], _lines(asked, outcome.scores, root), asked.broken)
+            name = file_name(key, partial=len(places) < len(task.records))
+            unfinished = None
+            if origin is not None:
+                unfinished = Unfinished(directory, name, _decides(task, model, origin), processes.index)
+                if found := unfinished.take_up(processes):
+                    say(f"{key}: goes on with {found:,} answers that an interrupted evaluation left.")
+            ask = Asking(batch_size, shuffled, seed, on_error, track, processes, unfinished)
+            asked = _answered(model, task, places, ask)
+
+            def scored(task: Task = task, asked: Answered = asked, name: str = name) -> dict[str, Any]:
+                result, outcome = _scored(task, asked, model.language.profile, seed, root, origin)
+                _write(directory, name, result, _lines(asked, outcome.scores, root), asked.broken)
+                return result
+
+            results[key] = processes.told(scored)
             if asked.broken:
                 notes.append(_left_out(key, asked.broken, directory / f"{name}.broken.jsonl"))
-            if asked.truncations:
-                notes.append(
-                    f"{key}: {asked.truncations} text(s) were cut to their limits (language.instruction_limit, "
-                    f"language.target_limit, qformer.instruction_limit)."
-                )
-    for line in (*notes, as_text(table(results))):
+            notes += _remarks(key, results[key])
+    if processes.first and finish:
+        for key, result in results.items():
+            forget(directory, file_name(key, partial=result["of"] > len(subset(result["of"], limit, seed, key))))
+    for line in (*notes, *tables(results)):
         say(line)
     return results
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How a task's questions are asked."""
+
+    batch_size: int
+    shuffled: bool
+    seed: int
+    on_error: Literal["fail", "skip"]
+    track: Track
+    processes: Processes = ALONE
+    unfinished: Unfinished | None = None
+
+
+def file_name(key: str, *, partial: bool) -> str:
+    """What the files of a card's score are called, without their endings."""
+    return key.replace(":", ".") + (".partial" if partial else "")
+
+
+def _decides(task: Task, model: Model, origin: Mapping[str, Any]) -> dict[str, Any]:
+    """All that an answer depends on besides its question."""
+    section = task.section
+    how = (
+        {"normalize": section.normalize, "end": section.end, "all": METRICS[section.metric].ranked}
+        if section.answer == "rank"
+        else dataclasses.asdict(section.decoding)
+    )
+    whose = {name: value for name, value in origin.items() if name in ("adapter", "vision", "language")}
+    return {"answer": section.answer, "how": how, "model": whose, "profile": dataclasses.asdict(model.language.profile)}
+
+
+def _remarks(key: str, result: Mapping[str, Any]) -> list[str]:
+    """What a person should know of a score besides its number."""
+    said = []
+    if result["truncations"]:
+        said.append(
+            f"{key}: {result['truncations']} text(s) were cut to their limits (language.instruction_limit, "
+            f"language.target_limit, qformer.instruction_limit)."
+        )
+    if result["empty"]:
+        said.append(f"{key}: {result['empty']:,} of {result['samples']:,} answers hold no word.")
+    if result["unreachable"]:
+        share = result["unreachable"] / result["samples"]
+        said.append(
+            f"{key}: {result['unreachable']:,} of {result['samples']:,} questions ({share:.1%}) have no right answer "
+            f"among their candidates; they count as wrong."
+        )
+    if result["beside"]:
+        numbers = ", ".join(f"{name} {beside_in_words(name, value)}" for name, value in result["beside"].items())
+        said.append(f"{key}: {numbers}.")
+    return said
 
 
 def check(cards: Mapping[str, TaskCard], root: Path) -> None:
@@ -155,11 +234,22 @@ def check(cards: Mapping[str, TaskCard], root: Path) -> None:
         check_files(section, root, card)
 
 
+def tables(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Scores of whole sets as one table, and those of parts, which they are not to be compared with, as another."""
+    shown = []
+    for partial in (False, True):
+        chosen = {key: result for key, result in results.items() if result["partial"] is partial}
+        if chosen:
+            shown.append(as_text(table(chosen)))
+    return shown
+
+
 def table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     """Scores beside their baselines, as `score` returns them."""
     from rich.table import Table
 
-    shown = Table(title="Scores (95 % intervals over pictures)")
+    parts = any(result["partial"] for result in results.values())
+    shown = Table(title=f"Scores{' on parts of sets' if parts else ''} (95 % intervals over pictures)")
     ranked = any(result["chance"] for result in results.values())
     columns = ["task", "metric", "score", "shuffled pictures", "most frequent", *(["chance"] if ranked else [])]
     for name in columns:
@@ -205,43 +295,46 @@ def _settled(card: TaskCard) -> tuple[EvalCard, dict[str, Any]]:
     return section, checked_options(section, card.key)
 
 
-def _open(card: TaskCard, root: Path, index: Index) -> Task:
+def _open(card: TaskCard, root: Path, index: Index, wordings: Mapping[str, str] | None = None) -> Task:
     section, options = _settled(card)
-    return Task(card, section, load_templates(section.template), open_records(section, root, card, index), options)
+    templates = load_templates(section.template)
+    if wordings and card.key in wordings:
+        templates = dataclasses.replace(templates, templates=[wordings[card.key]])
+    return Task(card, section, templates, open_records(section, root, card, index), options)
 
 
-def _answered(
-    model: Model,
-    task: Task,
-    places: Sequence[int],
-    *,
-    batch_size: int,
-    shuffled: bool,
-    seed: int,
-    on_error: Literal["fail", "skip"],
-    track: Track,
-) -> Answered:
+def _answered(model: Model, task: Task, places: Sequence[int], how: Asking) -> Answered:
     """The records at some places, asked about their own pictures and then, if wanted, about others'."""
     key, found, asked = task.card.key, Answered(), []
+    metric = METRICS[task.section.metric]
     for place in places:
         try:
-            asked.append((place, question(task.section, task.templates, task.records[place])))
+            each = question(task.section, task.templates, task.records[place])
+            metric.fits(each.sample, each.candidates, task.options)
+            asked.append((place, each))
         except DataError as error:
-            if on_error == "fail":
+            if how.on_error == "fail":
                 raise
             found.broken.append({"record": task.records.key(place), "id": None, "error": str(error)})
 
-    if shuffled:
-        baselines.shuffled_pictures([each.sample for _, each in asked], seed, key)  # fails before an hour of answering
+    if asked:  # what cannot be scored fails before an hour of answering
+        metric.fits_together([each.sample for _, each in asked], task.options)
+    if how.shuffled:
+        baselines.shuffled_pictures([each.sample for _, each in asked], how.seed, key)
 
     def ask(questions: Sequence[Question], what: str) -> list[Answer | DataError]:
-        advance = track(what, len(questions))
-        return predict(model, task.section, questions, batch_size=batch_size, on_error=on_error, advance=advance)
+        return predict(
+            model,
+            task.section,
+            questions,
+            batch_size=how.batch_size,
+            on_error=how.on_error,
+            advance=how.track(what, len(questions)),
+            processes=how.processes,
+            unfinished=how.unfinished,
+        )
 
-    before = model.language.truncations.texts
-    answers = ask([each for _, each in asked], key)
-    found.truncations = model.language.truncations.texts - before
-    for (place, each), answer in zip(asked, answers, strict=True):
+    for (place, each), answer in zip(asked, ask([each for _, each in asked], key), strict=True):
         if isinstance(answer, DataError):
             found.broken.append({"record": task.records.key(place), "id": each.sample.id, "error": str(answer)})
         else:
@@ -251,8 +344,8 @@ def _answered(
     found.broken.sort(key=lambda each: each["record"])
     if not found.questions:
         raise DataError(f"{key}: all of the {len(places)} records asked for are broken. {found.broken[0]['error']}")
-    if shuffled:
-        swapped = baselines.shuffled_pictures(found.samples, seed, key)
+    if how.shuffled:
+        swapped = baselines.shuffled_pictures(found.samples, how.seed, key)
         blind = [
             dataclasses.replace(each, sample=dataclasses.replace(each.sample, images=images))
             for each, images in zip(found.questions, swapped, strict=True)
@@ -261,7 +354,9 @@ def _answered(
     return found
 
 
-def _scored(task: Task, asked: Answered, profile: Profile, seed: int, root: Path) -> tuple[dict[str, Any], Outcome]:
+def _scored(
+    task: Task, asked: Answered, profile: Profile, seed: int, root: Path, origin: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], Outcome]:
     """The content of a card's score file, and the outcome it rests on."""
     key, section, samples = task.card.key, task.section, asked.samples
     metric = METRICS[section.metric]
@@ -275,10 +370,15 @@ def _scored(task: Task, asked: Answered, profile: Profile, seed: int, root: Path
         return {"score": outcome.score, "interval": list(interval or (None, None))}
 
     kinds = [each.kind for each in asked.questions]
-    frequent = [Answer(text, (text,), (0.0,)) for text in baselines.most_frequent(samples, kinds)]
-    chance = None
-    if section.answer == "rank" and not metric.ranked:
-        chance = {"score": _chance(asked.questions, outcome_of), "interval": [None, None]}
+    frequent = (
+        baselines.by_frequency(asked.questions, kinds)
+        if metric.ranked
+        else [Answer(text) for text in baselines.most_frequent(samples, kinds)]
+    )
+    chance, unreachable = None, 0
+    if section.answer == "rank":
+        blind, unreachable = _chance(asked.questions, outcome_of, ranked=metric.ranked)
+        chance = {"score": blind, "interval": [None, None]}
     settings = recipe(
         task.card,
         template=task.templates.templates[0],
@@ -305,6 +405,9 @@ def _scored(task: Task, asked: Answered, profile: Profile, seed: int, root: Path
         "published_size": section.size,
         "broken": len(asked.broken),
         "truncations": asked.truncations,
+        "empty": sum(not any(map(str.isalnum, answer.text)) for answer in asked.answers),
+        "unreachable": unreachable,
+        "beside": {name: value(np.arange(len(samples))) for name, value in outcome.beside.items()},
         "shuffled": marked(outcome_of(asked.blind)) if asked.blind else None,
         "most_frequent": marked(outcome_of(frequent)),
         "chance": chance,
@@ -312,6 +415,7 @@ def _scored(task: Task, asked: Answered, profile: Profile, seed: int, root: Path
         "seed": seed,
         "recipe": recipe_id(settings),
         "recipe_settings": settings,
+        "model": dict(origin) if origin is not None else None,
         "libraries": _libraries(),
     }
     return result, outcome
@@ -339,22 +443,31 @@ def _sound(answer: Answer | DataError) -> Answer:
     return answer
 
 
-def _chance(questions: Sequence[Question], score: Callable[[Sequence[Answer], Sequence[Sample]], Outcome]) -> float:
-    """What choosing blindly among each question's candidates reaches on average."""
-    alike: dict[tuple[tuple[str, ...], tuple[str, ...]], list[Question]] = {}
+def _chance(
+    questions: Sequence[Question],
+    score: Callable[[Sequence[Answer], Sequence[Sample]], Outcome],
+    *,
+    ranked: bool,
+) -> tuple[float | None, int]:
+    """What choosing blindly among each question's candidates reaches on average, and how many questions have no right
+    answer among them.
+    """
+    if ranked:
+        alike = [Answer(each.candidates[0], each.candidates, (0.0,) * len(each.candidates)) for each in questions]
+        return score(alike, [each.sample for each in questions]).score, 0
+    groups: dict[tuple[tuple[str, ...], tuple[str, ...]], list[Question]] = {}
     for each in questions:
-        alike.setdefault((each.candidates, each.sample.references), []).append(each)
-    total = 0.0
-    for (candidates, _), group in alike.items():
-        outcome = score([Answer(candidate) for candidate in candidates], [group[0].sample] * len(candidates))
-        total += len(group) * sum(outcome.scores) / len(candidates)
-    return total / len(questions)
+        groups.setdefault((each.candidates, each.sample.references), []).append(each)
+    total, unreachable = 0.0, 0
+    for (candidates, _), group in groups.items():
+        scores = score([Answer(candidate) for candidate in candidates], [group[0].sample] * len(candidates)).scores
+        total += len(group) * sum(scores) / len(candidates)
+        unreachable += 0 if any(scores) else len(group)
+    return total / len(questions), unreachable
 
 
 def _by_type(outcome: Outcome, kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Score and number of samples of each question type; the score is null where a type has none of its own."""
-    import numpy as np
-
     places: dict[str, list[int]] = {}
     for place, kind in enumerate(kinds):
         places.setdefault(kind, []).append(place)
@@ -459,6 +572,11 @@ def in_words(entry: Mapping[str, Any] | None, percent: bool) -> str:
     low, high = entry["interval"]
     around = "" if low is None else f" ({factor * low:.{digits}f} to {factor * high:.{digits}f})"
     return f"{factor * entry['score']:.{digits}f}{around}"
+
+
+def beside_in_words(name: str, value: float | None) -> str:
+    """A number that stands beside a score."""
+    return "–" if value is None else f"{value:.2f}" if name in COUNTS else f"{100 * value:.1f}"
 
 
 @contextmanager

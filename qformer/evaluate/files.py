@@ -1,0 +1,46 @@
+"""Reading back what evaluation writes: JSON files and JSON lines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qformer.errors import DataError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The named values of a JSON file.
+
+    Raises:
+        DataError: it is not JSON, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as JSON ({error}); score the run again to write it anew.") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: holds a {type(content).__name__}; it must hold named values.")
+    return content
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """JSON lines of a file; none if it is not there.  A last line cut off by a kill is left out.
+
+    Raises:
+        DataError: another line is not a JSON object.
+    """
+    if not path.exists():
+        return []
+    texts = path.read_text(encoding="utf-8").splitlines()
+    records = []
+    for place, text in enumerate(texts, start=1):
+        try:
+            record = json.loads(text)
+        except ValueError:
+            record = None
+        if isinstance(record, dict):
+            records.append(record)
+        elif place < len(texts):
+            raise DataError(f"{path}:{place}: not a JSON object; delete the line, or the file.")
+    return records
