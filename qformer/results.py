@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,10 @@ class Score:
     by_type: Mapping[str, Mapping[str, Any]]
     """Score and number of samples of each question type."""
     predictions: Sequence[Record]
+    beside: Mapping[str, float | None] = field(default_factory=dict)
+    """Further numbers of the same answers."""
+    step: int | None = None
+    """Of the training, at the checkpoint that was scored."""
 
     @property
     def partial(self) -> bool:
@@ -70,6 +74,8 @@ class Score:
                 root=Path(raw["root"]) if "root" in raw else None,
                 by_type=raw["by_type"],
                 predictions=read_lines(path.with_name(f"{path.stem}.predictions.jsonl")),
+                beside=raw.get("beside", {}),
+                step=(raw.get("model") or {}).get("step"),
             )
         except KeyError as error:
             raise DataError(f"{path}: has no {error}; score the set again to write it anew.") from None

@@ -35,11 +35,9 @@ class Templates:
     version: int
     source: str
     templates: list[str]
-    sweep: list[str] = field(default_factory=list)
-    """Other wordings of the first template, which a prompt sweep asks with too."""
 
     def __post_init__(self) -> None:
-        for template in (*self.templates, *self.sweep):
+        for template in self.templates:
             check_template(template, "templates")
 
 

@@ -205,7 +205,7 @@ def _by_several(sample: Sample, candidates: Sequence[str], options: Mapping[str,
         )
 
 
-def annotator_accuracy(answers: Sequence[Answer], samples: Sequence[Sample], options: Mapping[str, Any]) -> Outcome:
+def ivqa_accuracy(answers: Sequence[Answer], samples: Sequence[Sample], options: Mapping[str, Any]) -> Outcome:
     """min(1, matches / `needed`) over all annotators, both sides normalised: iVQA's accuracy with two of five."""
     alike = NORMALISERS[options["normaliser"]]
     return averaged(
@@ -348,8 +348,8 @@ METRICS: dict[str, Metric] = {
         choices={"normaliser": VQA_NORMALISERS},
         fits=_by_several,
     ),
-    "annotator_accuracy": Metric(
-        annotator_accuracy,
+    "ivqa_accuracy": Metric(
+        ivqa_accuracy,
         options={"normaliser": "lower", "needed": 2},
         choices={"normaliser": tuple(NORMALISERS)},
     ),

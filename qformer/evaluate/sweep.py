@@ -27,18 +27,17 @@ Score = Callable[[Mapping[str, TaskCard], Mapping[str, str], Path], dict[str, di
 
 
 def prompts(card: TaskCard) -> list[str]:
-    """The wordings of a card: what it asks with first, then the others that its template lists for a sweep.
+    """The wordings of a card: what it asks with first, then the others that its template lists.
 
     Raises:
         ConfigError: there is one alone.
     """
     assert card.eval is not None, card.key
-    templates = load_templates(card.eval.template)
-    listed = list(dict.fromkeys([*templates.templates, *templates.sweep]))
+    listed = load_templates(card.eval.template).templates
     if len(listed) < 2:
         raise ConfigError(
             f"the card '{card.key}': its template '{card.eval.template}' lists one prompt alone, so there is nothing "
-            f"to sweep; list others under 'sweep' in the template's file."
+            f"to sweep; list others behind it in the template's file."
         )
     return listed
 
