@@ -143,8 +143,8 @@ def _head(
     if partial := [score for score in scores if score.partial]:
         notice = (
             f'<p class="notice">Scores marked <span class="badge">partial</span> are over a part of the set '
-            f"({len(partial)} of {len(scores)} here); they stand apart, and are not to be compared with scores over all "
-            f"of it.</p>"
+            f"({len(partial)} of {len(scores)} here); they stand apart from scores over all of it, "
+            f"and are not to be compared with them.</p>"
         )
     title = f'<h1>{name}</h1>\n<p class="soft">A Q-Former between two frozen towers</p>'
     return f'{title}\n<div class="tiles">{cards}</div>{notice}'
