@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import string
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,9 @@ from omegaconf import OmegaConf
 from qformer import config, resources
 from qformer.config import DataConfig, RunConfig
 from qformer.errors import ConfigError, did_you_mean
+
+MEDIA = ("images", "videos")
+"""Roles under `files` that name folders, where what records are about lies; each may be a list of folders."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,11 @@ def check_template(template: str, where: str) -> None:
 
 def _check_common(section: str, files: Mapping[str, Any], preface: Iterable[str]) -> None:
     for role, given in files.items():
-        paths = given if isinstance(given, list) and given and role == "images" else [given]
+        paths = given if isinstance(given, list) and given and role in MEDIA else [given]
         if not all(isinstance(path, str) and path for path in paths):
             raise ConfigError(
-                f"{section}.files.{role} is {given!r}; it takes a path, or as files.images a list of folders."
+                f"{section}.files.{role} is {given!r}; it takes a path, or as files.images or files.videos a list of "
+                f"folders."
             )
     for piece in preface:
         check_template(piece, f"{section}.preface")
@@ -70,7 +75,7 @@ class TrainCard:
     reader: str
     """A name in `qformer.data.readers.READERS`."""
     files: dict[str, Any]
-    """The reader's files and folders by role, relative to data.root; under `images` a list of folders may stand."""
+    """The reader's files and folders by role, relative to data.root; under `images` and `videos` a list may stand."""
     template: str
     """The templates (a shipped name or a YAML file) one of which is drawn for each sample and pass."""
     size: int | None = None
@@ -113,6 +118,9 @@ class EvalCard:
     """Whether a candidate's end mark is scored too."""
     question_type: str | None = None
     """The field that the most-frequent-answer baseline is counted by."""
+    submission: str | None = None
+    """The form of the file for a test server that is written beside the predictions: a name in
+    `qformer.evaluate.submission.FORMS`."""
     decoding: Decoding = field(default_factory=Decoding)
     preface: list[str] = field(default_factory=list)
     """As in training."""
@@ -120,6 +128,12 @@ class EvalCard:
     def __post_init__(self) -> None:
         config.check_numbers("eval", self, "size", least=1)
         _check_common("eval", self.files, self.preface)
+        for candidate in self.candidates:
+            if not candidate.strip() or self.candidates.count(candidate) > 1:
+                raise ConfigError(
+                    f"eval.candidates holds '{candidate}' {'twice' if candidate.strip() else 'which has no words'}; "
+                    f"each candidate is a text of its own."
+                )
 
 
 @dataclass(frozen=True)
@@ -261,6 +275,11 @@ def validated(settings: RunConfig) -> dict[str, TaskCard]:
                 f"validation.tasks names '{key}', which is held out: a checkpoint that is chosen by its score is not "
                 f"measured zero-shot. Name held-in cards, or set data.allow_held_out: true to fine-tune on it."
             )
+        if card.eval is not None and card.eval.metric == "submission":
+            raise ConfigError(
+                f"validation.tasks names '{key}', whose answers only a test server has, so it gives no score to choose "
+                f"a checkpoint by; name another split."
+            )
     return cards
 
 
@@ -268,11 +287,18 @@ def _expand(names: Iterable[str], section: str) -> list[str]:
     expanded: list[str] = []
     for name in names:
         if name in ("held_in", "held_out"):
-            shipped = [load(each) for each in resources.names("tasks")]
-            expanded += [card.name for card in shipped if card.role == name and getattr(card, section) is not None]
+            expanded += [each for each, (role, sections) in _shipped().items() if role == name and section in sections]
         else:
             expanded.append(name)
     return expanded
+
+
+@functools.cache
+def _shipped() -> dict[str, tuple[str, set[str]]]:
+    """Role and sections of every shipped card by name; read once, since that takes seconds."""
+    loaded = [load(name) for name in resources.names("tasks")]
+    sections = ("train", "eval")
+    return {card.name: (card.role, {each for each in sections if getattr(card, each) is not None}) for card in loaded}
 
 
 def _required(kind: type, key: str) -> bool:

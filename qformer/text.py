@@ -56,13 +56,13 @@ def load_templates(name: str) -> Templates:
 
 def lettered(options: Sequence[str]) -> str:
     """Options as the paper writes them: `(a) blue (b) yellow (c) pink`."""
-    return " ".join(f"({_letter(number)}) {option}" for number, option in enumerate(options))
+    return " ".join(f"({letter(number)}) {option}" for number, option in enumerate(options))
 
 
-def _letter(number: int) -> str:
+def letter(number: int) -> str:
     """The letters a to z, then aa, ab, …"""
     letters = string.ascii_lowercase
-    return (_letter(number // 26 - 1) if number >= 26 else "") + letters[number % 26]
+    return (letter(number // 26 - 1) if number >= 26 else "") + letters[number % 26]
 
 
 def fill(template: str, fields: Mapping[str, Any], where: str) -> str:

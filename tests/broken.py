@@ -22,12 +22,13 @@ from qformer.data.readers import READERS
 from qformer.data.records import Records
 from qformer.errors import QFormerError
 from qformer.images import load_image
-from qformer.sample import Sample
+from qformer.sample import Sample, Video
 
 CARDS = (
     "aokvqa", "aokvqa:multiple_choice", "coco_caption", "gqa", "iconqa", "llava_conversation",
     "llava_conversation:turns", "nocaps", "ocrvqa:ocr", "okvqa", "scienceqa", "textcaps", "vqav2",
-    "vqg_vqav2:per_answer", "vsr", "web_capfilt",
+    "vqg_vqav2:per_answer", "vsr", "web_capfilt", "hatefulmemes", "msvd_qa", "msrvtt_qa:lavis", "textvqa",
+    "visdial", "vizwiz",
 )  # fmt: skip
 """Cards that together name every reader of text files but `jsonl`."""
 
@@ -56,8 +57,13 @@ def cases(root: Path) -> dict[str, Case]:
         section = card.train or card.eval
         assert section is not None
         files = {role: root / path for role, path in section.files.items()}
-        spoilt = tuple(role for role in files if role != "images")
+        spoilt = tuple(role for role in files if role not in cards.MEDIA)
         found[name] = Case(name, section.reader, files, section.options, spoilt, card.train)
+    for name, spoilt in (("ivqa:ranked", ("questions", "vocabulary")), ("visdial:dense", ("dense",))):
+        scored = cards.load(name).eval
+        assert scored is not None
+        files = {role: root / path for role, path in scored.files.items()}
+        found[name] = Case(name, scored.reader, files, scored.options, spoilt)
     found["jsonl"] = _own(root)
     found["shards"] = Case("shards", "shards", {"shards": shards(root)}, {"caption": "json"}, ())
     options = {"columns": {"id": "key", "image": "picture", "question": "asked", "answers": "said"}}
@@ -152,6 +158,9 @@ def outcome(case: Case, **changes: Path | list[Path]) -> Outcome:
             if place < 2:
                 for picture in sample.images:
                     assert not isinstance(picture, str)
+                    if isinstance(picture, Video):
+                        assert picture.path.exists()
+                        continue
                     load_image(picture, 1_000_000, sample.id)  # type: ignore[arg-type]
             found.samples.append(sample)
         except QFormerError as error:
@@ -200,7 +209,8 @@ def variants(
         source = case.files[role]
         assert isinstance(source, Path)
         whole = source.read_bytes()
-        how, content = _structure(dice, whole, source.suffix) if dice.random() < 0.6 else _bytes(dice, whole)
+        structured = dice.random() < 0.6 and source.suffix in (".json", ".jsonl")
+        how, content = _structure(dice, whole, source.suffix) if structured else _bytes(dice, whole)
         file = folder.with_suffix(source.suffix)
         file.write_bytes(content)
         yield f"{number} {case.name}.{role}: {how}", case, {role: file}

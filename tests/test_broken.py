@@ -19,6 +19,10 @@ from tests import broken, fixtures
 from tests.broken import CARDS, Case, outcome
 
 TEXT = (*CARDS, "jsonl")
+LINES = ("jsonl", "vsr", "hateful_memes")
+"""Readers of files with one JSON object a line."""
+VIDEO = ("msvd_qa", "msrvtt_qa:lavis")
+PICTURED = [name for name in TEXT if name not in VIDEO]
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +49,8 @@ def records(content: Any) -> list[Any]:
     """The records in a file's content, whatever its shell is."""
     if isinstance(content, list):
         return content
+    if isinstance(content.get("data"), dict):
+        return list(content["data"]["dialogs"])
     for name in ("data", "questions", "images"):
         if isinstance(content.get(name), list):
             return list(content[name])
@@ -55,7 +61,7 @@ def edited(case: Case, change: Callable[[Any], None]) -> Callable[[bytes], bytes
     """A change of the first record."""
 
     def apply(whole: bytes) -> bytes:
-        if case.reader in ("jsonl", "vsr"):
+        if case.reader in LINES:
             first, _, rest = whole.partition(b"\n")
             row = json.loads(first)
             change(row)
@@ -135,6 +141,12 @@ FIELDS = {
     "vsr": ("image", "caption", "label"),
     "web_capfilt": ("image", "caption"),
     "jsonl": ("id", "image", "instruction", "target"),
+    "hatefulmemes": ("id", "img", "label", "text"),
+    "msvd_qa": ("question", "answer", "video_id"),
+    "msrvtt_qa:lavis": ("question", "answer"),
+    "textvqa": ("question", "image_id", "answers", "question_id"),
+    "visdial": ("image_id", "caption", "dialog"),
+    "vizwiz": ("image", "question", "answers", "answer_type"),
 }
 """What the first record must have."""
 
@@ -173,6 +185,9 @@ NAMED = {
     "vsr": "image",
     "web_capfilt": "image",
     "jsonl": "image",
+    "hatefulmemes": "img",
+    "textvqa": "image_id",
+    "vizwiz": "image",
 }
 """The field that names a picture."""
 
@@ -199,7 +214,7 @@ def archive(case: Case, file: Path, content: bytes | None = None) -> Path:
     return file
 
 
-@pytest.mark.parametrize("name", TEXT)
+@pytest.mark.parametrize("name", PICTURED)
 def test_pictures_in_an_archive_are_read_and_bombs_are_not(
     cases: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -270,10 +285,11 @@ def test_a_picture_that_is_not_there_is_named(cases: dict[str, Case], tmp_path: 
 def test_a_set_whose_pictures_are_elsewhere_lists_every_record(
     cases: dict[str, Case], tmp_path: Path, name: str
 ) -> None:
-    for images in (tmp_path / "nothing", [tmp_path / "nothing", tmp_path / "more"]):
-        found = outcome(cases[name], images=images)
+    role, what = ("videos", "video") if name in VIDEO else ("images", "picture")
+    for folders in (tmp_path / "nothing", [tmp_path / "nothing", tmp_path / "more"]):
+        found = outcome(cases[name], **{role: folders})
         assert found.error is None and found.broken
-        assert all("picture" in message for message in found.broken)
+        assert all(what in message for message in found.broken)
 
 
 DOUBLED = {
@@ -286,6 +302,11 @@ DOUBLED = {
     "textcaps": "an earlier record has the same id",
     "vqav2": "an earlier record has the same id",
     "vqg_vqav2:per_answer": "an earlier record has the same id",
+    "hatefulmemes": "an earlier record has the same id",
+    "msvd_qa": "an earlier record has the same id",
+    "textvqa": "an earlier record has the same id",
+    "visdial": "an earlier record has the same id",
+    "vizwiz": "an earlier record has the same id",
     "jsonl": r"the id 'a' was given in line 1 already",
 }
 """Readers whose ids are the file's; the others number their records."""
@@ -296,7 +317,7 @@ def test_a_second_record_of_an_id_is_listed(cases: dict[str, Case], tmp_path: Pa
     case = cases[name]
 
     def double(raw: bytes) -> bytes:
-        if name == "jsonl":
+        if case.reader in LINES:
             return raw + raw.partition(b"\n")[0] + b"\n"
         content = json.loads(raw)
         if name in ("gqa", "ocrvqa:ocr"):  # Python's own parser would let the later one take the earlier one's place
@@ -306,6 +327,8 @@ def test_a_second_record_of_an_id_is_listed(cases: dict[str, Case], tmp_path: Pa
             content["choose_txt_test"].append("12")
         elif isinstance(content, list):
             content.append(content[0])
+        elif name == "visdial":
+            content["data"]["dialogs"].append(content["data"]["dialogs"][0])
         else:
             rows = next(content[key] for key in ("data", "questions", "images") if key in content)
             rows.append(rows[0])
@@ -337,8 +360,8 @@ def test_side_files_that_are_broken_are_named(cases: dict[str, Case], tmp_path: 
     annotations = spoilt(cases["vqav2"], tmp_path, lambda raw: raw[:-40], "annotations")
     assert annotations.error and "annotations.json: not valid JSON" in annotations.error
     for empty in (b'{"annotations": []}', b'{"annotations": [{"image_id": 42}, "no record"]}'):
-        found = spoilt(cases["vqav2"], tmp_path, lambda _, content=empty: content, "annotations")  # type: ignore[misc]
-        assert found.broken and "there is no such question_id in" in found.broken[0]
+        error = spoilt(cases["vqav2"], tmp_path, lambda _, content=empty: content, "annotations").error  # type: ignore[misc]
+        assert error and "it has no answer to any question of" in error and "is it the file of another split?" in error
     for content in (b"{}", b"[]", b'{"annotations": 7}', b'{"annotations": [7]}'):
         error = spoilt(cases["vqav2"], tmp_path, lambda _, content=content: content, "annotations").error  # type: ignore[misc]
         assert error and "annotations.json: " in error and "is it the file that the card means?" in error

@@ -17,7 +17,10 @@ HELD_IN = [
     "vqav2", "vqg_aokvqa", "vqg_okvqa", "vqg_vqav2", "web_capfilt",
 ]  # fmt: skip
 UNSCORED = [name for name in HELD_IN if name.startswith(("llava", "vqg", "web"))]
-HELD_OUT = ["gqa", "iconqa", "nocaps", "vsr"]
+HELD_OUT = [
+    "flickr30k", "gqa", "hatefulmemes", "iconqa", "ivqa", "msrvtt_qa", "msvd_qa", "nocaps", "scienceqa", "textvqa",
+    "visdial", "vizwiz", "vsr",
+]  # fmt: skip
 
 
 load = functools.cache(cards.load)
@@ -52,13 +55,14 @@ def test_every_card_names_only_what_there_is(name: str) -> None:
 def test_the_role_says_which_sections_there_are(name: str) -> None:
     card = load(name)
     assert card.role == ("held_in" if name in HELD_IN else "held_out")
-    assert (card.train is not None) == (name in HELD_IN)
+    assert (card.train is not None) == (name in (*HELD_IN, "scienceqa"))
     assert (card.eval is None) == (name in UNSCORED)
 
 
 def test_held_in_and_held_out_stand_for_the_cards_of_that_role() -> None:
     assert set(cards.load_all(["held_in"], "train")) == set(HELD_IN)
-    assert set(HELD_OUT) <= set(cards.load_all(["held_out"], "eval"))
+    assert set(cards.load_all(["held_out"], "eval")) == set(HELD_OUT)
+    assert set(resources.names("tasks")) == {*HELD_IN, *HELD_OUT} and len({*HELD_IN, *HELD_OUT}) == 26
 
 
 @pytest.mark.parametrize("name", HELD_OUT)

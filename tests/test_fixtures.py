@@ -16,11 +16,14 @@ import pytest
 from qformer import cards, resources, text
 from qformer.cards import EvalCard, TaskCard, TrainCard
 from qformer.data.readers import open_records
+from qformer.evaluate.run import picture_name
 from qformer.images import load_image
-from qformer.sample import Sample, Turn
+from qformer.sample import Sample, Turn, Video
 from tests import fixtures
 
 GOLDEN = fixtures.HERE / "golden.txt"
+SHOWN = 6
+"""Candidates of a sample that are written out."""
 
 
 load = functools.cache(cards.load)
@@ -30,7 +33,8 @@ def named() -> list[str]:
     """Every card and every variant that is read from the official files."""
     names = resources.names("tasks")
     variants = [f"{name}:{variant}" for name in names for variant in load(name).variants]
-    return [*names, *(name for name in variants if not name.endswith((":hub", ":shards")))]
+    mirrors = (":hub", ":shards")
+    return [*names, *(name for name in variants if not name.endswith(mirrors))]
 
 
 def read(root: Path, card: TaskCard, section: TrainCard | EvalCard) -> list[Sample]:
@@ -62,19 +66,23 @@ def _card(root: Path, card: TaskCard) -> Iterator[str]:
     if card.eval and (card is base or card.eval != base.eval):
         templates = text.load_templates(card.eval.template)
         yield f"==== {card.key}, scored on {card.eval.split}"
-        for sample in read(root, card, card.eval):
+        for number, sample in enumerate(read(root, card, card.eval)):
             yield from _sample(root, sample)
-            asked = text.render_eval(card.eval, templates, sample)
-            yield f"    {asked.instruction}"
+            prompts = templates.templates if number == 0 else templates.templates[:1]
+            for each in prompts:
+                single = text.Templates(templates.name, 1, "", [each])
+                yield f"    {text.render_eval(card.eval, single, sample).instruction}".replace("\n", "⏎")
             candidates = text.candidates_of(card.eval, sample) if card.eval.answer == "rank" else ()
-            yield from (f"    ? {each}" for each in candidates)
+            yield from (f"    ? {each}" for each in candidates[:SHOWN])
+            if len(candidates) > SHOWN:
+                yield f"    ? and {len(candidates) - SHOWN} more"
             for answer, count in Counter(sample.references).items():
                 yield f"    = {answer}" + (f" (×{count})" if count > 1 else "")
         yield ""
 
 
 def _sample(root: Path, sample: Sample) -> Iterator[str]:
-    pictures = ", ".join(Path(str(picture)).relative_to(root).as_posix() for picture in sample.images)
+    pictures = ", ".join(picture_name(picture, root) for picture in sample.images)
     yield f"  {sample.id}  [{pictures}]"
 
 
@@ -98,7 +106,9 @@ def test_every_card_and_template_is_rendered_as_it_was(root: Path) -> None:
 def test_every_training_template_stands_in_the_golden_file() -> None:
     """The words of each phrasing, so that none can drop out of the file unnoticed."""
     written = GOLDEN.read_text(encoding="utf-8")
-    for name in ("caption", "vqa", "vqg", "multiple_choice", "short_answer", "caption_zero_shot"):
+    for name in resources.names("templates"):
+        if name == "instruction":
+            continue
         for template in text.load_templates(name).templates:
             for words in (part.partition("}")[2] for part in ("}" + template).split("{")):
                 assert words in written, template
@@ -112,18 +122,19 @@ def test_every_record_has_an_id_of_its_own_and_a_picture_that_opens(root: Path, 
         assert len({sample.id for sample in samples}) == len(samples)
         for sample in samples:
             for picture in sample.images:
-                assert load_image(picture, 10_000, sample.id).size == (40, 36)
+                for each in sorted(picture.path.iterdir()) if isinstance(picture, Video) else [picture]:
+                    assert load_image(each, 10_000, sample.id).size == (40, 36)
 
 
 def test_no_picture_lies_there_for_nothing(root: Path) -> None:
     asked = {
-        picture
+        picture.path if isinstance(picture, Video) else picture
         for card in map(load, named())
         for section in filter(None, (card.train, card.eval))
         for sample in read(root, card, section)
         for picture in sample.images
     }
-    assert {root / name for name in fixtures.PICTURES} - asked == set()
+    assert {root / name for name in (*fixtures.PICTURES, *fixtures.VIDEOS)} - asked == set()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qformer import cards, keyed, resources
-from qformer.cards import Download, EvalCard, TaskCard, TrainCard
+from qformer.cards import MEDIA, Download, EvalCard, TaskCard, TrainCard
 from qformer.data.index import Index, Rows
 from qformer.data.pictures import stands_for
 from qformer.data.readers import READERS, expected, is_there, read_records
@@ -137,7 +137,7 @@ def check(card: TaskCard, root: Path, index: Index, *, every: bool, seed: int, m
         shown = Section(name, section.size)
         found.sections.append(shown)
         mine = [files[path] for _, path in expected(section, root)]
-        if not all(file.there for file in mine if file.role != "images"):
+        if not all(file.there for file in mine if file.role not in MEDIA):
             continue
         try:
             records = read_records(section, root, card, index)
@@ -146,7 +146,7 @@ def check(card: TaskCard, root: Path, index: Index, *, every: bool, seed: int, m
             continue
         shown.records = len(records)
         shown.broken = [str(error) for error in records.broken.values()]
-        there = all(file.there for file in mine if file.role == "images")
+        there = all(file.there for file in mine if file.role in MEDIA)
         if not there:
             shown.unlooked = "the folder of its pictures is not there"
         places = range(len(records)) if every else sample(len(records), SAMPLED, seed, card.key)
@@ -206,6 +206,6 @@ def indexed(card: TaskCard, name: str, section: TrainCard | EvalCard, root: Path
     """
     elsewhere = lookup(READERS, section.reader, "reader").elsewhere
     for role, path in expected(section, root):
-        if role not in ("images", *elsewhere) and not is_there(role, path):
+        if role not in (*MEDIA, *elsewhere) and not is_there(role, path):
             raise DataError(f"{card.key} {name}: there is no '{path}' (files.{role} of the card, under data.root).")
     return read_records(section, root, card, index).rows

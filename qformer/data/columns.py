@@ -36,7 +36,12 @@ class Columns(Records):
       one of answers; `answer`, a record of each distinct answer.
     - `repository`, `revision`, `configuration`, `split`: what `datasets.load_dataset` is asked for.
     - `drop`: a column; rows that say true there are left out.
+    - `keep`: values by column; rows that have others are left out.
     - `form`: `multiple_choice` makes the right choice the reference, as for A-OKVQA.
+    - `separator`: what stands between the choices in a column that holds them as one text.
+    - `pictures`: how the table of files.pictures is asked for, where pictures are in one of their own: `repository`,
+      `revision`, `configuration`, `split` as above, its columns `id` and `image`.  The column for `image` then holds
+      ids.
     - `ocr_tokens`: how many words of `ocr` are kept.
 
     Pictures are read from the column when they are looked at, or below files.images where the column holds names.
@@ -45,9 +50,12 @@ class Columns(Records):
 
     name = "columns"
     roles = ("table",)
-    optional = ("images", "ocr")
-    elsewhere = ("table",)
-    settings = ("columns", "per", "repository", "revision", "configuration", "split", "form", "ocr_tokens", "drop")
+    optional = ("images", "ocr", "pictures")
+    elsewhere = ("table", "pictures")
+    settings = (
+        "columns", "per", "repository", "revision", "configuration", "split", "form", "ocr_tokens", "drop", "keep",
+        "separator", "pictures",
+    )  # fmt: skip
 
     def _prepare(self) -> None:
         columns = self.options.get("columns")
@@ -55,22 +63,27 @@ class Columns(Records):
             raise ConfigError(f"{self.task}: options.columns must say which column is for what, and name an 'image'.")
         self.columns = {str(use): str(column) for use, column in columns.items()}
         self.form = self.option("form", ("direct_answer", "multiple_choice"))
-        known = self.table.column_names
-        for use, column in {
-            **self.columns,
-            **({"drop": self.options["drop"]} if "drop" in self.options else {}),
-        }.items():
-            if column.partition(".")[0] not in known:
-                raise DataError(
-                    f"{self.file}: there is no column '{column}' (options.columns.{use}).{did_you_mean(column, known)}"
-                )
+        self.keep = self.options.get("keep") or {}
+        if not isinstance(self.keep, Mapping):
+            raise ConfigError(f"{self.task}: options.keep is {self.keep!r}; it takes values by column.")
+        named = {f"columns.{use}": column for use, column in self.columns.items()}
+        named |= {"drop": self.options["drop"]} if "drop" in self.options else {}
+        _check_columns(self.file, self.table, named | {f"keep.{column}": column for column in self.keep})
+        if ("pictures" in self.files) != ("pictures" in self.options):
+            raise ConfigError(
+                f"{self.task}: pictures in a table of their own take both files.pictures and options.pictures."
+            )
 
     def sources(self) -> dict[str, Path]:
         """What the table is read from: the folder, or files that the hub's client keeps; and the words beside it."""
-        if self.file.is_dir():
-            return dict(self.files)
-        kept = {f"table {number}": Path(each["filename"]) for number, each in enumerate(self.table.cache_files)}
-        return {role: path for role, path in self.files.items() if role != "table"} | kept if kept else {}
+        found = dict(self.files)
+        for role, table in (("table", self.table), ("pictures", self.gallery)):
+            if role in found and not found[role].is_dir():
+                kept = {f"{role} {number}": Path(each["filename"]) for number, each in enumerate(table.cache_files)}
+                if not kept:
+                    return {}
+                found = {other: path for other, path in found.items() if other != role} | kept
+        return found
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
         yield from self.once(self._rows())
@@ -80,7 +93,9 @@ class Columns(Records):
         written, drop = ocr.read_side_file(self.files.get("ocr"), most), self.options.get("drop")
         packed = _holds_pictures(self.table, self.columns["image"])
         wanted = {use: column for use, column in self.columns.items() if use != "image" or not packed}
-        heads = list(dict.fromkeys(column.partition(".")[0] for column in (*wanted.values(), drop) if column))
+        sifted = (*wanted.values(), drop, *self.keep)
+        heads = list(dict.fromkeys(column.partition(".")[0] for column in sifted if column))
+        hung = self._hung()
         place = 0
         for batch in self.table.select_columns(heads).iter(BATCH):
             for values in zip(*(batch[head] for head in heads), strict=True):
@@ -91,9 +106,19 @@ class Columns(Records):
                 except DataError as error:
                     raise self.at_fault(row.get("id", place), str(error)) from None
                 row |= {"place": place, "ocr": own or written.get(str(row.get("image_id")), "")}
-                if not (drop and cells[drop]):
+                if hung is not None:
+                    row["hung"] = hung.get(str(row["image"]))
+                kept = all(cells[column] == value for column, value in self.keep.items())
+                if kept and not (drop and cells[drop]):
                     yield from _split(row.get("id", place), row, per)
                 place += 1
+
+    def _hung(self) -> dict[str, int] | None:
+        """Rows of the pictures' own table by the id they have there; None where there is no such table."""
+        if self.gallery is None:
+            return None
+        ids = self.gallery[self.options["pictures"]["id"]]
+        return {str(name): place for place, name in enumerate(ids)}
 
     @functools.cached_property
     def table(self) -> Any:
@@ -101,28 +126,58 @@ class Columns(Records):
         return _undecoded(_load(self.file, self.options, self.task))
 
     @functools.cached_property
+    def gallery(self) -> Any:
+        """The table of pictures, where they are in one of their own."""
+        if "pictures" not in self.files:
+            return None
+        given = self.options["pictures"]
+        if not isinstance(given, Mapping) or not {"id", "image"} <= set(given):
+            raise ConfigError(f"{self.task}: options.pictures must name the columns 'id' and 'image'.")
+        table = _undecoded(_load(self.files["pictures"], given, self.task))
+        _check_columns(self.files["pictures"], table, {f"pictures.{use}": given[use] for use in ("id", "image")})
+        return table
+
+    @functools.cached_property
     def shown(self) -> Any:
         """The column of pictures alone."""
+        if self.gallery is not None:
+            return self.gallery.select_columns([self.options["pictures"]["image"]])
         return self.table.select_columns([self.columns["image"]])
 
-    def _sample(self, key: Any, row: Any) -> Sample:
-        picture: tuple[Path | Packed, ...]
+    def _picture(self, row: Mapping[str, Any]) -> tuple[Path | Packed, ...]:
+        if "hung" in row:
+            if row["hung"] is None:
+                raise DataError(f"its picture '{row['image']}' is not in {self.files['pictures']}")
+            return (Cell(self.files["pictures"], str(row["hung"]), self.shown, row["hung"]),)
         if "image" in row:
-            picture = self.image(row["image"])
-        else:
-            picture = (Cell(self.file, str(row["place"]), self.shown, row["place"]),)
-        fields = {name: value for name, value in row.items() if name not in (*OWN, "place")}
+            return self.image(row["image"])
+        return (Cell(self.file, str(row["place"]), self.shown, row["place"]),)
+
+    def _sample(self, key: Any, row: Any) -> Sample:
+        picture = self._picture(row)
+        fields = {name: _line(value) for name, value in row.items() if name not in (*OWN, "place", "hung")}
         fields |= {"image_id": row.get("image_id", row["place"]), "ocr": row["ocr"]}
         if "question" in row:
             fields["question"] = text(row["question"], "'question'")
-        choices = answers(_listed(row["choices"]), "'choices'") if "choices" in row else ()
+        choices = answers(self._parted(row["choices"]), "'choices'") if "choices" in row else ()
         if "captions" in row:
             said = answers(_listed(row["captions"]), "'captions'")
         elif choices and self.form == "multiple_choice":
             said = (chosen(choices, row["right"], "right"),)
         else:
             said = answers(_listed(row["answers"]), "'answers'", blank=True)
+            if "separator" in self.options and not set(said) & set(choices):
+                raise DataError(
+                    f"its answer '{said[0]}' is not among its choices {', '.join(choices)}; a choice may hold the "
+                    f"separator"
+                )
         return Sample(self.id(key), self.task, picture, fields, references=said, candidates=choices)
+
+    def _parted(self, choices: Any) -> Any:
+        """A list of choices, also where the column holds them as one text."""
+        if isinstance(choices, str) and "separator" in self.options:
+            return [each for each in choices.split(str(self.options["separator"])) if each.strip()]
+        return _listed(choices)
 
 
 @dataclass(frozen=True)
@@ -140,6 +195,21 @@ class Cell(Packed):
             raise DataError(f"the picture {self} is {shown(content)} where a file's bytes belong")
         check_size(len(content), str(self))
         return content
+
+
+def _check_columns(file: Path, table: Any, columns: Mapping[str, str]) -> None:
+    """Refuse a column that a table has not; columns by the option that names them."""
+    known = table.column_names
+    for option, column in columns.items():
+        if str(column).partition(".")[0] not in known:
+            raise DataError(
+                f"{file}: there is no column '{column}' (options.{option}).{did_you_mean(str(column), known)}"
+            )
+
+
+def _line(value: Any) -> Any:
+    """A text on one line, as the readers of official files have it."""
+    return " ".join(value.split()) if isinstance(value, str) else value
 
 
 def _load(folder: Path, options: Mapping[str, Any], task: str) -> Any:

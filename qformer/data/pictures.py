@@ -46,6 +46,18 @@ class Pictures:
         Raises:
             DataError: a name leads out of the roots, or no root has it.
         """
+        found = self.first(*names)
+        if found is None:
+            named = " or ".join(f"'{name}'" for name in names)
+            raise DataError(f"there is no picture {named} in {' or '.join(map(str, self.roots))}")
+        return found
+
+    def first(self, *names: str) -> Path | Packed | None:
+        """As `find`, but None where no root has one of the names.
+
+        Raises:
+            DataError: a name leads out of the roots.
+        """
         for name in names:
             _check_name(name)
         only = len(names) == len(self.roots) == 1
@@ -54,8 +66,7 @@ class Pictures:
                 found = self._find(root, name, certain=only)
                 if found is not None:
                     return found
-        named = " or ".join(f"'{name}'" for name in names)
-        raise DataError(f"there is no picture {named} in {' or '.join(map(str, self.roots))}")
+        return None
 
     def _find(self, root: Path, name: str, *, certain: bool) -> Path | Packed | None:
         path = PurePosixPath(name)

@@ -15,6 +15,7 @@ from urllib.parse import urlparse
 from qformer.cards import EvalCard, TaskCard, TrainCard
 from qformer.data import ocr
 from qformer.data.columns import Columns
+from qformer.data.dialogs import VisDial
 from qformer.data.index import Index
 from qformer.data.jsonl import JsonLines
 from qformer.data.pictures import stands_for
@@ -22,7 +23,8 @@ from qformer.data.records import Records
 from qformer.data.scienceqa import ScienceQA
 from qformer.data.shards import Shards
 from qformer.data.streams import iterate_items, iterate_json, iterate_lines, join, read_json
-from qformer.data.values import answers, chosen, number, several, words
+from qformer.data.values import RANKS, answers, chosen, number, offered, several, words
+from qformer.data.videoqa import IVQA, VideoQA
 from qformer.errors import ConfigError, DataError, did_you_mean, lookup
 from qformer.sample import Sample, Turn
 
@@ -139,18 +141,23 @@ class TextVQA(Records):
 
     Under files.ocr may stand Rosetta's file (`TextVQA_Rosetta_OCR_v0.2_train.json`).  Options: `per`: `caption`,
     `image` (one record a picture with all its captions) or `question`; `image`, the picture's file name with a place
-    for its id; `ocr_tokens`, how many words are kept.
+    for its id; `ocr_tokens`, how many words are kept; `answers`: `hidden` for the questions of test, whose answers a
+    server has.
     """
 
     name = "textvqa"
     roles = ("records", "images")
     optional = ("ocr",)
-    settings = ("per", "image", "ocr_tokens")
+    settings = ("per", "image", "ocr_tokens", "answers")
+
+    def _prepare(self) -> None:
+        self.per = self.option("per", ("caption", "image", "question"))
+        self.hidden = self.answers_hidden()
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
-        per = self.option("per", ("caption", "image", "question"))
+        per = self.per
         written = ocr.read_side_file(self.files.get("ocr"), ocr.limit(self.options))
-        rows = iterate_json(self.file, "data")
+        rows = self._with_words(iterate_json(self.file, "data"), written)
         if per == "image":
             yield from self._pictures(rows, written)
             return
@@ -159,6 +166,18 @@ class TextVQA(Records):
         yield from self.once(
             (row[name], {each: row[each] for each in kept if each in row} | _ocr(written, row)) for row in rows
         )
+
+    def _with_words(self, rows: Iterable[Any], written: Mapping[str, str]) -> Iterator[Any]:
+        """The rows; an error where none of their pictures is in the file of words, which would go unseen otherwise."""
+        met = not self.files.get("ocr")
+        for row in rows:
+            met = met or str(row["image_id"]) in written
+            yield row
+        if not met:
+            raise DataError(
+                f"{self.files['ocr']}: none of its pictures is among those of {self.file}; is it the file of words of "
+                f"another split?"
+            )
 
     def _pictures(self, rows: Iterable[Any], written: Mapping[str, str]) -> Iterator[tuple[Any, Any]]:
         pictures: dict[Any, Any] = {}
@@ -172,10 +191,10 @@ class TextVQA(Records):
     def _sample(self, key: Any, row: Any) -> Sample:
         name = words(row, "image_id")
         fields = {"image_id": name, "ocr": row["ocr"]}
-        if "question" in row:
+        if self.per == "question":
             fields["question"] = words(row, "question")
-            said = answers(row["answers"], "'answers'", blank=True)
-        elif "captions" in row:
+            said = () if self.hidden else answers(row["answers"], "'answers'", blank=True)
+        elif self.per == "image":
             said = answers(row["captions"], "'caption_str'")
         else:
             said = (words(row, "caption_str"),)
@@ -184,7 +203,7 @@ class TextVQA(Records):
 
 
 class VQA(Records):
-    """Questions and annotations of VQAv2 or OKVQA, joined by `question_id`.
+    """Questions and annotations of VQAv2 or OKVQA, joined by `question_id`; of test there are questions alone.
 
     Options: `image`, the picture's file name with a place for its number (`COCO_train2014_%012d.jpg`); `answer`, the
     field of an annotator's answer that is taken (`answer`; OKVQA's unstemmed words are in `raw_answer`); `per`:
@@ -192,7 +211,8 @@ class VQA(Records):
     """
 
     name = "vqa"
-    roles = ("questions", "annotations", "images")
+    roles = ("questions", "images")
+    optional = ("annotations",)
     settings = ("image", "answer", "per")
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
@@ -202,9 +222,10 @@ class VQA(Records):
         field = self.options.get("answer", "answer")
 
         def annotations() -> Iterator[Any]:
-            rows = iterate_json(self.files["annotations"], "annotations")
+            rows = iterate_json(self.files["annotations"], "annotations") if "annotations" in self.files else ()
             return self.beside("annotations", (row for row in rows if "question_id" in row))
 
+        asked, annotated = 0, 0
         for question, annotation in join(iterate_json(self.file, "questions"), annotations, "question_id"):
             row = {name: question[name] for name in ("question", "image_id") if name in question}
             row["annotated"] = annotation is not None
@@ -212,13 +233,21 @@ class VQA(Records):
                 row |= {name: annotation[name] for name in ("question_type", "answer_type") if name in annotation}
                 row["answers"] = [_answer(each, field) for each in annotation.get("answers") or ()]
             yield question["question_id"], row
+            asked, annotated = asked + 1, annotated + row["annotated"]
+        if asked and not annotated and "annotations" in self.files:
+            raise DataError(
+                f"{self.files['annotations']}: it has no answer to any question of {self.file}; is it the file of "
+                f"another split?"
+            )
 
     def _sample(self, key: Any, row: Any) -> Sample:
+        fields = {"question": words(row, "question"), "image_id": row["image_id"]}
+        picture = self.numbered(number(row, "image_id"))
+        if "annotations" not in self.files:
+            return Sample(self.id(key), self.task, picture, fields)
         if not row["annotated"]:
             raise DataError(f"there is no such question_id in {self.files['annotations']}")
-        fields = {"question": words(row, "question"), "image_id": row["image_id"]}
         fields |= {name: row[name] for name in ("question_type", "answer_type")}
-        picture = self.numbered(number(row, "image_id"))
         return Sample(
             self.id(key), self.task, picture, fields, references=answers(row["answers"], "'answers'", blank=True)
         )
@@ -229,15 +258,17 @@ class AOKVQA(Records):
 
     Options: `image`, the file name pattern (`%012d.jpg`); `form`: `direct_answer` or `multiple_choice`, which decides
     what the references are; `difficult`: `keep`, or `drop` for questions marked `difficult_direct_answer`, as the
-    official scorer of direct answers does; `per`: `question`, or `answer` for a record of each distinct answer.
+    official scorer of direct answers does; `per`: `question`, or `answer` for a record of each distinct answer;
+    `answers`: `hidden` for the questions of test, whose answers a server has.
     """
 
     name = "aokvqa"
     roles = ("questions", "images")
-    settings = ("image", "form", "difficult", "per")
+    settings = ("image", "form", "difficult", "per", "answers")
 
     def _prepare(self) -> None:
         self.form = self.option("form", ("direct_answer", "multiple_choice"))
+        self.hidden = self.answers_hidden()
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
         yield from self.once(_per_answer(self._rows(), self.option("per", ("question", "answer"))))
@@ -252,17 +283,15 @@ class AOKVQA(Records):
 
     def _sample(self, key: Any, row: Any) -> Sample:
         choices = answers(row["choices"], "'choices'")
+        picture = self.numbered(number(row, "image_id"))
+        fields = {"question": words(row, "question"), "image_id": row["image_id"]}
+        if self.hidden:
+            return Sample(self.id(key), self.task, picture, fields, candidates=choices)
         right = (chosen(choices, row["correct_choice_idx"], "correct_choice_idx"),)
         if self.form == "direct_answer" and "answers" not in row:
             raise DataError("there is no field 'direct_answers'")
-        return Sample(
-            self.id(key),
-            self.task,
-            self.numbered(number(row, "image_id")),
-            {"question": words(row, "question"), "image_id": row["image_id"]},
-            references=right if self.form == "multiple_choice" else answers(row["answers"], "'direct_answers'"),
-            candidates=choices,
-        )
+        said = right if self.form == "multiple_choice" else answers(row["answers"], "'direct_answers'")
+        return Sample(self.id(key), self.task, picture, fields, references=said, candidates=choices)
 
 
 class OCRVQA(Records):
@@ -381,18 +410,10 @@ class VSR(Records):
     settings = ("words",)
 
     def _prepare(self) -> None:
-        given = self.options.get("words")
-        if not isinstance(given, list | tuple) or [type(word) for word in given] != [str, str]:
-            raise ConfigError(f"{self.task}: options.words must be two words, for label 0 and label 1, in quotes.")
+        _check_words(self.options.get("words"), self.task)
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
-        for line_number, line in iterate_lines(self.file):
-            if line.strip():
-                try:
-                    yield line_number, json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    problem = getattr(error, "msg", str(error))
-                    raise DataError(f"{self.file}, line {line_number}: not valid JSON ({problem}).") from None
+        yield from _lines(self.file)
 
     def _sample(self, key: Any, row: Any) -> Sample:
         word = chosen(self.options["words"], number(row, "label"), "label")
@@ -401,15 +422,75 @@ class VSR(Records):
         return Sample(self.id(key), self.task, self.image(image), fields, references=(str(word),))
 
 
+class HatefulMemes(Records):
+    """HatefulMemes' pictures with the words on them, one JSON object a line.
+
+    Option `words`: what stands for label 0 (not hateful) and for label 1.
+    """
+
+    name = "hateful_memes"
+    roles = ("records", "images")
+    settings = ("words",)
+
+    def _prepare(self) -> None:
+        _check_words(self.options.get("words"), self.task)
+
+    def _read(self) -> Iterator[tuple[Any, Any]]:
+        kept = ("id", "img", "label", "text")
+        rows = ((row["id"], {name: row[name] for name in kept if name in row}) for _, row in _lines(self.file))
+        yield from self.once(rows)
+
+    def _sample(self, key: Any, row: Any) -> Sample:
+        word = chosen(self.options["words"], number(row, "label"), "label")
+        fields = {"text": words(row, "text"), "image_id": row["id"]}
+        return Sample(self.id(key), self.task, self.image(words(row, "img")), fields, references=(str(word),))
+
+
+class VizWiz(Records):
+    """VizWiz' list of questions, one about each picture, with ten answers.
+
+    Option `answers`: `hidden` for the questions of test, whose answers a server has.
+    """
+
+    name = "vizwiz"
+    roles = ("questions", "images")
+    settings = ("answers",)
+
+    def _prepare(self) -> None:
+        self.hidden = self.answers_hidden()
+
+    def _read(self) -> Iterator[tuple[Any, Any]]:
+        yield from self.once((row["image"], self._kept(row)) for row in iterate_json(self.file))
+
+    def _kept(self, row: Any) -> dict[str, Any]:
+        kept = {name: row[name] for name in ("image", "question", "answer_type", "answers") if name in row}
+        if isinstance(kept.get("answers"), list):
+            kept["answers"] = [_answer(each, "answer") for each in kept["answers"]]
+        return kept
+
+    def _sample(self, key: Any, row: Any) -> Sample:
+        fields = {"question": words(row, "question"), "image_id": words(row, "image")}
+        picture = self.image(fields["image_id"])
+        if self.hidden:
+            return Sample(self.id(key), self.task, picture, fields)
+        fields["answer_type"] = words(row, "answer_type")
+        said = answers(row["answers"], "'answers'", blank=True)
+        return Sample(self.id(key), self.task, picture, fields, references=said)
+
+
 class IconQA(Records):
     """IconQA's problems with choices in words; files.images is the folder of one split and sub-task.
 
-    Option `split`: a key of `pid_splits.json`.
+    Options: `split`, a key of `pid_splits.json`; `rank`, what is chosen from: the choices' `texts`, their `letters`, or
+    both (`lettered`).
     """
 
     name = "iconqa"
     roles = ("problems", "splits", "images")
-    settings = ("split",)
+    settings = ("split", "rank")
+
+    def _prepare(self) -> None:
+        self.rank = self.option("rank", RANKS)
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
         problems, splits = read_json(self.file), read_json(self.files["splits"])
@@ -421,8 +502,8 @@ class IconQA(Records):
     def _sample(self, key: Any, row: Any) -> Sample:
         if row is None:
             raise DataError(f"it is in {self.files['splits']} and not among the problems")
-        choices = answers(row["choices"], "'choices'")
-        fields = {"question": words(row, "question"), "image_id": key, "grade": row.get("grade", "")}
+        options, choices = offered(answers(row["choices"], "'choices'"), self.rank)
+        fields = {"question": words(row, "question"), "image_id": key, "grade": row.get("grade", ""), **options}
         return Sample(
             self.id(key),
             self.task,
@@ -437,7 +518,7 @@ READERS: dict[str, type[Records]] = {
     reader.name: reader
     for reader in (
         JsonLines, CocoCaptions, Karpathy, CaptionList, TextVQA, VQA, AOKVQA, OCRVQA, LLaVA, Shards, Columns,
-        GQA, VSR, IconQA, ScienceQA,
+        GQA, VSR, IconQA, ScienceQA, HatefulMemes, VizWiz, VisDial, VideoQA, IVQA,
     )
 }  # fmt: skip
 
@@ -487,6 +568,23 @@ def expected(section: TrainCard | EvalCard, root: Path) -> list[tuple[str, Path]
 def is_there(role: str, path: Path) -> bool:
     """Whether a file is there, or for pictures an archive in a folder's place."""
     return stands_for(path) if role in ("images", "shards") else path.exists()
+
+
+def _lines(file: Path) -> Iterator[tuple[int, Any]]:
+    """The JSON objects of a file that has one a line, and their lines' numbers."""
+    for line_number, line in iterate_lines(file):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                problem = getattr(error, "msg", str(error))
+                raise DataError(f"{file}, line {line_number}: not valid JSON ({problem}).") from None
+            yield line_number, row
+
+
+def _check_words(given: Any, task: str) -> None:
+    if not isinstance(given, list | tuple) or [type(word) for word in given] != [str, str]:
+        raise ConfigError(f"{task}: options.words must be two words, for label 0 and label 1, in quotes.")
 
 
 def _ocr(written: Mapping[str, str], row: Mapping[str, Any]) -> dict[str, str]:

@@ -8,13 +8,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from qformer.cards import MEDIA
 from qformer.data.index import Entry, Index, encoded, in_memory
 from qformer.data.pictures import Pictures
 from qformer.errors import ConfigError, DataError, did_you_mean
-from qformer.sample import Packed, Sample
+from qformer.sample import Packed, Sample, Video
 
 MISFORMED = (KeyError, TypeError, AttributeError, ValueError, IndexError, OverflowError, RecursionError)
 """What Python raises where a file or a record is of another form than its reader takes it for."""
+VIDEOS = ("", ".mp4", ".avi", ".webm", ".mkv", ".mov")
+"""Endings that a video is looked for with; without one, the name is a whole one or that of a folder of frames."""
 
 
 class Records(ABC):
@@ -48,7 +51,7 @@ class Records(ABC):
         """Find the records in the index, or read the files.
 
         Args:
-            files: paths by role; under `images` there may be several.
+            files: paths by role; under `images` and `videos` there may be several.
             options: the reader's own settings.
             task: the card's key; filed in each sample, and first part of its id.
             split: second part of the ids.
@@ -68,10 +71,13 @@ class Records(ABC):
                 if name not in known:
                     raise ConfigError(f"{reader} has no {where}.{name}.{did_you_mean(name, known)}")
         for role, path in files.items():
-            if role != "images" and not isinstance(path, Path):
-                raise ConfigError(f"{reader} takes one file as files.{role}; only files.images may be several folders.")
-        self.files = {role: path for role, path in files.items() if isinstance(path, Path) and role != "images"}
-        self.pictures = Pictures(files.get("images", ()))
+            if role not in MEDIA and not isinstance(path, Path):
+                raise ConfigError(
+                    f"{reader} takes one file as files.{role}; only files.images and files.videos may be several "
+                    f"folders."
+                )
+        self.files = {role: path for role, path in files.items() if isinstance(path, Path) and role not in MEDIA}
+        self.pictures, self.videos = Pictures(files.get("images", ())), Pictures(files.get("videos", ()))
         self.options, self.task, self.split = dict(options), task, split
         self.file = self.files[self.roles[0]]
         self.broken: dict[int, DataError] = {}
@@ -182,12 +188,29 @@ class Records(ABC):
             ) from None
         return self.image(*names)
 
+    def video(self, *names: str) -> tuple[Video]:
+        """The one video of a record: a file that has one of its possible names, or a folder of frames."""
+        found = self.videos.first(*(name + ending for name in names for ending in VIDEOS))
+        if found is None:
+            named = " or ".join(f"'{name}'" for name in names)
+            raise DataError(
+                f"there is no video {named} in {' or '.join(map(str, self.videos.roots))}, neither as a file "
+                f"({', '.join(VIDEOS[1:])}) nor as a folder of frames"
+            )
+        if isinstance(found, Packed):
+            raise DataError(f"its video '{found}' lies in an archive, where it cannot be opened; unpack that once")
+        return (Video(found),)
+
     def option(self, name: str, known: Sequence[str]) -> str:
         """An option that takes one of a few words, the first of them by default."""
         value = self.options.get(name, known[0])
         if value not in known:
             raise ConfigError(f"{self.task}: options.{name} is '{value}'; it takes {' or '.join(known)}.")
         return str(value)
+
+    def answers_hidden(self) -> bool:
+        """Whether option `answers` says that only a test server has them; such samples have no references."""
+        return self.option("answers", ("given", "hidden")) == "hidden"
 
     def listed(self, name: str, otherwise: Sequence[Any]) -> Sequence[Any]:
         """An option that takes a list; in a text, any part of it would be found."""

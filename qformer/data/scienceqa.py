@@ -7,7 +7,7 @@ from typing import Any
 
 from qformer.data.records import Records
 from qformer.data.streams import read_json
-from qformer.data.values import answers, chosen, shown, words
+from qformer.data.values import RANKS, answers, chosen, offered, shown, words
 from qformer.errors import ConfigError, DataError, did_you_mean
 from qformer.sample import Sample
 
@@ -16,14 +16,16 @@ class ScienceQA(Records):
     """ScienceQA's problems that have a picture; files.images is the folder of `SPLIT/ID/image.png`.
 
     Options: `split`, a key of `pid_splits.json`; `context`, what stands in the field of that name: the `hint`,
-    `hint_and_lecture`, or nothing (`none`).
+    `hint_and_lecture`, or nothing (`none`); `rank`, what is chosen from: the choices' `texts`, their `letters`, or both
+    (`lettered`).
     """
 
     name = "scienceqa"
     roles = ("problems", "splits", "images")
-    settings = ("split", "context")
+    settings = ("split", "context", "rank")
 
     def _prepare(self) -> None:
+        self.rank = self.option("rank", RANKS)
         self.context = {
             "hint": ("hint",),
             "hint_and_lecture": ("hint", "lecture"),
@@ -41,12 +43,13 @@ class ScienceQA(Records):
     def _sample(self, key: Any, row: Any) -> Sample:
         if row is None:
             raise DataError(f"it is in {self.files['splits']} and not among the problems")
-        choices = answers(row["choices"], "'choices'")
+        options, choices = offered(answers(row["choices"], "'choices'"), self.rank)
         fields = {
             "question": words(row, "question"),
             "context": " ".join(filter(None, (_optional(row, name) for name in self.context))),
             "image_id": key,
             "subject": row.get("subject", ""),
+            **options,
         }
         return Sample(
             self.id(key),

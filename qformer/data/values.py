@@ -7,6 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qformer.errors import DataError
+from qformer.text import letter, lettered
+
+RANKS = ("texts", "letters", "lettered")
+"""What of a problem's choices a model may choose from."""
 
 
 def words(row: Mapping[str, Any], name: str) -> str:
@@ -58,6 +62,15 @@ def chosen(choices: Sequence[Any], place: Any, name: str) -> Any:
             f"'{name}' is {shown(place)}; it must be at least 0 and below {len(choices)}, the number of choices"
         )
     return choices[place]
+
+
+def offered(choices: Sequence[str], rank: str) -> tuple[dict[str, str], tuple[str, ...]]:
+    """What is chosen from, one of `RANKS`, and the field `options` where it is not what a prompt shows."""
+    if rank == "texts":
+        return {}, tuple(choices)
+    letters = [f"({letter(number)})" for number in range(len(choices))]
+    candidates = letters if rank == "letters" else [f"{mark} {choice}" for mark, choice in zip(letters, choices)]
+    return {"options": lettered(choices)}, tuple(candidates)
 
 
 def shown(value: Any, most: int = 60) -> str:

@@ -64,3 +64,14 @@ def _counts(samples: Sequence[Sample], types: Sequence[Hashable]) -> dict[Hashab
     for sample, kind in zip(samples, types, strict=True):
         counts.setdefault(kind, Counter()).update(sample.references)
     return counts
+
+
+def unreachable(samples: Sequence[Sample], candidates: Sequence[tuple[str, ...]]) -> float:
+    """The share of samples none of whose references is among their candidates: no ranking could get them right."""
+    known: dict[int, frozenset[str]] = {}  # by identity: thousands of questions share a vocabulary of thousands
+    missed = 0
+    for sample, mine in zip(samples, candidates, strict=True):
+        if id(mine) not in known:
+            known[id(mine)] = frozenset(mine)
+        missed += known[id(mine)].isdisjoint(sample.references)
+    return missed / len(samples)

@@ -56,6 +56,8 @@ class Metric:
     """Refuses (DataError) a sample, with its candidates, that could not be scored; asked before the model is."""
     fits_together: Callable[[Sequence[Sample], Mapping[str, Any]], None] = lambda samples, options: None
     """Refuses samples that could not be scored together; likewise."""
+    scored: bool = True
+    """Whether there is a score at all; False where only a test server has the answers."""
 
 
 def checked_options(card: EvalCard, key: str) -> dict[str, Any]:
@@ -233,6 +235,11 @@ def _vqa_normalised(said: str, truths: Sequence[str], rule: str) -> tuple[str, l
     return said, truths
 
 
+def submission(answers: Sequence[Answer], samples: Sequence[Sample], options: Mapping[str, Any]) -> Outcome:
+    """No score: the answers are a test server's, and what is written for it is in `evaluate/submission.py`."""
+    return Outcome([0.0] * len(answers), lambda places: None)
+
+
 # -- captions ---------------------------------------------------------------------------------------------------------
 
 
@@ -248,7 +255,8 @@ def _has_words(sample: Sample, candidates: Sequence[str], options: Mapping[str, 
 
 
 def auroc(answers: Sequence[Answer], samples: Sequence[Sample], options: Mapping[str, Any]) -> Outcome:
-    """Area under the ROC curve of log Σ p(positive words) − log Σ p(negative words).
+    """Area under the ROC curve of log Σ p(positive words) − log Σ p(negative words); with `pool: best` each side is its
+    likeliest word's.
 
     A sample's own number is 1 where that difference has the sign of its class; their mean stands beside, and that of
     each class.
@@ -293,7 +301,8 @@ def _margin(answer: Answer, options: Mapping[str, Any]) -> float:
     """The difference; a group none of whose words was a candidate has no likelihood at all."""
     found = dict(zip(answer.candidates, answer.likelihoods))
     sides = [[found[word] for word in options[group] if word in found] for group in ("positive", "negative")]
-    positive, negative = (float(np.logaddexp.reduce(side)) if side else -np.inf for side in sides)
+    pool = np.logaddexp.reduce if options["pool"] == "sum" else max
+    positive, negative = (float(pool(side)) if side else -np.inf for side in sides)
     return 0.0 if positive == negative else positive - negative
 
 
@@ -359,10 +368,12 @@ METRICS: dict[str, Metric] = {
     "meteor": Metric(captions.scored_by(captions.meteor_1_5), mean=False, fits=_has_words),
     "auroc": Metric(
         auroc,
-        options={"positive": ["yes"], "negative": ["no"]},
+        options={"positive": ["yes"], "negative": ["no"], "pool": "sum"},
+        choices={"pool": ("sum", "best")},
         ranked=True,
         mean=False,
         fits_together=_both_classes,
     ),
     "retrieval": Metric(retrieval, ranked=True, fits=_has_its_truth),
+    "submission": Metric(submission, scored=False),
 }

@@ -81,7 +81,7 @@ def question(card: EvalCard, templates: Templates, sample: Sample) -> Question:
         DataError: no answer to score against, no candidates to rank, or a field that template or card names is missing.
     """
     where = f"{sample.task}, sample '{sample.id}'"
-    if not sample.references:
+    if not sample.references and METRICS[card.metric].scored:
         raise DataError(f"{where}: it has no answer to score against.")
     candidates = candidates_of(card, sample) if card.answer == "rank" else ()
     if card.answer == "rank" and not candidates:

@@ -23,8 +23,8 @@ from qformer import __version__, keyed
 from qformer.cards import EvalCard, TaskCard
 from qformer.data.index import Index
 from qformer.data.readers import Records, check_files, open_records
-from qformer.errors import ConfigError, DataError
-from qformer.evaluate import baselines
+from qformer.errors import ConfigError, DataError, lookup
+from qformer.evaluate import baselines, submission
 from qformer.evaluate.kept import Unfinished, forget
 from qformer.evaluate.metrics import COUNTS, METRICS, bootstrap, checked_options
 from qformer.evaluate.outcome import Answer, Outcome
@@ -103,8 +103,9 @@ def score(
     """Score a model on the `eval` sections of cards.
 
     Writes `TASK.json` (score, interval, baselines, recipe) and `TASK.predictions.jsonl` for each card as it is done,
-    and `TASK.broken.jsonl` where records were left out; of a subset `TASK.partial.json` and so on, which never takes
-    the place of a whole score.  Answers are kept as they come: the same call goes on where it was interrupted.
+    `TASK.submission.json` where the card names the form of a test server's, and `TASK.broken.jsonl` where records were
+    left out; of a subset `TASK.partial.json` and so on, which never takes the place of a whole score.  Answers are kept
+    as they come: the same call goes on where it was interrupted.
 
     Args:
         model: answers and ranks.
@@ -149,18 +150,20 @@ def score(
                 unfinished = Unfinished(directory, name, _decides(task, model, origin), processes.index)
                 if found := unfinished.take_up(processes):
                     say(f"{key}: goes on with {found:,} answers that an interrupted evaluation left.")
-            ask = Asking(batch_size, shuffled, seed, on_error, track, processes, unfinished)
+            blind = shuffled and METRICS[task.section.metric].scored
+            ask = Asking(batch_size, blind, seed, on_error, track, processes, unfinished)
             asked = _answered(model, task, places, ask)
 
             def scored(task: Task = task, asked: Answered = asked, name: str = name) -> dict[str, Any]:
                 result, outcome = _scored(task, asked, model.language.profile, seed, root, origin)
-                _write(directory, name, result, _lines(asked, outcome.scores, root), asked.broken)
+                scores = outcome.scores if METRICS[task.section.metric].scored else [None] * len(asked.places)
+                _write(directory, name, result, _lines(asked, scores, root), asked.broken, _submitted(task, asked))
                 return result
 
             results[key] = processes.told(scored)
             if asked.broken:
                 notes.append(_left_out(key, asked.broken, directory / f"{name}.broken.jsonl"))
-            notes += _remarks(key, results[key])
+            notes += _remarks(key, results[key], directory / f"{name}.submission.json")
     if processes.first and finish:
         for key, result in results.items():
             forget(directory, file_name(key, partial=result["of"] > len(subset(result["of"], limit, seed, key))))
@@ -199,7 +202,7 @@ def _decides(task: Task, model: Model, origin: Mapping[str, Any]) -> dict[str, A
     return {"answer": section.answer, "how": how, "model": whose, "profile": dataclasses.asdict(model.language.profile)}
 
 
-def _remarks(key: str, result: Mapping[str, Any]) -> list[str]:
+def _remarks(key: str, result: Mapping[str, Any], submitted: Path) -> list[str]:
     """What a person should know of a score besides its number."""
     said = []
     if result["truncations"]:
@@ -210,15 +213,32 @@ def _remarks(key: str, result: Mapping[str, Any]) -> list[str]:
     if result["empty"]:
         said.append(f"{key}: {result['empty']:,} of {result['samples']:,} answers hold no word.")
     if result["unreachable"]:
-        share = result["unreachable"] / result["samples"]
-        said.append(
-            f"{key}: {result['unreachable']:,} of {result['samples']:,} questions ({share:.1%}) have no right answer "
-            f"among their candidates; they count as wrong."
-        )
+        share = f"{100 * result['unreachable']:.1f} % of {result['samples']:,}"
+        said.append(f"{key}: {share} truths are not among the candidates, and count as wrong.")
+    if result["metric"] == "submission":
+        said.append(f"{key}: not scored, since only the server has its answers; {submitted} is for it.")
+        if lacking := result["of"] - result["samples"]:
+            said.append(f"{submitted}: {lacking:,} question(s) have no answer in it, and the server wants all.")
     if result["beside"]:
         numbers = ", ".join(f"{name} {beside_in_words(name, value)}" for name, value in result["beside"].items())
         said.append(f"{key}: {numbers}.")
     return said
+
+
+def _submitted(task: Task, asked: Answered) -> dict[str, str]:
+    """What is written for a test server, by the end of its file's name."""
+    if task.section.submission is None:
+        return {}
+    keys = [task.records.key(place) for place in asked.places]
+    return {"submission.json": submission.written(task.section.submission, keys, asked.samples, asked.answers)}
+
+
+def _check_submission(task: Task, asked: Sequence[tuple[int, Question]]) -> None:
+    """Refuse, before an hour of answering, records that no submission can be written of."""
+    if task.section.submission is not None:
+        keys = [task.records.key(place) for place, _ in asked]
+        samples = [each.sample for _, each in asked]
+        submission.written(task.section.submission, keys, samples, [Answer("")] * len(asked))
 
 
 def check(cards: Mapping[str, TaskCard], root: Path) -> None:
@@ -292,6 +312,8 @@ def _settled(card: TaskCard) -> tuple[EvalCard, dict[str, Any]]:
             f"the card '{card.key}': eval.decoding.do_sample is true, and a score of answers that are drawn by chance "
             f"is another one each time; set it to false."
         )
+    if section.submission is not None:
+        lookup(submission.FORMS, section.submission, f"form of a submission (eval.submission of the card '{card.key}')")
     return section, checked_options(section, card.key)
 
 
@@ -317,6 +339,7 @@ def _answered(model: Model, task: Task, places: Sequence[int], how: Asking) -> A
                 raise
             found.broken.append({"record": task.records.key(place), "id": None, "error": str(error)})
 
+    _check_submission(task, asked)
     if asked:  # what cannot be scored fails before an hour of answering
         metric.fits_together([each.sample for _, each in asked], task.options)
     if how.shuffled:
@@ -370,15 +393,17 @@ def _scored(
         return {"score": outcome.score, "interval": list(interval or (None, None))}
 
     kinds = [each.kind for each in asked.questions]
-    frequent = (
-        baselines.by_frequency(asked.questions, kinds)
-        if metric.ranked
-        else [Answer(text) for text in baselines.most_frequent(samples, kinds)]
-    )
-    chance, unreachable = None, 0
-    if section.answer == "rank":
-        blind, unreachable = _chance(asked.questions, outcome_of, ranked=metric.ranked)
-        chance = {"score": blind, "interval": [None, None]}
+    frequent, chance, unreachable = None, None, None
+    if metric.scored:
+        said = (
+            baselines.by_frequency(asked.questions, kinds)
+            if metric.ranked
+            else [Answer(text) for text in baselines.most_frequent(samples, kinds)]
+        )
+        frequent = marked(outcome_of(said))
+    if metric.scored and section.answer == "rank":
+        unreachable = baselines.unreachable(samples, [each.candidates for each in asked.questions])
+        chance = {"score": _chance(asked.questions, outcome_of, ranked=metric.ranked), "interval": [None, None]}
     settings = recipe(
         task.card,
         template=task.templates.templates[0],
@@ -406,11 +431,11 @@ def _scored(
         "broken": len(asked.broken),
         "truncations": asked.truncations,
         "empty": sum(not any(map(str.isalnum, answer.text)) for answer in asked.answers),
-        "unreachable": unreachable,
         "beside": {name: value(np.arange(len(samples))) for name, value in outcome.beside.items()},
         "shuffled": marked(outcome_of(asked.blind)) if asked.blind else None,
-        "most_frequent": marked(outcome_of(frequent)),
+        "most_frequent": frequent,
         "chance": chance,
+        "unreachable": unreachable,
         "by_type": _by_type(outcome, kinds) if section.question_type else {},
         "seed": seed,
         "recipe": recipe_id(settings),
@@ -448,22 +473,19 @@ def _chance(
     score: Callable[[Sequence[Answer], Sequence[Sample]], Outcome],
     *,
     ranked: bool,
-) -> tuple[float | None, int]:
-    """What choosing blindly among each question's candidates reaches on average, and how many questions have no right
-    answer among them.
-    """
+) -> float | None:
+    """What choosing blindly among each question's candidates reaches on average."""
     if ranked:
         alike = [Answer(each.candidates[0], each.candidates, (0.0,) * len(each.candidates)) for each in questions]
-        return score(alike, [each.sample for each in questions]).score, 0
+        return score(alike, [each.sample for each in questions]).score
     groups: dict[tuple[tuple[str, ...], tuple[str, ...]], list[Question]] = {}
     for each in questions:
         groups.setdefault((each.candidates, each.sample.references), []).append(each)
-    total, unreachable = 0.0, 0
+    total = 0.0
     for (candidates, _), group in groups.items():
-        scores = score([Answer(candidate) for candidate in candidates], [group[0].sample] * len(candidates)).scores
-        total += len(group) * sum(scores) / len(candidates)
-        unreachable += 0 if any(scores) else len(group)
-    return total / len(questions), unreachable
+        outcome = score([Answer(candidate) for candidate in candidates], [group[0].sample] * len(candidates))
+        total += len(group) * sum(outcome.scores) / len(candidates)
+    return total / len(questions)
 
 
 def _by_type(outcome: Outcome, kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -479,7 +501,7 @@ def _by_type(outcome: Outcome, kinds: Sequence[str]) -> dict[str, dict[str, Any]
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-def _lines(asked: Answered, scores: Sequence[float], root: Path) -> list[dict[str, Any]]:
+def _lines(asked: Answered, scores: Sequence[float | None], root: Path) -> list[dict[str, Any]]:
     """The lines of the predictions' file."""
     lines = []
     for place, each, answer, value in zip(asked.places, asked.questions, asked.answers, scores, strict=True):
@@ -521,11 +543,13 @@ def _write(
     result: Mapping[str, Any],
     lines: Sequence[Mapping[str, Any]],
     broken: Sequence[Mapping[str, Any]],
+    further: Mapping[str, str],
 ) -> None:
     """Predictions first, the score last, each moved into place when it is whole."""
     contents = {
         f"{name}.predictions.jsonl": _json_lines(lines),
         f"{name}.broken.jsonl": _json_lines(broken),
+        **{f"{name}.{end}": content for end, content in further.items()},
         f"{name}.json": json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
     }
     made: list[Path] = []
@@ -566,7 +590,7 @@ def _libraries() -> dict[str, str]:
 
 def in_words(entry: Mapping[str, Any] | None, percent: bool) -> str:
     """A score with its interval."""
-    if entry is None:
+    if entry is None or entry["score"] is None:
         return "–"
     factor, digits = (100, 1) if percent else (1, 3)
     low, high = entry["interval"]
