@@ -258,7 +258,7 @@ def test_published_tables_name_cards_and_metrics_that_there_are() -> None:
     zero_shot = [paper.rows[name] for name in ("flant5xl", "flant5xxl", "vicuna7b", "vicuna13b")]
     held_out = set(cards.load_all(["held_out"], "eval"))
     assert all(set(row.scores) == held_out for row in zero_shot)
-    assert sum(sum(row.scores.values()) for row in zero_shot) == pytest.approx(2737.1)  # not one digit has slipped
+    assert sum(sum(row.scores.values()) for row in zero_shot) == pytest.approx(2920.9)  # not one digit has slipped
 
 
 def test_a_published_table_that_contradicts_itself_is_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from qformer.evaluate.metrics import METRICS, bootstrap, checked_options
 from qformer.evaluate.outcome import Answer, Outcome, averaged
 from qformer.sample import Sample
 
-GROUPS = {"positive": ["yes", "true"], "negative": ["no", "false"]}
+GROUPS = {"positive": ["yes", "true"], "negative": ["no", "false"], "pool": "sum"}
 
 
 def sample(*references: str, name: str = "0") -> Sample:
@@ -194,13 +194,13 @@ def plain_vqa_accuracy(said: str, truths: Sequence[str], rule: str) -> float:
         return text.replace("\n", " ").replace("\t", " ").strip()
 
     simple, run = r"\d,\d", r"(?<=\d),+(?=\d)"
-    differ = len(set(map(cleaned, truths))) > 1
-    said, truths = cleaned(said), [cleaned(truth) for truth in truths]
-    if rule == "official" and differ:
+    differ = len(set(truths)) > 1
+    raw, said, truths = truths, cleaned(said), [cleaned(truth) for truth in truths]
+    if rule == "official" and len(set(truths)) > 1:
         said, truths = words(marks(said, simple)), [words(marks(truth, simple)) for truth in truths]
     elif rule == "lavis":
         said = words(marks(said, simple))
-        truths = [marks(truth, simple) for truth in truths] if differ else truths
+        truths = [marks(truth, simple) for truth in raw] if differ else list(raw)
     elif rule == "evalai":
         before = [
             text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip() for text in (said, *truths)
@@ -233,7 +233,7 @@ def test_vqa_accuracy_is_what_the_rules_say_on_a_thousand_answers(rule: str) -> 
         score = scored("vqa_accuracy", said, truths, normaliser=rule)
         assert score == pytest.approx(plain_vqa_accuracy(said, truths, rule)), (said, truths)
         met += score > 0
-    assert 300 < met < 1000
+    assert 100 < met < 1000
 
 
 @pytest.mark.parametrize(("matches", "score"), [(0, 0.0), (1, 0.5), (2, 1.0), (5, 1.0)])
@@ -309,7 +309,7 @@ WORDS = [
 ]
 
 
-def random_captions(count: int = 1000, references: int = 5) -> tuple[list[str], list[list[str]]]:
+def random_captions(count: int = 1000, references: int = 3) -> tuple[list[str], list[list[str]]]:
     """Answers and their references, of one to twelve words; some answers are a reference, some are empty."""
     generator = np.random.default_rng(7)
 
@@ -411,9 +411,8 @@ def test_bleu_4_by_hand() -> None:
     assert outcome.scores == pytest.approx([(4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25, np.exp(1 - 6 / 4)])
     assert outcome.score == pytest.approx((8 / 9 * 6 / 7 * 4 / 5 * 2 / 3) ** 0.25 * np.exp(1 - 11 / 9))
     assert outcome.value(np.array([], dtype=int)) is None
-    assert captions.bleu_4(*places_of(["a b c d e"], [["a b c d e f g h", "a b c d x y"]])).score == pytest.approx(
-        (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25 * np.exp(1 - 6 / 5)  # the nearer length is that of the second
-    )
+    nearer = captions.bleu_4(*places_of(["a b c d e"], [["a b c d e f g h", "x y z x y z"]]))
+    assert nearer.score == pytest.approx(np.exp(1 - 6 / 5))  # all its words are in the one, its length near the other
 
 
 def test_rouge_l_by_hand() -> None:
@@ -519,7 +518,7 @@ def test_ranks_are_those_of_torchmetrics_on_a_thousand_answers() -> None:
     outcome = retrieved(*pairs)
     hits = dict.fromkeys(metrics.RECALLS, 0.0)
     for (answer, each), score in zip(pairs, outcome.scores, strict=True):
-        values = torch.tensor(answer.likelihoods)
+        values = torch.tensor(answer.likelihoods).exp()  # it takes no likelihood below nought
         truth = torch.tensor([candidate == each.references[0] for candidate in answer.candidates])
         assert score == pytest.approx(float(retrieval_reciprocal_rank(values, truth)), rel=1e-6)
         for most in hits:

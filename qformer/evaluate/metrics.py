@@ -222,14 +222,15 @@ def _vqa_normalised(said: str, truths: Sequence[str], rule: str) -> tuple[str, l
     """An answer and its references as a scorer compares them.
 
     official: both normalised, but neither where all annotators agree.  lavis: the answer always, the references only
-    in their punctuation and only where annotators differ (so "two" or "a dog" can never be met).  evalai: both, always.
+    in their punctuation and only where annotators differ (so "two" or "a dog" can never be met, nor can a reference
+    with a blank at its end).  evalai: both, always.
     """
-    said, truths = normalise.plain(said), [normalise.plain(truth) for truth in truths]
-    differ = len(set(truths)) > 1
-    if rule == "official" and differ:
-        return normalise.vqa(said), [normalise.vqa(truth) for truth in truths]
     if rule == "lavis":
+        differ = len(set(truths)) > 1
         return normalise.vqa(said), [normalise.without_punctuation(truth) if differ else truth for truth in truths]
+    said, truths = normalise.plain(said), [normalise.plain(truth) for truth in truths]
+    if rule == "official" and len(set(truths)) > 1:
+        return normalise.vqa(said), [normalise.vqa(truth) for truth in truths]
     if rule == "evalai":
         return normalise.evalai(said), [normalise.evalai(truth) for truth in truths]
     return said, truths
@@ -353,6 +354,7 @@ METRICS: dict[str, Metric] = {
     ),
     "vqa_accuracy": Metric(
         vqa_accuracy,
+        version=2,
         options={"normaliser": "official", "leave_one_out": True},
         choices={"normaliser": VQA_NORMALISERS},
         fits=_by_several,
