@@ -201,7 +201,7 @@ def test_ours_stand_beside_published_scores_with_the_difference() -> None:
     ours = {
         "gqa": result(),
         "nocaps": result(metric="cider", score=1.25, interval=[None, None], split="val"),
-        "scienceqa:hint_and_lecture+lavis": result(metric="accuracy", score=0.6),
+        "scienceqa:hint_and_lecture+as_lavis": result(metric="accuracy", score=0.6),
     }
     table, left_out = published.compared(ours, paper, paper.row("", "lmsys/vicuna-7b-v1.1"))
     shown = as_text(table)
@@ -368,7 +368,7 @@ def lavis(name: str, encoder_decoder: bool = True) -> cards.TaskCard:
 @pytest.mark.parametrize(("encoder_decoder", "length", "most"), [(True, -1.0, 10), (False, 0.0, 9)])
 def test_short_answers_are_decoded_as_lavis_does(encoder_decoder: bool, length: float, most: int) -> None:
     card = lavis("gqa", encoder_decoder)
-    assert card.key == "gqa:lavis" and card.eval is not None
+    assert card.key == "gqa:as_lavis" and card.eval is not None
     assert card.eval.decoding == Decoding(
         max_new_tokens=most, min_new_tokens=0, num_beams=5, length_penalty=length, repetition_penalty=1.5
     )
@@ -390,7 +390,7 @@ def test_candidates_are_ranked_as_lavis_does() -> None:
     """Sums; T5 with its end mark, Vicuna without; the context as its code writes it, empty or not."""
     t5, vicuna = lavis("scienceqa").eval, lavis("scienceqa:hint_and_lecture", False)
     assert t5 is not None and (t5.normalize, t5.end, t5.preface) == ("sum", True, ["context: {context}."])
-    assert vicuna.key == "scienceqa:hint_and_lecture+lavis" and vicuna.eval is not None
+    assert vicuna.key == "scienceqa:hint_and_lecture+as_lavis" and vicuna.eval is not None
     assert (vicuna.eval.normalize, vicuna.eval.end, vicuna.eval.preface) == ("sum", False, [])
     asked = load_templates(vicuna.eval.template).templates[0]
     assert asked.format(context="", question="Q?", options="(a) x").startswith("context: . Question: Q? Options: ")
@@ -486,7 +486,9 @@ def test_the_command_line_sweeps_decodes_and_compares(place: Path, capsys: pytes
     for run in ("run", "again"):
         assert cli.main(["eval", str(place / run), "--tasks", f"{task}:said", *common]) == 0
     assert cli.main(["eval", str(place / "run"), "--tasks", f"{task}:said", *common, "--decoding", "lavis"]) == 0
-    asked = json.loads((place / "run" / "eval" / "colours.said+lavis.json").read_text())["recipe_settings"]["decoding"]
+    asked = json.loads((place / "run" / "eval" / "colours.said+as_lavis.json").read_text())["recipe_settings"][
+        "decoding"
+    ]
     assert (asked["num_beams"], asked["repetition_penalty"], asked["max_new_tokens"]) == (5, 1.5, 9)
     assert cli.main(["eval", str(place / "run"), str(place / "again"), "--output", str(place / "compared")]) == 0
     said = capsys.readouterr().out

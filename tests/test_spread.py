@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from qformer import cards, loading
+from qformer import cards
 from qformer.errors import DataError, QFormerError
 from qformer.evaluate.kept import FOLDER, Unfinished
 from qformer.evaluate.outcome import Answer
@@ -23,7 +23,6 @@ from qformer.evaluate.run import score
 from qformer.processes import ALONE, Processes
 from qformer.sample import Sample
 from qformer.text import Rendered
-from tests import world as whole
 from tests.test_evaluate import RANK, Namer, world
 
 ORIGIN = {"source": "run", "checkpoint": "run/checkpoints/step-3", "step": 3, "adapter": "0a", "vision": {}}
@@ -317,6 +316,9 @@ for family in ("llama", "t5"):
 
 
 def build(root: Path, towers: Path, family: str) -> Any:
+    from qformer import loading  # heavy, and most tests here have a model of a few lines
+    from tests import world as whole
+
     return loading.build(whole.settings(towers, root, root / family, family=family), report=str)
 
 
@@ -328,6 +330,8 @@ def scored_whole(root: Path, model: Any, where: str, batch_size: int, processes:
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of data with a card that ranks, and a variant of it that generates."""
+    from tests import world as whole
+
     root = tmp_path_factory.mktemp("spread")
     card = whole.write_pictures(root, count=13)
     said = "{answer: generate, metric: exact_match, decoding: {max_new_tokens: 4, num_beams: 2}}"

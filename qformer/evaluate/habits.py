@@ -79,7 +79,7 @@ def with_habits(card: TaskCard, habits: Habits, *, encoder_decoder: bool) -> Tas
             f"{did_you_mean('answer', preset.decoding)}"
         )
     section = _asked(section, card.name, habits, kind)
-    return dataclasses.replace(card, eval=section, variant="+".join(filter(None, (card.variant, habits.name))))
+    return dataclasses.replace(card, eval=section, variant="+".join(filter(None, (card.variant, f"as_{habits.name}"))))
 
 
 def _asked(section: EvalCard, name: str, habits: Habits, kind: Kind) -> EvalCard:
