@@ -372,7 +372,11 @@ def test_short_answers_are_decoded_as_lavis_does(encoder_decoder: bool, length: 
     assert card.eval.decoding == Decoding(
         max_new_tokens=most, min_new_tokens=0, num_beams=5, length_penalty=length, repetition_penalty=1.5
     )
-    assert load_templates(card.eval.template).templates[0] == "Question: {question} Short Answer:"
+    assert card.eval.template == "short_answer"  # it has no run file for GQA
+    video = lavis("msvd_qa:generated", encoder_decoder)
+    assert video.key == "msvd_qa:generated+as_lavis" and video.eval is not None
+    assert load_templates(video.eval.template).templates == ["Question: {question} Short Answer:"]
+    assert video.eval.decoding.max_new_tokens == most + 20
     bare = lavis("okvqa", encoder_decoder).eval
     assert bare is not None and load_templates(bare.template).templates == ["{question}"]
 
@@ -392,6 +396,9 @@ def test_candidates_are_ranked_as_lavis_does() -> None:
     assert t5 is not None and (t5.normalize, t5.end, t5.preface) == ("sum", True, ["context: {context}."])
     assert vicuna.key == "scienceqa:hint_and_lecture+as_lavis" and vicuna.eval is not None
     assert (vicuna.eval.normalize, vicuna.eval.end, vicuna.eval.preface) == ("sum", False, [])
+    dialogue = lavis("visdial:caption").eval
+    assert dialogue is not None and dialogue.template == "short_answer"
+    assert dialogue.preface == ['This image has the caption "{caption}".', "dialog history: {history}\n"]
     asked = load_templates(vicuna.eval.template).templates[0]
     assert asked.format(context="", question="Q?", options="(a) x").startswith("context: . Question: Q? Options: ")
 
@@ -407,10 +414,12 @@ def test_every_card_can_be_asked_so(name: str, encoder_decoder: bool) -> None:
 
 def test_habits_name_templates_and_cards_that_there_are() -> None:
     for name in resources.names("configs/decoding"):
+        sections = [card.eval for card in map(cards.load, resources.names("tasks")) if card.eval]
         for rule in habits.load(name).rules:
-            used = [card.eval.template for card in map(cards.load, resources.names("tasks")) if card.eval]
-            assert rule.template in used
-            assert rule.card is None or cards.load(rule.card).eval is not None
+            assert rule.template in [section.template for section in sections]
+            assert all(cards.load(card).eval is not None for card in rule.cards)
+            assert rule.behind is None or any(rule.behind in section.preface for section in sections)
+        assert set(habits.load(name).prefaces) <= {piece for section in sections for piece in section.preface}
 
 
 def test_habits_for_one_kind_of_llm_alone_are_refused(tmp_path: Path) -> None:

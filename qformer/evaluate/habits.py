@@ -15,16 +15,19 @@ Kind = Literal["encoder_decoder", "decoder_only"]
 
 @dataclass(frozen=True)
 class Rule:
-    """What is asked in place of the template or the preface of some cards; what is null stays."""
+    """What is asked in place of the template of some cards."""
 
     template: str
     """Of the cards it is for."""
-    card: str | None = None
-    """The one it is for; null: all with that template."""
+    asks: str
+    """The template in its place."""
+    cards: list[str] = field(default_factory=list)
+    """Those it is for; none: all with that template."""
     llm: Kind | None = None
-    asks: str | None = None
-    """A template."""
-    preface: list[str] | None = None
+    behind: str | None = None
+    """A piece of preface that the cards must have; the new template has it in its own words."""
+    max_new_tokens: int | None = None
+    """Of an answer, in place of the preset's."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class Habits:
     """By kind of LLM, how captions are decoded."""
     caption_metrics: list[str] = field(default_factory=list)
     """Those that tell a captioning card."""
+    prefaces: dict[str, str] = field(default_factory=dict)
+    """Pieces of preface, and what is written in their place."""
     rules: list[Rule] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -83,11 +88,14 @@ def with_habits(card: TaskCard, habits: Habits, *, encoder_decoder: bool) -> Tas
 
 
 def _asked(section: EvalCard, name: str, habits: Habits, kind: Kind) -> EvalCard:
+    preface = section.preface
     for rule in habits.rules:
-        if rule.template == section.template and rule.card in (None, name) and rule.llm in (None, kind):
-            return dataclasses.replace(
-                section,
-                template=rule.asks or section.template,
-                preface=section.preface if rule.preface is None else rule.preface,
-            )
-    return section
+        meant = rule.template == section.template and (not rule.cards or name in rule.cards)
+        if meant and rule.llm in (None, kind) and (rule.behind is None or rule.behind in preface):
+            preface = [piece for piece in preface if piece != rule.behind]
+            section = dataclasses.replace(section, template=rule.asks)
+            if rule.max_new_tokens is not None and section.answer == "generate":
+                decoding = dataclasses.replace(section.decoding, max_new_tokens=rule.max_new_tokens)
+                section = dataclasses.replace(section, decoding=decoding)
+            break
+    return dataclasses.replace(section, preface=[habits.prefaces.get(piece, piece) for piece in preface])
