@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qformer import images
+from qformer import images, videos
 from qformer.errors import DataError
-from qformer.sample import Batch, Read, Row, Slot, Text, row_length
+from qformer.sample import Batch, Read, Row, Slot, Text, Video, row_length
 from qformer.text import Joiner, Rendered
 
 Pixels = dict[str, Tensor]
-"""Opened and transformed pictures (3, H, W) of one step, by picture key."""
+"""Opened and transformed pictures and frames (3, H, W) of one step, by picture key."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """What one row is made of: its sample's name, its pictures (paths, bytes or PIL images), its words."""
+    """What one row is made of: its sample's name, its pictures (paths, bytes, PIL images or videos), its words."""
 
     name: str
     pictures: tuple[Any, ...]
@@ -30,7 +30,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Prepared:
-    """An item in ids; its slots number its own pictures, which stand in a step's `Pixels` under their keys."""
+    """An item in ids; its slots number its pictures and frames, which stand in a step's `Pixels` under their keys."""
 
     name: str
     pictures: tuple[str, ...]
@@ -67,25 +67,41 @@ class Assembler:
         """One item in ids; pictures that `pixels` lacks are opened and put there.
 
         Pictures are told apart by path or content and cropped by (key, picture): rows of a step share one encoding.
+        The frames of a video are cropped alike, by (key, video): otherwise what stands still would seem to move.
 
         Raises:
-            DataError: a picture cannot be opened, an instruction's marks do not fit its pictures, or the row is too
-                long for the LLM.
+            DataError: a picture or video cannot be opened, an instruction's marks do not fit its pictures, or the row
+                is too long for the LLM.
         """
-        names = []
+        names: list[str] = []
         for picture in item.pictures:
             name = images.picture_key(picture, self.root)
+            if isinstance(picture, Video):
+                names += self._watch(picture, name, pixels, item.name, key)
+                continue
             if name not in pixels:
                 pixels[name] = self.transform(images.load_image(picture, self.max_pixels, item.name), (*key, name))
             names.append(name)
         instruction = self.joiner.read_ids(_read_instruction(item.rendered))
-        row = self.joiner.row(item.rendered, range(len(names)), answered=answered)
+        row = self.joiner.row(item.rendered, reads_of(item.pictures), answered=answered)
         if self.room is not None and row_length(row, self.room[1]) > self.room[0]:
+            films = any(isinstance(picture, Video) for picture in item.pictures)
             raise DataError(
                 f"{item.name}: its row takes {row_length(row, self.room[1])} positions, and the LLM has "
-                f"{self.room[0]}; lower language.instruction_limit or qformer.queries, or split the dialogue."
+                f"{self.room[0]}; lower language.instruction_limit or qformer.queries, "
+                f"{'look at fewer frames (options.frames), ' if films else ''}or split the dialogue."
             )
         return Prepared(item.name, tuple(names), instruction, row)
+
+    def _watch(self, video: Video, name: str, pixels: Pixels, where: str, key: tuple[object, ...]) -> tuple[str, ...]:
+        """The keys of a video's frames, which are opened if `pixels` lacks one."""
+        numbers = range(video.count) if isinstance(video.frames, int) else sorted(video.frames)
+        spread = f"/{video.count}" if isinstance(video.frames, int) else ""
+        keys = tuple(f"{name}#{number}{spread}" for number in numbers)
+        if any(each not in pixels for each in keys):
+            for each, image in zip(keys, videos.frames(video, self.max_pixels, where), strict=True):
+                pixels[each] = self.transform(image, (*key, name))
+        return keys
 
     def batch(self, prepared: Sequence[Prepared], pixels: Pixels) -> Batch:
         """Prepared items as one batch: their distinct pictures stacked, their distinct reads numbered."""
@@ -115,6 +131,17 @@ class Assembler:
         row = (Slot(0), Text(self.joiner.answer_ids(".")), Text(self.joiner.profile.end, trained=True))
         read = Read(0, self.joiner.read_ids("."))
         return Batch(torch.zeros(1, 3, size, size), (read,), (row,), ("dummy",), weight=0.0)
+
+
+def reads_of(pictures: Sequence[Any]) -> list[int | range]:
+    """Numbers of the reads of pictures, and of each video those of its frames, as `Joiner.row` takes them."""
+    reads: list[int | range] = []
+    taken = 0
+    for picture in pictures:
+        count = picture.count if isinstance(picture, Video) else 1
+        reads.append(range(taken, taken + count) if isinstance(picture, Video) else taken)
+        taken += count
+    return reads
 
 
 def _read_instruction(rendered: Rendered) -> str:

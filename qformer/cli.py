@@ -65,11 +65,12 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--language", help="where the LLM is now, if it moved")
     command.add_argument("--device", help="cpu, cuda, cuda:1 … (the accelerator, if there is one)")
 
-    command = commands.add_parser("ask", help="one picture, one instruction, one answer")
+    command = commands.add_parser("ask", help="one picture or video, one instruction, one answer")
     command.add_argument("source", help="a run directory or a saved adapter")
-    command.add_argument("picture")
+    command.add_argument("picture", help="a picture, a video, or a folder of frames")
     command.add_argument("--last", action="store_true", help="of a run its last checkpoint, not its best")
     command.add_argument("instruction")
+    command.add_argument("--frames", type=int, help="frames of a video that are looked at (4)")
     command.add_argument("--max-new-tokens", type=int, default=64)
     command.add_argument("--beams", type=int, default=1)
     command.add_argument("--vision", help="where the image encoder is now, if it moved")
@@ -268,15 +269,19 @@ def _compare(options: argparse.Namespace, tasks: list[str]) -> None:
 
 
 def _ask(options: argparse.Namespace) -> None:
+    from qformer import config
     from qformer.cards import Decoding
+    from qformer.sample import Video
 
+    config.check_numbers("ask", options, "frames", least=1)
     decoding = Decoding(max_new_tokens=options.max_new_tokens, num_beams=options.beams)
+    picture = options.picture if options.frames is None else Video(Path(options.picture), options.frames)
     from qformer.loading import load
     from qformer.run import best_device
 
     device = options.device or best_device()
     model = load(_source(options), vision=options.vision, language=options.language, device=device)
-    [answer] = model.generate([options.picture], [options.instruction], **dataclasses.asdict(decoding))
+    [answer] = model.generate([picture], [options.instruction], **dataclasses.asdict(decoding))
     cut = model.language.truncations
     if cut.texts:
         sys.stderr.write(f"qformer: the instruction was cut on the left to its limit, by {cut.ids} ids in all.\n")

@@ -146,7 +146,7 @@ class LanguageConfig:
 
 INIT_PARTS = (
     "norm", "queries", "embeddings", "self_attention", "cross_attention", "query_feed_forward", "text_feed_forward",
-    "text", "projection",
+    "text", "projection", "frames",
 )  # fmt: skip
 """Parts of an adapter that a source may give, or a run train; `text` is embeddings and text_feed_forward together."""
 
@@ -211,6 +211,9 @@ class QFormerConfig:
     layers: int | None = None
     heads: int | None = None
     intermediate: int | None = None
+    frames: int | None = None
+    """Frames of a video that are told apart by a learned embedding, which starts at zero; 0: none; null: as many as
+    `init` has, or none.  How many frames are looked at is a card's business (options.frames)."""
     cross_attention_every: int = 2
     """Blocks 0, n, 2n … look at the picture."""
     instruction: bool = True
@@ -229,6 +232,7 @@ class QFormerConfig:
         names = ("queries", "cross_attention_every", "hidden", "layers", "heads", "intermediate")
         check_numbers("qformer", self, *names, least=1)
         check_numbers("qformer", self, "instruction_limit", least=3)
+        check_numbers("qformer", self, "frames")
         if self.hidden and self.heads and self.hidden % self.heads:
             raise ConfigError(f"qformer.hidden ({self.hidden}) must divide evenly by qformer.heads ({self.heads}).")
         if not 0 <= self.dropout < 1:

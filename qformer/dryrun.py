@@ -27,7 +27,7 @@ from qformer.render import block, joiner_of, words_of
 
 SAMPLES = 10
 """How many are shown of each set."""
-SIZES = ("hidden", "layers", "heads", "intermediate", "queries", "cross_attention_every")
+SIZES = ("hidden", "layers", "heads", "intermediate", "queries", "cross_attention_every", "frames")
 """Fields of a Q-Former's size that the settings may fix."""
 OF_ENCODER_WIDTH = r"norm\.|qformer\.blocks\.\d+\.cross_attention\.(key|value)\.weight"
 OF_LANGUAGE_WIDTH = r"projection\."

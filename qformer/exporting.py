@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 IMAGE_TOKEN = "<image>"
 LAVIS_FILE = "adapter.pth"
 LAVIS_EPS = 1e-5
+FRAMES = "qformer.frame_embedding"
+"""The tensor of a connector that tells frames apart."""
 SHARD = "5GB"
 
 VISION_FIELDS = (
@@ -65,6 +67,7 @@ def to_lavis(
     if projection not in PROJECTIONS:
         raise ConfigError(f"export: '{projection}' is no projection of LAVIS; it has {', '.join(PROJECTIONS)}.")
     notes = []
+    tensors = _without_frames(tensors, "LAVIS")
     renamed = renamed_for(tensors, "lavis", projection)
     words = "Qformer.bert.embeddings.word_embeddings.weight"
     if size.instruction and size.vocabulary == BERT_WORDS:
@@ -101,6 +104,7 @@ def to_transformers(model: VLM, directory: Path) -> tuple[str, ...]:
     form: Form = "instructblip" if model.connector.size.instruction else "blip-2"
     names = "InstructBlip" if form == "instructblip" else "Blip2"
     _refuse_rows(model)
+    adapter = _without_frames(model.connector.state_dict(), "transformers' InstructBLIP")
     vision_config, vision = _vision(model)
     tokenizer, image = _tokenizer(model)
     text_config, language = _language(model, image)
@@ -122,7 +126,7 @@ def to_transformers(model: VLM, directory: Path) -> tuple[str, ...]:
     )
     state = {
         **{f"vision_model.{name}": tensor for name, tensor in vision.items()},
-        **renamed_for(model.connector.state_dict(), form),
+        **renamed_for(adapter, form),
         **{f"language_model.{name}": tensor for name, tensor in language.items()},
     }
     _refuse_strangers(getattr(transformers, f"{names}ForConditionalGeneration"), config, state)
@@ -149,6 +153,16 @@ def to_transformers(model: VLM, directory: Path) -> tuple[str, ...]:
     if model.language.profile.stop:
         notes.append(f"transformers knows nothing of the stop strings {list(model.language.profile.stop)}.")
     return tuple(notes)
+
+
+def _without_frames(tensors: Mapping[str, Tensor], other: str) -> dict[str, Tensor]:
+    """Tensors without a frame embedding, which may be left out as long as it is what it started as: zero."""
+    if FRAMES in tensors and bool(tensors[FRAMES].any()):
+        raise ConfigError(
+            f"{other} cannot express this model: it has no embedding of frames, and one of {len(tensors[FRAMES]) + 1} "
+            f"was trained here (qformer.frames); export an adapter that was trained without."
+        )
+    return {name: tensor for name, tensor in tensors.items() if name != FRAMES}
 
 
 def _refuse(reason: str) -> None:

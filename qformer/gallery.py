@@ -11,8 +11,9 @@ from typing import Any
 
 from PIL import Image
 
-from qformer import images, keyed
+from qformer import images, keyed, videos
 from qformer.errors import DataError
+from qformer.sample import Video
 
 Record = Mapping[str, Any]
 """A line of `eval/TASK.predictions.jsonl`."""
@@ -58,7 +59,7 @@ def gallery(title: str, records: Sequence[Record], root: Path, *, graded: bool =
 
 
 def _figure(record: Record, root: Path, kind: str, verdict: str) -> str:
-    pictures = "".join(_picture(source, root) for source in record.get("images", ()))
+    pictures = "".join(_shown(source, root) for source in record.get("images", ()))
     truths = list(dict.fromkeys(str(reference) for reference in record["references"]))
     truth = " / ".join(truths[:3]) + (f" (and {len(truths) - 3} more)" if len(truths) > 3 else "")
     answer = escape(str(record["prediction"])) or "(nothing)"
@@ -71,13 +72,16 @@ def _figure(record: Record, root: Path, kind: str, verdict: str) -> str:
     )
 
 
-def _picture(source: str, root: Path) -> str:
-    """A picture as a data URI; a note in its place where the file is gone or broken by now."""
+def _shown(source: str, root: Path) -> str:
+    """A picture, or frames of a video, as data URIs; a note in their place where the file is gone or broken by now."""
     try:
-        picture = images.load_image(root / source, MOST_PIXELS, source)
+        if videos.is_video(root / source):
+            seen = list(videos.frames(Video(root / source), MOST_PIXELS, source))
+        else:
+            seen = [images.load_image(root / source, MOST_PIXELS, source)]
     except DataError:
         return NO_PICTURE
-    return f'<img alt="{escape(Path(source).name)}" src="{data_uri(picture)}">'
+    return "".join(f'<img alt="{escape(Path(source).name)}" src="{data_uri(each)}">' for each in seen)
 
 
 def data_uri(picture: Image.Image) -> str:

@@ -308,7 +308,8 @@ class Answerer:
         seeing = [place for place, each in enumerate(prepared) if each.pictures]
         if seeing:
             batch = self.assembler.batch([prepared[place] for place in seeing], pixels)
-            yield seeing, self.vlm.read(batch), list(batch.rows)
+            soft, rows = self.vlm.seen(batch)
+            yield seeing, soft, list(rows)
         blind = [place for place, each in enumerate(prepared) if not each.pictures]
         if blind:
             nothing = torch.zeros(0, self.queries, self.vlm.language.width, device=self.vlm.device)

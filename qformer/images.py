@@ -14,7 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from qformer import keyed
 from qformer.config import TransformConfig
 from qformer.errors import DataError
-from qformer.sample import Packed
+from qformer.sample import Packed, Video
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,6 +72,8 @@ def load_image(source: Path | str | bytes | Packed | Image.Image, max_pixels: in
 
 def picture_key(source: Any, root: Path = Path()) -> str:
     """What tells pictures apart within a step: the path (from `root`, if it lies there), or a hash of the content."""
+    if isinstance(source, Video):
+        source = source.path
     if isinstance(source, Path | str | Packed):
         path = source.container / source.name if isinstance(source, Packed) else Path(source)
         return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(source)

@@ -78,6 +78,7 @@ def build(
             cross_attention_every=given.cross_attention_every,
             instruction=given.instruction,
             dropout=given.dropout,
+            frames=given.frames or 0,
             hidden=given.hidden,
             layers=given.layers,
             heads=given.heads,
@@ -100,6 +101,7 @@ def build(
             cross_attention_every=given.cross_attention_every,
             instruction=given.instruction,
             dropout=given.dropout,
+            frames=given.frames or 0,
         )
         qformer = QFormer(size, generator=generator)
     _check_reading(qformer.size, tokenizer, given)

@@ -38,5 +38,5 @@ class AnswerLikelihood:
 
     def sums(self, model: VLM, batch: Batch) -> dict[str, Tensor]:
         """Nats over all trained tokens of the batch."""
-        log_likelihood, _ = model.language.log_likelihood(model.read(batch), batch.rows)
+        log_likelihood, _ = model.language.log_likelihood(*model.seen(batch))
         return {"answer": -log_likelihood.sum() * batch.weight}

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.text import Text as Styled
 
 from qformer import cards
-from qformer.assemble import Item
+from qformer.assemble import Item, reads_of
 from qformer.backbones.language import load_profile
 from qformer.config import RunConfig
 from qformer.data.batch import items_of, mixture_of, open_sources
 from qformer.data.index import Index
 from qformer.errors import DataError
 from qformer.loading import instruction_tokenizer, located
-from qformer.sample import Row, Slot, Turn
+from qformer.sample import Row, Slot, Turn, Video
 from qformer.text import Joiner
 
 
@@ -54,7 +55,7 @@ def block(joiner: Joiner, task: str, item: Item, queries: int, *, ids: bool) -> 
     text.append(f"{item.name}\n", style="bold")
     text.append(f"  set          {task}\n")
     for picture in item.pictures:
-        text.append(f"  picture      {'<bytes>' if isinstance(picture, bytes) else picture}\n")
+        text.append(f"  {_picture(picture)}\n")
     read = joiner.read_ids(item.rendered.turns[0].instruction if item.rendered.turns else item.rendered.instruction)
     text.append("  Q-Former     ")
     if read:
@@ -62,9 +63,8 @@ def block(joiner: Joiner, task: str, item: Item, queries: int, *, ids: bool) -> 
     else:
         text.append("(reads no instruction)")
     text.append("\n  LLM          ")
-    text.append_text(
-        row_text(joiner, joiner.row(item.rendered, range(len(item.pictures)), answered=True), queries, ids=ids)
-    )
+    row = joiner.row(item.rendered, reads_of(item.pictures), answered=True)
+    text.append_text(row_text(joiner, row, queries, names_of(item.pictures), ids=ids))
     text.append("\n")
     return text
 
@@ -75,7 +75,7 @@ def words_of(task: str, item: Item) -> Styled:
     text.append(f"{item.name}\n", style="bold")
     text.append(f"  set          {task}\n")
     for picture in item.pictures:
-        text.append(f"  picture      {picture if isinstance(picture, Path) else '<bytes>'}\n")
+        text.append(f"  {_picture(picture)}\n")
     rendered = item.rendered
     turns = rendered.turns or (*rendered.history, Turn(rendered.instruction, rendered.target))
     text.append("  words       ")
@@ -88,12 +88,33 @@ def words_of(task: str, item: Item) -> Styled:
     return text
 
 
-def row_text(joiner: Joiner, row: Row, queries: int, *, ids: bool) -> Styled:
-    """A row in one line; with `ids` every token stands with its number."""
+def names_of(pictures: Sequence[Any]) -> list[str]:
+    """What each read of a row is of: pictures and videos by their numbers, frames in time order."""
+    names = []
+    for number, picture in enumerate(pictures, 1):
+        if isinstance(picture, Video):
+            names += [f"frame {frame} of {picture.count} of video {number}" for frame in range(1, picture.count + 1)]
+        else:
+            names.append(f"picture {number}")
+    return names
+
+
+def _picture(picture: Any) -> str:
+    if isinstance(picture, Video):
+        if isinstance(picture.frames, int):
+            shown = f"{picture.count} frames, evenly spread" if picture.count > 1 else "the frame in the middle"
+        else:
+            shown = f"frames {', '.join(map(str, sorted(picture.frames)))}"
+        return f"video        {picture.path} ({shown})"
+    return f"picture      {'<bytes>' if isinstance(picture, bytes) else picture}"
+
+
+def row_text(joiner: Joiner, row: Row, queries: int, names: Sequence[str], *, ids: bool) -> Styled:
+    """A row in one line, with what each read is of; with `ids` every token stands with its number."""
     text = Styled()
     for piece in row:
         if isinstance(piece, Slot):
-            text.append(f"⟨{queries} soft tokens of picture {piece.read + 1}⟩", style="cyan")
+            text.append(f"⟨{queries} soft tokens of {names[piece.read]}⟩", style="cyan")
         elif piece.trained:
             text.append("▸", style="bold green")
             text.append_text(_words(joiner.tokenizer, piece.ids, ids=ids, style="bold green"))

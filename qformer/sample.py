@@ -12,12 +12,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Video:
-    """A video file, or a folder of frames, and which of its frames are looked at."""
-
-    path: Path
-    frames: tuple[int, ...] = ()
+FRAMES = 4
+"""Frames of a video that are looked at where nothing else is said, as in the paper's evaluation."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +34,22 @@ class Packed(ABC):
         Raises:
             DataError: it is not there, cannot be read, or is larger than any picture should be.
         """
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video file, or a folder of frames, and which of its frames are looked at.
+
+    `frames`: how many, evenly spread from the first to the last; or which, by their numbers from 0.
+    """
+
+    path: Path | Packed
+    frames: int | tuple[int, ...] = FRAMES
+
+    @property
+    def count(self) -> int:
+        """How many frames are looked at: reads it has, and slots it takes."""
+        return self.frames if isinstance(self.frames, int) else len(self.frames)
 
 
 @dataclass(frozen=True)
@@ -75,7 +87,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Slot:
-    """The place of the soft tokens of one read; `frame` is its number within a video."""
+    """The place of the soft tokens of one read; `frame` is its number within a video, 0 of a picture."""
 
     read: int
     frame: int = 0

@@ -29,6 +29,7 @@ PARTS = {
     "text_feed_forward": r"qformer\.blocks\.\d+\.text_feed_forward\.",
     "text": r"qformer\.((word|position)_embeddings|blocks\.\d+\.text_feed_forward)\.",
     "projection": r"projection\.",
+    "frames": r"qformer\.frame_embedding$",
 }
 """Patterns that the names of a part's tensors begin with; the norm of the embeddings goes with self-attention."""
 
@@ -127,6 +128,8 @@ def start(
         open_names = [name for name in open_names if name not in taken]
         if not each.parts:
             told["unused"] += [label + name for name in (*source.unused, *(n for n in held if n not in taken))]
+    told["made"] += [name for name in open_names if covers(["frames"], name)]  # at zero: most sources have none
+    open_names = [name for name in open_names if not covers(["frames"], name)]
     if open_names and not loose:
         raise ConfigError(
             f"qformer.init: no source gives {weights.shortened(open_names)}; add one, such as {{from: {NEW}, parts: "
@@ -159,6 +162,8 @@ def _size(
                 f"qformer.{name} is {said} and qformer.init gives {found[name]}; set it to {found[name]}."
             )
     fixed = {"vision_width": vision_width, "instruction": given.instruction, "dropout": given.dropout}
+    if given.frames is not None:
+        fixed["frames"] = given.frames
     known = {entry.name for entry in dataclasses.fields(QFormerSize)}
     return QFormerSize(**{name: value for name, value in {**found, **fixed}.items() if name in known})
 

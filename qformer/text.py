@@ -381,10 +381,12 @@ class Joiner:
         """Separator and words of an answer, neither cut nor ended: what a candidate is scored on."""
         return word_ids(self.tokenizer, self.profile.separator + answer.strip())
 
-    def row(self, rendered: Rendered, reads: Sequence[int], *, answered: bool) -> Row:
-        """One row of the LLM: slots for `reads` (pictures or frames in order), the words, and the trained target.
+    def row(self, rendered: Rendered, reads: Sequence[int | Sequence[int]], *, answered: bool) -> Row:
+        """One row of the LLM: slots for `reads`, the words, and the trained target.
 
-        Slots stand at the front of the user's words, or where `<image>` marks stand in the first instruction.
+        `reads` has one entry a picture: the number of its read, or of a video those of its frames in time order, which
+        stand side by side.  Slots stand at the front of the user's words, or where `<image>` marks stand in the first
+        instruction, a mark for a picture or a whole video.
 
         Raises:
             DataError: the instruction has another number of `<image>` marks than there are reads (0 marks are fine).
@@ -392,7 +394,10 @@ class Joiner:
         turns = list(rendered.turns) or [*rendered.history, Turn(rendered.instruction, rendered.target)]
         trained = [bool(rendered.turns)] * (len(turns) - 1) + [True]
         pieces: list[Text | Slot] = []
-        slots = [Slot(read, frame) for frame, read in enumerate(reads)]
+        slots = [
+            [Slot(read)] if isinstance(read, int) else [Slot(each, frame) for frame, each in enumerate(read)]
+            for read in reads
+        ]
         for number, (turn, learn) in enumerate(zip(turns, trained, strict=True)):
             last = number == len(turns) - 1
             pieces += self._words(turn.instruction, slots if number == 0 else [], first=number == 0)
@@ -405,7 +410,7 @@ class Joiner:
                     pieces.append(Text(self._frame("between")))
         return _merged(pieces)
 
-    def _words(self, instruction: str, slots: list[Slot], first: bool) -> list[Text | Slot]:
+    def _words(self, instruction: str, slots: list[list[Slot]], first: bool) -> list[Text | Slot]:
         parts = instruction.split(IMAGE_MARK)
         marks = len(parts) - 1
         if not slots or marks == 0:
@@ -418,10 +423,11 @@ class Joiner:
             )
         profile = self.profile
         spans = self._cut_parts([word_ids(self.tokenizer, part.strip()) for part in parts])
-        words: list[Text | Slot] = [] if marks else list(slots)
+        front = [] if marks else [slot for picture in slots for slot in picture]
+        words: list[Text | Slot] = list(front)
         for number, ids in enumerate(spans):
             if number:
-                words.append(slots[number - 1])
+                words += slots[number - 1]
             words.append(Text(ids))
         if profile.layout == "chat":
             head = [Text((*profile.opening, *self._frame("head")))] if first else []
@@ -430,7 +436,7 @@ class Joiner:
             return words
         opening = Text(profile.opening)
         if profile.slots_first and not marks:
-            return [*slots, opening, *words[len(slots) :]]
+            return [*front, opening, *words[len(front) :]]
         return [opening, *words]
 
     def _frame(self, name: str) -> tuple[int, ...]:

@@ -28,9 +28,10 @@ from qformer.images import ImageTransform
 from qformer.nn.qformer import QFormerConnector
 from qformer.nn.tokens import Tokens
 from qformer.objectives import AnswerLikelihood, Objective
-from qformer.sample import Batch, Sample
+from qformer.sample import Batch, Row, Sample, Slot, Video
 from qformer.text import Joiner, Rendered
 from qformer.untokenized import MissingTokenizer
+from qformer.videos import is_video
 
 ADAPTER_FILE = "adapter.safetensors"
 CONFIG_FILE = "config.json"
@@ -82,6 +83,28 @@ class VLM(nn.Module):
     def read(self, batch: Batch) -> Tensor:
         """Soft tokens (N, Q, L) of a batch's reads: every picture is encoded once, however many reads it has."""
         return self.connector(*self._reads(batch))
+
+    def seen(self, batch: Batch) -> tuple[Tensor, tuple[Row, ...]]:
+        """Soft tokens (N, Q, L) of a batch, and its rows with slots that number them.
+
+        Without a frame embedding these are the reads and the rows themselves.  With one, a read that stands at several
+        places in time is told apart there.
+        """
+        soft = self.read(batch)
+        if not self.connector.size.frames:
+            return soft, batch.rows
+        places: dict[tuple[int, int], int] = {}
+        rows = tuple(
+            tuple(
+                dataclasses.replace(piece, read=places.setdefault((piece.read, piece.frame), len(places)))
+                if isinstance(piece, Slot)
+                else piece
+                for piece in row
+            )
+            for row in batch.rows
+        )
+        reads, frames = torch.tensor([*places], device=soft.device).reshape(-1, 2).T
+        return self.connector.in_time(soft[reads], frames), rows
 
     def look(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Query outputs (N, Q, D) of a batch's reads, and the mean entropy of their cross-attention over log P."""
@@ -162,7 +185,7 @@ class VLM(nn.Module):
     ) -> list[str]:
         """One generated answer per sample."""
         batch = self._prompts([sample.images for sample in samples], instructions, [sample.id for sample in samples])
-        return self.language.generate(self.read(batch), batch.rows, **dataclasses.asdict(decoding))
+        return self.language.generate(*self.seen(batch), **dataclasses.asdict(decoding))
 
     @torch.inference_mode()
     def rank_samples(
@@ -175,11 +198,13 @@ class VLM(nn.Module):
     ) -> list[list[float]]:
         """Log-likelihoods of each sample's candidates, in their order."""
         batch = self._prompts([sample.images for sample in samples], instructions, [sample.id for sample in samples])
-        return self.language.rank(self.read(batch), batch.rows, candidates, normalize=normalize, end=end)
+        return self.language.rank(*self.seen(batch), candidates, normalize=normalize, end=end)
 
     @torch.inference_mode()
     def generate(self, images: Sequence[Any], prompts: Sequence[str], **decoding: Any) -> list[str]:
         """One answer per prompt.  `images`: a path or PIL image per prompt, or a list of them.
+
+        The path of a video, or of a folder of frames, stands for four of its frames; `Video(path, frames)` for others.
 
         `decoding` takes the fields of `qformer.cards.Decoding`; what is not given has its defaults.
 
@@ -192,7 +217,7 @@ class VLM(nn.Module):
         if not prompts:
             return []
         batch = self._prompts(pictures, prompts)
-        return self.language.generate(self.read(batch), batch.rows, **dataclasses.asdict(settings))
+        return self.language.generate(*self.seen(batch), **dataclasses.asdict(settings))
 
     @torch.inference_mode()
     def rank(
@@ -217,7 +242,7 @@ class VLM(nn.Module):
         if not prompts:
             return []
         batch = self._prompts(pictures, prompts)
-        return self.language.rank(self.read(batch), batch.rows, lists, normalize=normalize, end=end)
+        return self.language.rank(*self.seen(batch), lists, normalize=normalize, end=end)
 
     def _prompts(
         self,
@@ -427,12 +452,17 @@ def _listed(call: str, images: Sequence[Any], prompts: Sequence[str]) -> list[Se
         if not pictures:
             raise ConfigError(f"{call}: images[{number}] is an empty list; give at least one picture to a prompt.")
         for picture in pictures:
-            if not isinstance(picture, str | Path | bytes | Image):
+            if not isinstance(picture, str | Path | bytes | Image | Video):
                 raise ConfigError(
                     f"{call}: images[{number}] holds a {type(picture).__name__}; it takes a path, the bytes of a file, "
-                    f"or a PIL image."
+                    f"a PIL image, or a Video."
                 )
-    return listed
+    return [[_as_video(picture) for picture in pictures] for pictures in listed]
+
+
+def _as_video(picture: Any) -> Any:
+    """A video where a path is that of one."""
+    return Video(Path(picture)) if isinstance(picture, str | Path) and is_video(picture) else picture
 
 
 def _choices(candidates: Sequence[str] | Sequence[Sequence[str]], prompts: int) -> list[list[str]]:

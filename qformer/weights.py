@@ -98,6 +98,7 @@ def start_from_bert(
     cross_attention_every: int = 2,
     instruction: bool = True,
     dropout: float = 0.1,
+    frames: int = 0,
     hidden: int | None = None,
     layers: int | None = None,
     heads: int | None = None,
@@ -137,6 +138,7 @@ def start_from_bert(
         cross_attention_every=cross_attention_every,
         instruction=instruction,
         dropout=dropout,
+        frames=frames,
         **shape,
     )
     qformer = QFormer(size, generator)
@@ -308,7 +310,7 @@ def _take_bert(qformer: QFormer, weights: Mapping[str, Tensor], source: str) -> 
     made: list[str] = []
     for name in own:
         origin = name.replace(".query_feed_forward.", ".text_feed_forward.")
-        if name == "queries" or ".cross_attention." in name:
+        if name in ("queries", "frame_embedding") or ".cross_attention." in name:
             made.append(name)
             continue
         if origin not in theirs:

@@ -23,6 +23,7 @@ from qformer.data.records import Records
 from qformer.errors import QFormerError
 from qformer.images import load_image
 from qformer.sample import Sample, Video
+from qformer.videos import frames
 
 CARDS = (
     "aokvqa", "aokvqa:multiple_choice", "coco_caption", "gqa", "iconqa", "llava_conversation",
@@ -159,9 +160,9 @@ def outcome(case: Case, **changes: Path | list[Path]) -> Outcome:
                 for picture in sample.images:
                     assert not isinstance(picture, str)
                     if isinstance(picture, Video):
-                        assert picture.path.exists()
-                        continue
-                    load_image(picture, 1_000_000, sample.id)  # type: ignore[arg-type]
+                        list(frames(picture, 1_000_000, sample.id))
+                    else:
+                        load_image(picture, 1_000_000, sample.id)
             found.samples.append(sample)
         except QFormerError as error:
             found.broken.append(printable(error))

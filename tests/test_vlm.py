@@ -266,7 +266,7 @@ def test_what_is_no_picture_or_no_text_is_refused(model):
     whole, one, asked = model(), pictures(1), PROMPTS[:1]
     for images, prompts, message in (
         ([[]], asked, r"images\[0\] is an empty list; give at least one picture"),
-        ([None], asked, r"images\[0\] holds a NoneType; it takes a path, the bytes of a file, or a PIL image"),
+        ([None], asked, r"images\[0\] holds a NoneType; it takes a path, the bytes of a file, a PIL image, or a Video"),
         ([[one[0], 3]], asked, r"images\[0\] holds a int"),
         ("picture.png", asked, r"images is a str; it takes a list"),
         (one, "what is it", r"prompts is a str; it takes a list, even of one"),

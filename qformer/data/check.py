@@ -19,6 +19,7 @@ from qformer.data.records import Records
 from qformer.errors import DataError, lookup
 from qformer.images import load_image
 from qformer.sample import Video
+from qformer.videos import frames
 
 SAMPLED = 100
 """Pictures of each set that are opened, unless all are."""
@@ -188,11 +189,13 @@ def _look(
 
 
 def _problem(picture: Any, where: str, max_pixels: int) -> str | None:
-    """What keeps a picture from being used."""
-    if isinstance(picture, Video):
-        return None if picture.path.exists() else f"{where}: the video {picture.path} is missing."
+    """What keeps a picture or a video from being used."""
     try:
-        load_image(picture, max_pixels, where)
+        if isinstance(picture, Video):
+            for _ in frames(picture, max_pixels, where):
+                pass
+        else:
+            load_image(picture, max_pixels, where)
     except DataError as error:
         return str(error)
     return None

@@ -5,28 +5,32 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from qformer.data.records import Records
 from qformer.data.streams import iterate_lines
 from qformer.errors import ConfigError, DataError
-from qformer.sample import Sample, Turn
+from qformer.sample import Packed, Sample, Turn, Video
+from qformer.videos import ENDINGS
 
 
 class JsonLines(Records):
     """A user's own records, one JSON object a line.
 
-    `{"id", "image" | "images", "instruction", "target": text or list, "candidates"?, "turns"?}`; `turns` is a list of
-    `{"instruction", "answer"}` and stands for instruction and target.  Other keys become fields.  Option `kind`: a
-    regular expression over the id whose first group becomes the field `kind`.
+    `{"id", "image" | "images" | "video", "instruction", "target": text or list, "candidates"?, "turns"?}`; `turns` is a
+    list of `{"instruction", "answer"}` and stands for instruction and target.  Other keys become fields.  `video` is a
+    file or a folder of frames; among `images` there may be video files.  Option `kind`: a regular expression over the
+    id whose first group becomes the field `kind`; option `frames`: how many of each video are looked at (4).
     """
 
     name = "jsonl"
     roles = ("records", "images")
-    settings = ("kind",)
+    settings = ("kind", "frames")
     numbering = "line"
 
     def _prepare(self) -> None:
+        self.frames()
         try:
             self.kind = re.compile(self.options.get("kind", ""))
         except re.error as error:
@@ -60,7 +64,10 @@ class JsonLines(Records):
             raise DataError(
                 "holds no JSON object; it must be of the form {'id': …, 'image': …, 'instruction': …, 'target': …}"
             )
-        names = row["images"] if "images" in row else [row["image"]]
+        given = [name for name in ("image", "images", "video") if name in row]
+        if len(given) > 1:
+            raise DataError(f"it has both '{given[0]}' and '{given[1]}'; name all it is about as 'images'")
+        names = row["images"] if "images" in row else [row["video"] if "video" in row else row["image"]]
         if not isinstance(names, list) or not names:
             raise DataError("'images' must be a list of at least one file name; give one name as 'image'")
         turns = tuple(Turn(_words(turn, "instruction"), _words(turn, "answer")) for turn in row.get("turns", ()))
@@ -70,13 +77,13 @@ class JsonLines(Records):
             _words(row, "instruction")
             targets = row["target"] if isinstance(row["target"], list) else [row["target"]]
         candidates = row.get("candidates", [])
-        for name, values in (("images", names), ("target", targets), ("candidates", candidates)):
+        for name, values in ((*given, names), ("target", targets), ("candidates", candidates)):
             _all_words(values, name)
         if candidates and not set(targets) & set(candidates):
             raise DataError(f"the target '{targets[0]}' is not among the candidates {', '.join(candidates)}")
         if len(set(candidates)) < len(candidates):
             raise DataError("a candidate is given twice")
-        taken = {"image", "images", "target", "candidates", "turns"}
+        taken = {"image", "images", "video", "target", "candidates", "turns"}
         fields = {name: value for name, value in row.items() if name not in taken}
         if "kind" in self.options:
             found = self.kind.search(str(row["id"]))
@@ -86,12 +93,16 @@ class JsonLines(Records):
         return Sample(
             id=str(row["id"]),
             task=self.task,
-            images=tuple(self.pictures.find(name) for name in names),
+            images=tuple(self._seen(name, film="video" in row) for name in names),
             fields=fields,
             turns=turns,
             references=tuple(targets),
             candidates=tuple(candidates),
         )
+
+    def _seen(self, name: str, *, film: bool) -> Path | Packed | Video:
+        found = self.pictures.find(name)
+        return Video(found, self.frames()) if film or name.lower().endswith(ENDINGS) else found
 
 
 def _words(row: Mapping[str, Any], name: str) -> str:

@@ -155,25 +155,24 @@ class TextVQA(Records):
         self.hidden = self.answers_hidden()
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
-        per = self.per
         written = ocr.read_side_file(self.files.get("ocr"), ocr.limit(self.options))
         rows = self._with_words(iterate_json(self.file, "data"), written)
-        if per == "image":
+        if self.per == "image":
             yield from self._pictures(rows, written)
             return
-        name = "caption_id" if per == "caption" else "question_id"
-        kept = ("image_id", "caption_str") if per == "caption" else ("image_id", "question", "answers")
+        name = "caption_id" if self.per == "caption" else "question_id"
+        kept = ("image_id", "caption_str") if self.per == "caption" else ("image_id", "question", "answers")
         yield from self.once(
             (row[name], {each: row[each] for each in kept if each in row} | _ocr(written, row)) for row in rows
         )
 
     def _with_words(self, rows: Iterable[Any], written: Mapping[str, str]) -> Iterator[Any]:
         """The rows; an error where none of their pictures is in the file of words, which would go unseen otherwise."""
-        met = not self.files.get("ocr")
+        seen, met = False, "ocr" not in self.files
         for row in rows:
-            met = met or str(row["image_id"]) in written
+            seen, met = True, met or str(row["image_id"]) in written
             yield row
-        if not met:
+        if seen and not met:
             raise DataError(
                 f"{self.files['ocr']}: none of its pictures is among those of {self.file}; is it the file of words of "
                 f"another split?"

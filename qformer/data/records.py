@@ -12,12 +12,13 @@ from qformer.cards import MEDIA
 from qformer.data.index import Entry, Index, encoded, in_memory
 from qformer.data.pictures import Pictures
 from qformer.errors import ConfigError, DataError, did_you_mean
-from qformer.sample import Packed, Sample, Video
+from qformer.sample import FRAMES, Packed, Sample, Video
+from qformer.videos import ENDINGS
 
 MISFORMED = (KeyError, TypeError, AttributeError, ValueError, IndexError, OverflowError, RecursionError)
 """What Python raises where a file or a record is of another form than its reader takes it for."""
-VIDEOS = ("", ".mp4", ".avi", ".webm", ".mkv", ".mov")
-"""Endings that a video is looked for with; without one, the name is a whole one or that of a folder of frames."""
+MOST_FRAMES = 1024
+"""Frames of a video that can be looked at: at 32 soft tokens each, more positions than LLMs have."""
 
 
 class Records(ABC):
@@ -190,16 +191,14 @@ class Records(ABC):
 
     def video(self, *names: str) -> tuple[Video]:
         """The one video of a record: a file that has one of its possible names, or a folder of frames."""
-        found = self.videos.first(*(name + ending for name in names for ending in VIDEOS))
+        found = self.videos.first(*(name + ending for name in names for ending in ("", *ENDINGS)))
         if found is None:
             named = " or ".join(f"'{name}'" for name in names)
             raise DataError(
-                f"there is no video {named} in {' or '.join(map(str, self.videos.roots))}, neither as a file "
-                f"({', '.join(VIDEOS[1:])}) nor as a folder of frames"
+                f"there is no video {named} in {' or '.join(map(str, self.videos.roots))}, neither as a file (with an "
+                f"ending like {ENDINGS[0]} or {ENDINGS[1]}) nor as a folder of frames"
             )
-        if isinstance(found, Packed):
-            raise DataError(f"its video '{found}' lies in an archive, where it cannot be opened; unpack that once")
-        return (Video(found),)
+        return (Video(found, self.frames()),)
 
     def option(self, name: str, known: Sequence[str]) -> str:
         """An option that takes one of a few words, the first of them by default."""
@@ -211,6 +210,15 @@ class Records(ABC):
     def answers_hidden(self) -> bool:
         """Whether option `answers` says that only a test server has them; such samples have no references."""
         return self.option("answers", ("given", "hidden")) == "hidden"
+
+    def frames(self) -> int:
+        """The option `frames`: how many of each video are looked at; four, where it is not given."""
+        value = self.options.get("frames", FRAMES)
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_FRAMES:
+            raise ConfigError(
+                f"{self.task}: options.frames is {value!r}; it takes a whole number from 1 to {MOST_FRAMES}."
+            )
+        return value
 
     def listed(self, name: str, otherwise: Sequence[Any]) -> Sequence[Any]:
         """An option that takes a list; in a text, any part of it would be found."""

@@ -11,27 +11,30 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from qformer.data.records import VIDEOS, Records
+from qformer.data.records import Records
 from qformer.data.streams import iterate_items, iterate_json, iterate_lines
 from qformer.data.values import answers, number, shown, words
 from qformer.errors import ConfigError, DataError
 from qformer.sample import Sample
+from qformer.videos import ENDINGS
 
 ANSWERS = tuple(f"answer{place}" for place in range(1, 6))
 """Columns of iVQA's five annotators."""
 
 
 class _Videos(Records):
-    """What both readers share: the answers to choose from.
+    """What both readers share: the frames that are looked at, and the answers to choose from.
 
     Under files.vocabulary may stand the set's own training file, whose answers every question then offers, the most
-    frequent first.  Options: `most`, how many of them are kept; `least`, how often one must be given there.
+    frequent first.  Options: `frames`, how many of each video are looked at, evenly spread (4); `most`, how many answers
+    are kept; `least`, how often one must be given there.
     """
 
     optional = ("vocabulary",)
-    settings = ("most", "least")
+    settings = ("frames", "most", "least")
 
     def _prepare(self) -> None:
+        self.frames()
         self.vocabulary: tuple[str, ...] = ()
         given = {name: self.options.get(name) for name in ("most", "least")}
         for name, value in given.items():
@@ -46,23 +49,26 @@ class VideoQA(_Videos):
 
     Under files.mapping may stand MSVD's `youtube_mapping.txt`, which names the clip of each number; a video is looked
     for under that name and under its number.  Options: `video`, the name of a video's file without its ending, with a
-    place for the number (`vid%d`); those of the vocabulary.
+    place for the number (`vid%d`); `frames`, `most` and `least` as above.
     """
 
     name = "video_qa"
     roles = ("questions", "videos")
     optional = ("vocabulary", "mapping")
-    settings = ("video", "most", "least")
+    settings = ("video", "frames", "most", "least")
 
     def _prepare(self) -> None:
         super()._prepare()
-        pattern = self.options.get("video", "video%d")
+        self.named = self.options.get("video", "video%d")
         try:
-            self.named = str(pattern % 1) and str(pattern)
+            fits = isinstance(self.named, str) and bool(self.named % 1)
         except (TypeError, ValueError):
+            fits = False
+        if not fits:
             raise ConfigError(
-                f"{self.task}: options.video is {pattern!r}; it takes a name with a place for a number, as 'video%d'."
-            ) from None
+                f"{self.task}: options.video is {self.named!r}; it takes a name with a place for a number, as "
+                f"'video%d'."
+            )
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
         yield from self.once(self._rows())
@@ -78,7 +84,7 @@ class VideoQA(_Videos):
     def _sample(self, key: Any, row: Any) -> Sample:
         if "video" in row:
             path = PurePosixPath(words(row, "video"))
-            names = [str(path), *([str(path.with_suffix(""))] if path.suffix in VIDEOS[1:] else ())]
+            names = [str(path), *([str(path.with_suffix(""))] if path.suffix in ENDINGS else ())]
         else:
             names = [*([row["clip"]] if row.get("clip") else ()), self.named % number(row, "video_id")]
         question = words(row, "question")
@@ -90,7 +96,7 @@ class VideoQA(_Videos):
 class IVQA(_Videos):
     """iVQA's tables (`test.csv`) with five answers to a question about a clip.
 
-    A clip is looked for under its id, and under `ID_START_END`.  Options: those of the vocabulary.
+    A clip is looked for under its id, and under `ID_START_END`.  Options: `frames`, `most` and `least` as above.
     """
 
     name = "ivqa"

@@ -673,7 +673,7 @@ def _trimmed(chosen: list[tuple[Scene, Ask]]) -> list[tuple[Scene, Ask]]:
         chosen = kept
 
 
-ANSWERS = {"colour": 6, "shape": 6, "size": 2, "material": 3, "word": 6, "place": 9, "number": 4}
+ANSWERS = {"colour": 6, "shape": 6, "size": 2, "material": 3, "word": 6, "place": 9, "number": 4, "way": 4, "name": 12}
 """How many answers a type has."""
 
 

@@ -530,10 +530,9 @@ def picture_name(picture: Path | bytes | Packed | Video, root: Path) -> str:
     """A picture's path from the data root, through its archive if it lies in one, or a hash of one without a name."""
     if isinstance(picture, bytes):
         return f"sha256:{hashlib.sha256(picture).hexdigest()[:16]}"
-    if isinstance(picture, Packed):
-        path = picture.container / picture.name
-    else:
-        path = picture.path if isinstance(picture, Video) else picture
+    if isinstance(picture, Video):
+        picture = picture.path
+    path = picture.container / picture.name if isinstance(picture, Packed) else picture
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 

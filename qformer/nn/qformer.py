@@ -35,6 +35,8 @@ class QFormerSize:
     cross_attention_every: int = 2
     instruction: bool = True
     dropout: float = 0.1
+    frames: int = 0
+    """Frames of a video that are told apart by a learned embedding; 0: none is, as in the paper."""
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -43,13 +45,15 @@ class QFormerSize:
                 if not isinstance(value, int | float) or not 0 <= value < 1:
                     raise ConfigError(f"qformer.dropout is {value!r}; it must be a number from 0 to below 1.")
             elif name != "instruction":
-                least = 0 if name in ("vocabulary", "positions") else 1
+                least = 0 if name in ("vocabulary", "positions", "frames") else 1
                 if not isinstance(value, int):
                     raise ConfigError(f"qformer.{name} is {value!r}; it must be a whole number.")
                 if value < least:
                     raise ConfigError(f"qformer.{name} is {value}; it must be at least {least}.")
         if self.hidden % self.heads:
             raise ConfigError(f"qformer.hidden ({self.hidden}) must divide evenly by qformer.heads ({self.heads}).")
+        if self.frames == 1:
+            raise ConfigError("qformer.frames is 1, and a single frame is told apart from nothing; set it to 0.")
 
 
 class FeedForward(nn.Module):
@@ -102,7 +106,9 @@ class QFormer(nn.Module):
 
     The arithmetic is BERT's; queries have no position.  The text half of the last block is not computed and takes no
     gradient, but belongs to the state dict, as in published weights.  Without `size.instruction` there are neither
-    word nor position embeddings nor text feed-forwards (BLIP-2's second stage).
+    word nor position embeddings nor text feed-forwards (BLIP-2's second stage).  With `size.frames`, `frame_embedding`
+    holds what is added to the query outputs of a video's frames 2, 3 …; it starts at zero, so that a fresh one changes
+    nothing, and the first frame is read as a picture is.
     """
 
     def __init__(self, size: QFormerSize, generator: torch.Generator | None = None):
@@ -112,6 +118,7 @@ class QFormer(nn.Module):
         self.queries = nn.Parameter(torch.empty(size.queries, size.hidden))
         self.word_embeddings = nn.Embedding(size.vocabulary, size.hidden) if size.instruction else None
         self.position_embeddings = nn.Embedding(size.positions, size.hidden) if size.instruction else None
+        self.frame_embedding = nn.Parameter(torch.zeros(size.frames - 1, size.hidden)) if size.frames else None
         self.norm = nn.LayerNorm(size.hidden, eps=NORM_EPS)
         self.dropout = nn.Dropout(size.dropout)
         self.blocks = nn.ModuleList(Block(size, number) for number in range(size.layers))
@@ -222,6 +229,23 @@ class QFormerConnector(nn.Module):
     def forward(self, tokens: Tokens, instruction: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Tokens (B, P, V), instruction ids and mask (B, T) or None -> soft tokens (B, Q, L)."""
         return self.projection(self.qformer(self._normed(tokens), instruction))
+
+    def in_time(self, soft: Tensor, frames: Tensor) -> Tensor:
+        """Soft tokens (N, Q, L) and each one's frame (N,), 0 of a picture -> with the frames' embedding, projected.
+
+        Raises:
+            ConfigError: a video of more frames than are told apart.
+        """
+        learned = self.qformer.frame_embedding
+        if learned is None:
+            return soft
+        if len(frames) and int(frames.max()) > len(learned):
+            raise ConfigError(
+                f"a video's frame {int(frames.max()) + 1} is read, and qformer.frames is {len(learned) + 1}; have so "
+                f"many looked at (options.frames in the card), or train with a larger qformer.frames."
+            )
+        table = torch.cat([learned.new_zeros(1, learned.shape[1]), learned])
+        return soft + F.linear(table[frames], self.projection.weight)[:, None].to(soft.dtype)
 
     def look(self, tokens: Tokens, instruction: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """For monitors: query outputs (B, Q, D) before the projection, and the mean entropy of their attention."""
