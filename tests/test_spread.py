@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -384,3 +385,85 @@ def test_a_batch_of_one_equals_one_of_thirty_two(pictures: Path, towers: Path, f
             near = theirs.pop("candidates", {})
             assert mine.pop("candidates", {}) == pytest.approx(near, rel=1e-4)
             assert mine == theirs
+
+
+# -- every card -------------------------------------------------------------------------------------------------------
+
+EVERY = """
+import os, sys
+from pathlib import Path
+
+from qformer.processes import joined
+from tests.test_spread import build, every_card
+
+processes = joined()
+assert processes.count == int(os.environ["WORLD_SIZE"]) == 2
+every_card(Path(sys.argv[1]), build(Path(sys.argv[1]).parent, Path(sys.argv[2]), sys.argv[3]), "two", 1, processes)
+"""
+
+
+def every_card(root: Path, model: Any, where: str, batch_size: int, processes: Processes = ALONE) -> dict[str, Any]:
+    """All shipped cards that are scored, over the files of `tests/fixtures`."""
+    chosen = cards.load_all(["held_in", "held_out", "aokvqa:multiple_choice"], "eval")
+    assert len(chosen) == 20
+    given = {"cards": chosen, "batch_size": batch_size, "shuffled": False, "processes": processes}
+    return scored(root, model, where, **given)
+
+
+def predictions(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    found = files(folder)
+    return {
+        name: [json.loads(line) for line in found[name].splitlines()] for name in found if "predictions" in name
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_card_is_scored_alike_however_it_is_asked(
+    tmp_path: Path, towers: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In batches of one and of thirty-two, by one process and by two, at once and with many interruptions."""
+    from tests import fixtures
+
+    root = fixtures.root(tmp_path)
+    model = build(tmp_path, towers, family)
+    every_card(root, model, "one", 1)
+    every_card(root, model, "many", 32)
+    alone, many = predictions(root / "one"), predictions(root / "many")
+    assert len(alone) == 20 and set(alone) == set(many)
+    for name, lines in alone.items():
+        for mine, theirs in zip(lines, many[name], strict=True):
+            near = theirs.pop("candidates", {})
+            assert mine.pop("candidates", {}) == pytest.approx(near, rel=1e-4), name
+            assert {**mine, "score": 0} == {**theirs, "score": 0}, name
+            assert mine["score"] == pytest.approx(theirs["score"], abs=1e-9), name
+
+    script = tmp_path / "every.py"
+    script.write_text(EVERY)
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    launch = ["torch.distributed.run", "--nproc_per_node=2", f"--master_port={27400 + os.getpid() % 500}"]
+    command = [sys.executable, "-m", *launch, *map(str, (script, root, towers, family))]
+    ran = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert files(root / "two") == files(root / "one")
+
+    attempts, left = 0, 0
+
+    def mortal(method: Callable[..., Any]) -> Callable[..., Any]:
+        def asked(*given: Any) -> Any:
+            nonlocal left
+            if not left:
+                raise KeyboardInterrupt
+            left -= 1
+            return method(*given)
+
+        return asked
+
+    for name in ("answer", "rank_samples"):
+        monkeypatch.setattr(model, name, mortal(getattr(model, name)))
+    while not (root / "again" / "vsr.json").exists():
+        attempts, left = attempts + 1, 11
+        with suppress(KeyboardInterrupt):
+            every_card(root, model, "again", 1)
+    assert attempts > 4
+    assert files(root / "again") == files(root / "one")

@@ -89,7 +89,7 @@ def forget(directory: Path, name: str) -> None:
     for folder in parent.glob(f"{name}-*"):
         if folder.name.removeprefix(f"{name}-").isalnum():
             shutil.rmtree(folder, ignore_errors=True)
-    if parent.is_dir() and not any(parent.iterdir()):
+    with suppress(OSError):  # it holds those of other tasks, or another process was faster
         parent.rmdir()
 
 

@@ -164,8 +164,8 @@ def score(
             if asked.broken:
                 notes.append(_left_out(key, asked.broken, directory / f"{name}.broken.jsonl"))
             notes += _remarks(key, results[key], directory / f"{name}.submission.json")
-    if processes.first and finish:
-        for key, result in results.items():
+    if finish:
+        for key, result in results.items():  # on the disk of every machine
             forget(directory, file_name(key, partial=result["of"] > len(subset(result["of"], limit, seed, key))))
     for line in (*notes, *tables(results)):
         say(line)
