@@ -20,7 +20,7 @@ from qformer.charts import Mark
 from qformer.comparison import PLUG_FILE, ROWS, cell, recipes
 from qformer.errors import DataError
 from qformer.evaluate import sweep
-from qformer.evaluate.files import read_json, read_lines
+from qformer.evaluate.files import read_json, read_lines, score_files
 from qformer.evaluate.metrics import METRICS
 from qformer.evaluate.run import beside_in_words, in_words
 from qformer.results import Score
@@ -58,7 +58,7 @@ def write_report(directory: Path) -> Path:
     directory = Path(directory)
     settings = config.read_yaml(directory / "config.yaml") if (directory / "config.yaml").exists() else {}
     lines = read_lines(directory / "metrics.jsonl")
-    scores = [Score.read(path) for path in sorted(directory.glob("eval/*.json"))]
+    scores = [Score.read(path) for path in score_files(directory / "eval")]
     if not (settings or lines or scores):
         raise DataError(f"{directory}: holds no config.yaml, metrics.jsonl or eval/*.json; a report needs one of them.")
     mixture = read_json(directory / "mixture.json") if (directory / "mixture.json").exists() else {}
@@ -399,7 +399,7 @@ def _answers(scores: Sequence[Score], root: Path) -> str:
     galleries = [
         gallery.gallery(score.title, score.predictions, score.root or root, graded=not score.percent)
         for score in scores
-        if score.predictions
+        if score.predictions and score.score is not None
     ]
     heading = '<h2>Answers</h2>\n<p class="soft">Right and wrong ones, drawn at random from each set.</p>'
     return "".join([heading, *galleries]) if galleries else ""

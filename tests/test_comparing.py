@@ -173,6 +173,14 @@ def test_runs_without_a_set_in_common_are_said(tmp_path: Path) -> None:
         compare.compare(tmp_path / "a", tmp_path / "b")
 
 
+def test_what_a_server_scores_is_left_out(tmp_path: Path) -> None:
+    one, other = scored(tmp_path, "one", 3), scored(tmp_path, "other", 10)
+    for folder in (one, other):
+        (folder / "vizwiz.json").write_text('{"task": "vizwiz", "score": null}')
+        (folder / "vizwiz.submission.json").write_text("[]")
+    assert list(compare.compare(one, other)[0]) == ["colours"]
+
+
 # -- parts of sets ----------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from qformer import keyed
 from qformer.errors import ConfigError, DataError
-from qformer.evaluate.files import read_json, read_lines
+from qformer.evaluate.files import read_json, read_lines, score_files
 from qformer.evaluate.metrics import DRAWS, METRICS
 from qformer.evaluate.outcome import Answer, Outcome, averaged
 from qformer.evaluate.run import file_name, in_words
@@ -105,11 +105,12 @@ def compare(
 def _score_files(directory: Path) -> dict[tuple[str, bool], Path]:
     """Score files by their card's key and whether they are of a part of it."""
     files = {}
-    for file in sorted(directory.glob("*.json")):
-        task = read_json(file).get("task")
-        if not isinstance(task, str):
+    for file in score_files(directory):
+        content = read_json(file)
+        if not isinstance(content.get("task"), str):
             raise DataError(f"{file}: it is not what evaluation writes (it names no task); move it elsewhere.")
-        files[task, file.stem.endswith(".partial")] = file
+        if content.get("score", 0) is not None:  # a set whose answers are a server's has none
+            files[content["task"], file.stem.endswith(".partial")] = file
     if not files:
         raise DataError(f"{directory}: holds no scores; run qformer eval on it first.")
     return files

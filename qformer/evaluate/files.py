@@ -1,4 +1,4 @@
-"""Reading back what evaluation writes: JSON files and JSON lines."""
+"""Reading back what evaluation writes: score files, JSON files and JSON lines."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from qformer.errors import DataError
+
+
+def score_files(directory: Path) -> list[Path]:
+    """The `TASK.json` files of a directory of scores; what is for a test server stands beside them."""
+    return [file for file in sorted(directory.glob("*.json")) if not file.name.endswith(".submission.json")]
 
 
 def read_json(path: Path) -> dict[str, Any]:
