@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from qformer import cards, config, loading, vlm, weights
+from qformer import cards, config, loading, vlm
 from qformer.config import RunConfig
 from qformer.errors import ConfigError, DataError
 from qformer.exporting import LAVIS_FILE, to_lavis
@@ -226,17 +225,15 @@ def compare(
         ConfigError: two scores are of different recipes.  DataError: there is nothing to compare.
     """
     from qformer.evaluate import compare as paired
+    from qformer.evaluate.files import write_json
     from qformer.evaluate.run import as_text
 
     found, notes = paired.compare(_scores_of(Path(one)), _scores_of(Path(other)), tasks=list(tasks), despite=despite)
     for line in (*notes, *map(as_text, paired.tables(found, str(one), str(other)))):
         say(line)
     if output is not None:
-        file = Path(output) / "comparison.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
         content = {"one": str(one), "other": str(other), "tasks": found}
-        with weights.whole_file(file) as work:
-            work.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(Path(output) / "comparison.json", content)
     return found
 
 

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qformer import cards, cli, loading, resources
-from qformer import origin as traces
+from qformer import cards, cli, resources
 from qformer.cards import Decoding
 from qformer.errors import ConfigError, DataError
 from qformer.evaluate import compare, habits, published, sweep
@@ -22,7 +21,6 @@ from qformer.evaluate.run import as_text, score, tables
 from qformer.processes import ALONE
 from qformer.sample import Sample
 from qformer.text import Rendered, load_templates
-from tests import world as whole
 from tests.test_evaluate import RANK, Namer, world
 
 AUROC = (
@@ -448,6 +446,9 @@ def test_habits_for_one_kind_of_llm_alone_are_refused(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pictures, cards, and a run of seed 5 with an adapter of step 3 in `run/checkpoints`, built and not trained."""
+    from qformer import loading
+    from tests import world as whole
+
     root = tmp_path_factory.mktemp("place")
     card = whole.write_pictures(root, count=6)
     said = "{answer: generate, metric: exact_match, decoding: {max_new_tokens: 2}}"
@@ -479,6 +480,9 @@ def test_a_score_names_its_checkpoint_its_step_its_seed_and_its_towers(
 
 
 def test_fingerprints_tell_adapters_and_towers_apart(place: Path) -> None:
+    from qformer import loading
+    from qformer import origin as traces
+
     model = loading.load(place / "run", report=str)
     before = traces.origin(model, step=7)
     assert (before["source"], before["checkpoint"], before["step"]) == (None, None, 7)

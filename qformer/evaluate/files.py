@@ -1,8 +1,10 @@
-"""Reading back what evaluation writes: score files, JSON files and JSON lines."""
+"""What evaluation writes, and reading it back: score files, JSON files and JSON lines."""
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +51,21 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         elif place < len(texts):
             raise DataError(f"{path}:{place}: not a JSON object; delete the line, or the file.")
     return records
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Named values as a JSON file, in its folder, made if need be; it appears whole or not at all.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    work = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(work, path)
+    except OSError as error:
+        raise DataError(f"{path}: it cannot be written ({error}); make room or name another place.") from None
+    finally:
+        if work.is_file():
+            work.unlink()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qformer import weights
 from qformer.cards import TaskCard
 from qformer.errors import ConfigError
+from qformer.evaluate.files import write_json
 from qformer.evaluate.kept import forget
 from qformer.evaluate.metrics import METRICS
 from qformer.evaluate.run import file_name, in_words
@@ -62,9 +61,7 @@ def sweep(
     def write() -> None:
         for key, each in content.items():
             name = file_name(key, partial=each["partial"])
-            file = directory / FOLDER / f"{name}.json"
-            with weights.whole_file(file) as work:
-                work.write_text(json.dumps(each, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_json(directory / FOLDER / f"{name}.json", each)
             for number in range(len(each["prompts"])):
                 forget(directory / FOLDER / str(number), name)
 
