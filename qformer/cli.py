@@ -228,8 +228,8 @@ def _eval(options: argparse.Namespace) -> None:
     tasks = [name.strip() for name in options.tasks.split(",") if name.strip()]
     if len(options.source) > 1:
         return _compare(options, tasks)
-    if not tasks or not options.data:
-        raise ConfigError("eval: name the cards to score with --tasks, and the folder of their files with --data.")
+    if not options.data:
+        raise ConfigError("eval: --data is missing; name the folder that the cards' paths start from.")
     EvaluateConfig(limit=options.limit, batch_size=options.batch_size)  # refused before any library is loaded
     from qformer.run import score
 

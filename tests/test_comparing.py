@@ -533,8 +533,8 @@ def test_the_command_line_sweeps_decodes_and_compares(place: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["run"], 2, "name the cards to score with --tasks, and the folder of their files with --data"),
-        (["run", "--tasks", "gqa"], 2, "name the cards to score with --tasks"),
+        (["run", "--tasks", "gqa"], 2, "--data is missing; name the folder that the cards' paths start from"),
+        (["run", "--data", "."], 2, "no task to score; name cards"),
         (["run", "b", "c"], 2, "3 runs are named; it scores one, or compares two"),
         (["run", "b", "--data", "."], 2, "two runs are compared by the scores they have; score each alone"),
         (["run", "nowhere"], 1, "holds no scores; run qformer eval on it first"),
