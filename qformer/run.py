@@ -135,8 +135,9 @@ def score(
     kept = habits.load(decoding) if decoding is not None else None
     table = published.load(against.partition(":")[0]) if against is not None else None
     if prompt_sweep:
-        for card in chosen.values():
-            sweep.prompts(card)
+        sweep.check(chosen)
+        if against is not None:
+            raise ConfigError("eval: a prompt sweep gives many scores of a set, and one is put beside a published one.")
     if output is None:
         if isinstance(source, vlm.VLM):
             raise ConfigError("score: a loaded model has no directory of its own; give output.")

@@ -356,7 +356,8 @@ def test_a_sweep_that_was_interrupted_goes_on(tmp_path: Path) -> None:
 
 def test_a_card_with_one_prompt_cannot_be_swept(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'colours': its template 'instruction' lists one prompt alone, so there is"):
-        sweep.prompts(world(tmp_path)["colours"])
+        sweep.check(world(tmp_path))
+    sweep.check({**world(tmp_path), "gqa": cards.load("gqa")})
 
 
 def test_a_sweep_without_a_score_names_none() -> None:
@@ -539,6 +540,7 @@ def test_the_command_line_sweeps_decodes_and_compares(place: Path, capsys: pytes
         (["run", "b", "--data", "."], 2, "two runs are compared by the scores they have; score each alone"),
         (["run", "nowhere"], 1, "holds no scores; run qformer eval on it first"),
         (["run", "--tasks", "gqa", "--data", ".", "--decoding", "lavi"], 2, "unknown way of decoding 'lavi'"),
+        (["run", "--tasks", "gqa", "--data", ".", "--prompt-sweep", "--against", "paper"], 2, "gives many scores of a"),
         (["run", "--tasks", "gqa", "--data", ".", "--against", "papr"], 2, "unknown published table 'papr'"),
     ],
 )

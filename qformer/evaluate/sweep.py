@@ -26,29 +26,30 @@ Score = Callable[[Mapping[str, TaskCard], Mapping[str, str], Path], dict[str, di
 
 
 def prompts(card: TaskCard) -> list[str]:
-    """The wordings of a card: what it asks with first, then the others that its template lists.
+    """The wordings of a card: what it asks with first, then the others that its template lists."""
+    assert card.eval is not None, card.key
+    return load_templates(card.eval.template).templates
+
+
+def check(cards: Mapping[str, TaskCard]) -> None:
+    """Refuse cards none of which has a choice of prompts.
 
     Raises:
-        ConfigError: there is one alone.
+        ConfigError: each lists one alone.
     """
-    assert card.eval is not None, card.key
-    listed = load_templates(card.eval.template).templates
-    if len(listed) < 2:
+    if all(len(prompts(card)) < 2 for card in cards.values()):
+        card = next(iter(cards.values()))
+        assert card.eval is not None, card.key
         raise ConfigError(
             f"the card '{card.key}': its template '{card.eval.template}' lists one prompt alone, so there is nothing "
             f"to sweep; list others behind it in the template's file."
         )
-    return listed
 
 
 def sweep(
     cards: Mapping[str, TaskCard], score: Score, directory: Path, processes: Processes
 ) -> dict[str, dict[str, Any]]:
-    """Score each card with each of its wordings, and write what they reached; by card.
-
-    Raises:
-        ConfigError: a card has one wording alone.
-    """
+    """Score each card with each of its wordings, and write what they reached; by card."""
     wordings = {key: prompts(card) for key, card in cards.items()}
     found: dict[str, list[dict[str, Any]]] = {key: [] for key in cards}
     for number in range(max(map(len, wordings.values()))):
