@@ -64,10 +64,10 @@ class JsonLines(Records):
             raise DataError(
                 "holds no JSON object; it must be of the form {'id': …, 'image': …, 'instruction': …, 'target': …}"
             )
-        given = [name for name in ("image", "images", "video") if name in row]
-        if len(given) > 1:
-            raise DataError(f"it has both '{given[0]}' and '{given[1]}'; name all it is about as 'images'")
-        names = row["images"] if "images" in row else [row["video"] if "video" in row else row["image"]]
+        given = next((name for name in ("video", "images", "image") if name in row), "image")
+        if given == "video" and ("image" in row or "images" in row):
+            raise DataError("it has a 'video' and pictures beside it; name all it is about as 'images'")
+        names = row[given] if given == "images" else [row[given]]
         if not isinstance(names, list) or not names:
             raise DataError("'images' must be a list of at least one file name; give one name as 'image'")
         turns = tuple(Turn(_words(turn, "instruction"), _words(turn, "answer")) for turn in row.get("turns", ()))
@@ -77,7 +77,7 @@ class JsonLines(Records):
             _words(row, "instruction")
             targets = row["target"] if isinstance(row["target"], list) else [row["target"]]
         candidates = row.get("candidates", [])
-        for name, values in ((*given, names), ("target", targets), ("candidates", candidates)):
+        for name, values in ((given, names), ("target", targets), ("candidates", candidates)):
             _all_words(values, name)
         if candidates and not set(targets) & set(candidates):
             raise DataError(f"the target '{targets[0]}' is not among the candidates {', '.join(candidates)}")

@@ -26,8 +26,8 @@ class _Videos(Records):
     """What both readers share: the frames that are looked at, and the answers to choose from.
 
     Under files.vocabulary may stand the set's own training file, whose answers every question then offers, the most
-    frequent first.  Options: `frames`, how many of each video are looked at, evenly spread (4); `most`, how many answers
-    are kept; `least`, how often one must be given there.
+    frequent first.  Options: `frames`, how many of each video are looked at (4); `most`, how many answers are kept;
+    `least`, how often one must be given there.
     """
 
     optional = ("vocabulary",)
