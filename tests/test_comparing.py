@@ -299,12 +299,10 @@ def swept(root: Path, **options: Any) -> dict[str, dict[str, Any]]:
         'name: "words"\nversion: 1\nsource: "a test"\n'
         'templates: ["W {instruction}", "Q {instruction}", "Z {instruction}", "V {instruction}"]\n'
     )
-    section = f"answer: generate, metric: exact_match, template: {root / 'words.yaml'}"
-    (root / "colours.yaml").unlink(missing_ok=True)
-    world(root, section)
-    text = (root / "colours.yaml").read_text().replace("template: instruction,\n", "\n")
-    (root / "colours.yaml").write_text(text)
-    chosen = cards.load_all([str(root / "colours.yaml")], "eval")
+    world(root, "answer: generate, metric: exact_match")
+    card = root / "colours.yaml"
+    card.write_text(card.read_text().replace("template: instruction", f"template: {root / 'words.yaml'}"))
+    chosen = cards.load_all([str(card)], "eval")
 
     def one(given: Any, wordings: Any, directory: Path) -> dict[str, dict[str, Any]]:
         keep = {"quiet": True, "say": lambda line: None, "finish": False, "shuffled": False, "origin": {"adapter": 1}}
