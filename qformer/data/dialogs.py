@@ -33,10 +33,7 @@ class VisDial(Records):
     settings = ("image", "exchange", "between", "rounds")
 
     def _prepare(self) -> None:
-        self.exchange, self.between = self.options.get("exchange"), self.options.get("between", " ")
-        for name in ("exchange", "between"):
-            if not isinstance(getattr(self, name), str):
-                raise ConfigError(f"{self.task}: options.{name} is {getattr(self, name)!r}; it takes a text in quotes.")
+        self.exchange, self.between = self._text("exchange", None), self._text("between", " ")
         check_template(self.exchange, f"{self.task}: options.exchange")
         wanted = {name for _, name, _, _ in string.Formatter().parse(self.exchange) if name is not None}
         if not wanted <= {"question", "answer"}:
@@ -45,6 +42,13 @@ class VisDial(Records):
             )
         if self.option("rounds", ("all", "last", "dense")) == "dense" and "dense" not in self.files:
             raise ConfigError(f"{self.task}: options.rounds is 'dense', and there is no files.dense to say which.")
+
+    def _text(self, name: str, otherwise: str | None) -> str:
+        """An option that takes a text."""
+        value = self.options.get(name, otherwise)
+        if not isinstance(value, str):
+            raise ConfigError(f"{self.task}: options.{name} is {value!r}; it takes a text in quotes.")
+        return value
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
         yield from self.once(self._rounds())

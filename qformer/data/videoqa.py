@@ -9,7 +9,7 @@ import csv
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 from qformer.data.records import Records
 from qformer.data.streams import iterate_items, iterate_json, iterate_lines
@@ -30,8 +30,8 @@ class _Videos(Records):
     `least`, how often one must be given there.
     """
 
-    optional = ("vocabulary",)
-    settings = ("frames", "most", "least")
+    optional: ClassVar[tuple[str, ...]] = ("vocabulary",)
+    settings: ClassVar[tuple[str, ...]] = ("frames", "most", "least")
 
     def _prepare(self) -> None:
         self.frames()
