@@ -13,11 +13,11 @@ from pathlib import Path
 from types import FrameType
 
 from qformer import __version__
-from qformer.errors import QFormerError
+from qformer.errors import ConfigError, QFormerError
 
 INTERRUPTED = 130
-TRAINING = ("train", "demo", "plug")
-"""Commands that leave checkpoints to go on from."""
+GOING_ON = ("train", "demo", "plug", "eval")
+"""Commands that go on where they were interrupted."""
 NARROWEST_TABLE = 130
 """Columns a table is given at least: it reads better cut off on the right than folded into slivers."""
 
@@ -43,14 +43,21 @@ def parser() -> argparse.ArgumentParser:
     told = "say what would be done, weights unread: settings, parameters, mixture, ten samples of each set"
     command.add_argument("--dry-run", action="store_true", help=told)
 
-    command = commands.add_parser("eval", help="score a run or a saved adapter, with baselines and intervals")
-    command.add_argument("source", help="a run directory or a saved adapter")
+    command = commands.add_parser("eval", help="score a run or a saved adapter, or compare two scored runs")
+    command.add_argument("source", nargs="+", help="a run directory or a saved adapter; two runs are compared")
     command.add_argument("--last", action="store_true", help="of a run its last checkpoint, not its best")
-    command.add_argument("--tasks", required=True, help="cards, comma-separated; also held_in, held_out")
-    command.add_argument("--data", required=True, help="the folder the cards' paths start from")
+    command.add_argument("--tasks", default="", help="cards, comma-separated; also held_in, held_out")
+    command.add_argument("--data", help="the folder the cards' paths start from")
     command.add_argument("--limit", type=int, help="score a seeded subset of this many samples; marked as partial")
+    command.add_argument("--seed", type=int, help="of subset, shuffling and intervals (the run's own, or 0)")
     command.add_argument("--batch-size", type=int, default=32)
     command.add_argument("--no-shuffled", action="store_true", help="skip the baseline with shuffled pictures")
+    command.add_argument("--decoding", metavar="NAME", help="ask and decode as another code base does: lavis")
+    command.add_argument("--prompt-sweep", action="store_true", help="score each listed prompt: best, median, worst")
+    told = "print ours beside published scores: paper, or paper:ROW"
+    command.add_argument("--against", metavar="TABLE", help=told)
+    told = "compare two runs' scores though their recipes differ"
+    command.add_argument("--different-recipes", action="store_true", help=told)
     command.add_argument("--on-error", choices=("fail", "skip"), default="fail", help="what a broken record does")
     command.add_argument("--index", help="where annotations are kept once they were read, as data.index")
     command.add_argument("--output", help="where scores go (default: eval/ in the run directory)")
@@ -144,7 +151,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # A library that is being imported may turn the interruption into an error of its own.
             if interrupted() or isinstance(error, KeyboardInterrupt):
                 goes_on = "; the last checkpoint is whole, the same command goes on from it"
-                print(f"qformer: interrupted{goes_on if options.command in TRAINING else ''}.", file=sys.stderr)
+                if options.command == "eval":
+                    goes_on = "; the answers given so far are kept, the same command goes on from them"
+                print(f"qformer: interrupted{goes_on if options.command in GOING_ON else ''}.", file=sys.stderr)
                 return INTERRUPTED
             if isinstance(error, BrokenPipeError):
                 return 0
@@ -216,24 +225,47 @@ def _dry_run(options: argparse.Namespace) -> None:
 def _eval(options: argparse.Namespace) -> None:
     from qformer.config import EvaluateConfig
 
+    tasks = [name.strip() for name in options.tasks.split(",") if name.strip()]
+    if len(options.source) > 1:
+        return _compare(options, tasks)
+    if not options.data:
+        raise ConfigError("eval: --data is missing; name the folder that the cards' paths start from.")
     EvaluateConfig(limit=options.limit, batch_size=options.batch_size)  # refused before any library is loaded
     from qformer.run import score
 
+    options.source = options.source[0]
     score(
         _source(options),
-        [name.strip() for name in options.tasks.split(",") if name.strip()],
+        tasks,
         options.data,
         limit=options.limit,
         batch_size=options.batch_size,
         shuffled=not options.no_shuffled,
+        seed=options.seed,
         on_error=options.on_error,
         index=options.index,
         output=options.output,
         vision=options.vision,
         language=options.language,
         device=options.device,
+        decoding=options.decoding,
+        prompt_sweep=options.prompt_sweep,
+        against=options.against,
         say=_say,
     )
+
+
+def _compare(options: argparse.Namespace, tasks: list[str]) -> None:
+    if len(options.source) > 2:
+        raise ConfigError(f"eval: {len(options.source)} runs are named; it scores one, or compares two.")
+    if options.data:
+        raise ConfigError(
+            "eval: two runs are compared by the scores they have; score each alone, then leave out --data."
+        )
+    from qformer.run import compare
+
+    one, other = options.source
+    compare(one, other, tasks=tasks, despite=options.different_recipes, output=options.output, say=_say)
 
 
 def _ask(options: argparse.Namespace) -> None:

@@ -36,14 +36,21 @@ def table(content: Mapping[str, Any], without: Sequence[str] = ()) -> Table:
         shown.add_column(ROWS[name] + (f", {count} steps" if count else ""), justify="right")
     for heading in ("most frequent", "n"):
         shown.add_column(heading, justify="right")
+    shown.add_column("recipe")
     for key in dict.fromkeys(key for scores in rows.values() for key in scores):
         found = {name: scores[key] for name, scores in rows.items() if key in scores}
         any_one = next(iter(found.values()))
         cells = [cell(found.get(name)) for name in rows]
         percent = METRICS[any_one["metric"]].percent
         number = f"{any_one['samples']:,}" + (f" of {any_one['of']:,}, partial" if any_one["partial"] else "")
-        shown.add_row(key, any_one["metric"], *cells, in_words(any_one["most_frequent"], percent), number)
+        frequent = in_words(any_one["most_frequent"], percent)
+        shown.add_row(key, any_one["metric"], *cells, frequent, number, recipes(list(found.values())))
     return shown
+
+
+def recipes(scores: Sequence[Mapping[str, Any]]) -> str:
+    """The recipes that scores were made by: one, unless LLMs are spoken to in different ways."""
+    return " / ".join(dict.fromkeys(score["recipe"] for score in scores))
 
 
 def cell(entry: Mapping[str, Any] | None) -> str:

@@ -69,20 +69,22 @@ def text(settings: RunConfig, size: QFormerSize, recipe: Mapping[str, Any], scor
         mixture = [(name, f"{weight:g}") for name, weight in recipe["tasks"].items()]
         settled = [(name.replace("_", " "), str(value)) for name, value in recipe.items() if name != "tasks"]
         parts += ["## Data", _table(("task", "weight"), mixture), "## Recipe", _table(("setting", "value"), settled)]
-    if scores:
-        rows = [
-            (
-                str(score.get("title", score["task"])),
-                str(score.get("metric", "")),
-                f"{score['score']:.4f}",
-                _interval(score.get("interval")),
-                f"{score.get('samples', '')} of {score.get('of', '')}",
-                str(score.get("recipe", "")),
-            )
-            for score in scores
-        ]
-        parts += ["## Scores", _table(("set", "metric", "score", "95 %", "samples", "recipe id"), rows)]
+    head = ("set", "metric", "score", "95 %", "samples", "recipe id")
+    for heading, partial in (("## Scores", False), ("## Scores on parts of sets", True)):
+        rows = [_score_row(score) for score in scores if bool(score.get("partial")) is partial]
+        parts += [heading, _table(head, rows)] if rows else []
     return "\n\n".join(parts) + "\n"
+
+
+def _score_row(score: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        str(score.get("title", score["task"])),
+        str(score.get("metric", "")),
+        f"{score['score']:.4f}",
+        _interval(score.get("interval")),
+        f"{score.get('samples', '')} of {score.get('of', '')}",
+        str(score.get("recipe", "")),
+    )
 
 
 def _interval(pair: Sequence[float] | None) -> str:

@@ -17,9 +17,13 @@ from typing import Any
 
 from qformer import __version__, charts, config, gallery
 from qformer.charts import Mark
-from qformer.comparison import PLUG_FILE, ROWS, cell
+from qformer.comparison import PLUG_FILE, ROWS, cell, recipes
 from qformer.errors import DataError
-from qformer.results import Score, read_json, read_lines
+from qformer.evaluate import sweep
+from qformer.evaluate.files import read_json, read_lines, score_files
+from qformer.evaluate.metrics import METRICS
+from qformer.evaluate.run import beside_in_words, in_words
+from qformer.results import Score
 
 FILE = "report.html"
 LIBRARIES = ("torch", "transformers", "timm", "accelerate")
@@ -54,14 +58,16 @@ def write_report(directory: Path) -> Path:
     directory = Path(directory)
     settings = config.read_yaml(directory / "config.yaml") if (directory / "config.yaml").exists() else {}
     lines = read_lines(directory / "metrics.jsonl")
-    scores = [Score.read(path) for path in sorted(directory.glob("eval/*.json"))]
+    scores = [Score.read(path) for path in score_files(directory / "eval")]
     if not (settings or lines or scores):
         raise DataError(f"{directory}: holds no config.yaml, metrics.jsonl or eval/*.json; a report needs one of them.")
     mixture = read_json(directory / "mixture.json") if (directory / "mixture.json").exists() else {}
     sections = [
         _head(directory, settings, lines, scores),
         _what_was_run(settings),
-        _scores(scores),
+        _scores([score for score in scores if not score.partial]),
+        _scores([score for score in scores if score.partial], "Scores on parts of sets"),
+        _prompts([read_json(path) for path in sorted(directory.glob(f"eval/{sweep.FOLDER}/*.json"))]),
         _carried(read_json(directory / PLUG_FILE) if (directory / PLUG_FILE).exists() else {}),
         _curves(lines),
         _mixture(mixture),
@@ -137,7 +143,8 @@ def _head(
     if partial := [score for score in scores if score.partial]:
         notice = (
             f'<p class="notice">Scores marked <span class="badge">partial</span> are over a part of the set '
-            f"({len(partial)} of {len(scores)} here); they are not to be compared with scores over all of it.</p>"
+            f"({len(partial)} of {len(scores)} here); they stand apart from scores over all of it, "
+            f"and are not to be compared with them.</p>"
         )
     title = f'<h1>{name}</h1>\n<p class="soft">A Q-Former between two frozen towers</p>'
     return f'{title}\n<div class="tiles">{cards}</div>{notice}'
@@ -226,7 +233,7 @@ def _mixture(mixture: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
-def _scores(scores: Sequence[Score]) -> str:
+def _scores(scores: Sequence[Score], heading: str = "Scores") -> str:
     if not scores:
         return ""
     kinds = [kind for kind in BASELINES if any(mark.kind == kind for score in scores for mark in score.baselines)]
@@ -234,11 +241,12 @@ def _scores(scores: Sequence[Score]) -> str:
     *others, last = [BASELINES[kind] for kind in kinds] or [""]
     beside = f"{', '.join(others)} and {last}" if others else last
     return (
-        f'<h2>Scores</h2>\n<p class="soft">{f"Each beside {beside}. " if beside else ""}'
+        f'<h2>{heading}</h2>\n<p class="soft">{f"Each beside {beside}. " if beside else ""}'
         "Intervals are 95 %, by bootstrap over pictures.</p>"
         + _legend("score", *kinds)
         + _table(("Set", "", "Score", *(LEGEND[kind].capitalize() for kind in kinds), "Samples"), rows)
         + _types(scores)
+        + _beside(scores)
     )
 
 
@@ -251,7 +259,9 @@ def _carried(content: Mapping[str, Any]) -> str:
     for key in dict.fromkeys(key for scores in found.values() for key in scores):
         cells = [_cell(ROWS[name], *cell(scores.get(key)).split("\n")) for name, scores in found.items()]
         title = next(scores[key]["title"] for scores in found.values() if key in scores)
-        rows.append(f'<tr><td class="name"><b>{escape(title)}</b></td>{"".join(cells)}</tr>')
+        about = escape(recipes([scores[key] for scores in found.values() if key in scores]))
+        name = f'<b>{escape(title)}</b><div class="soft small">{about}</div>'
+        rows.append(f'<tr><td class="name">{name}</td>{"".join(cells)}</tr>')
     words = f"From {content['own_language']} to {content['language']}, projection {content['start']}"
     heads = ("Set", *(ROWS[name].capitalize() for name in found))
     return f'<h2>Carried over</h2>\n<p class="soft">{escape(words)}.</p>{_table(heads, rows, names=1)}'
@@ -269,6 +279,40 @@ def _types(scores: Sequence[Score]) -> str:
     ]
     table = _table(("Set and type", "Score", "Samples"), rows, names=1)
     return f"<details><summary>By question type</summary>{table}</details>" if rows else ""
+
+
+def _beside(scores: Sequence[Score]) -> str:
+    rows = [
+        f'<tr><td class="name"><b>{escape(score.title)}</b>, {escape(name)}</td>'
+        + _cell("Value", beside_in_words(name, value))
+        + "</tr>"
+        for score in scores
+        for name, value in score.beside.items()
+    ]
+    table = _table(("Set and number", "Value"), rows, names=1)
+    return f"<details><summary>Further numbers</summary>{table}</details>" if rows else ""
+
+
+def _prompts(swept: Sequence[Mapping[str, Any]]) -> str:
+    """What each set scores with each of its prompts."""
+    tables = []
+    for each in swept:
+        percent = METRICS[each["metric"]].percent
+        rows = []
+        for place, one in enumerate(each["prompts"]):
+            marks = ["the card's own"] * (place == 0)
+            marks += [name for name in ("best", "median", "worst") if each[name] == place]
+            about = " · ".join([*marks, one["recipe"]])
+            value = NONE if one["score"] is None else in_words(one, percent)
+            rows.append(
+                f'<tr><td class="name"><b>{escape(one["prompt"])}</b><div class="soft small">{escape(about)}</div></td>'
+                f"{_cell('Score', value)}</tr>"
+            )
+        part = f", {each['samples']:,} of {each['of']:,} samples" if each["partial"] else ""
+        head = f"{escape(each['title'])}, {escape(each['metric'])}{part}"
+        tables.append(f"<h3>{head}</h3>{_table(('Prompt', 'Score'), rows, names=1)}")
+    words = "How much a score hangs on the wording; choosing the best of them by these scores is no zero-shot."
+    return f'<h2>Prompts</h2>\n<p class="soft">{words}</p>{"".join(tables)}' if tables else ""
 
 
 BASELINES = {
@@ -309,7 +353,8 @@ def _round_up(scores: Sequence[Score]) -> float:
 def _score_row(score: Score, kinds: Sequence[str], high: float) -> str:
     label = f"{score.title}: " + ", ".join(f"{LEGEND[mark.kind]} {score.shown(mark.value)}" for mark in score.marks)
     badge = ' <span class="badge">partial</span>' if score.partial else ""
-    about = " · ".join(escape(part) for part in (score.metric, score.split, score.recipe) if part)
+    step = f"step {score.step:,}" if score.step is not None else ""
+    about = " · ".join(escape(part) for part in (score.metric, score.split, score.recipe, step) if part)
     plot = charts.interval_plot(label, score.marks, high, unit=100 if score.percent else 1)
     found = {mark.kind: mark for mark in score.marks}
     cells = [
@@ -354,7 +399,7 @@ def _answers(scores: Sequence[Score], root: Path) -> str:
     galleries = [
         gallery.gallery(score.title, score.predictions, score.root or root, graded=not score.percent)
         for score in scores
-        if score.predictions
+        if score.predictions and score.score is not None
     ]
     heading = '<h2>Answers</h2>\n<p class="soft">Right and wrong ones, drawn at random from each set.</p>'
     return "".join([heading, *galleries]) if galleries else ""

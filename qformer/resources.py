@@ -9,7 +9,7 @@ from qformer.errors import ConfigError, did_you_mean
 
 
 def folder(kind: str) -> Path:
-    """Where the shipped files of a kind ("tasks", "templates", "configs", "configs/presets", "profiles") are.
+    """Where the shipped files of a kind ("tasks", "templates", "configs", "configs/published", "profiles") are.
 
     An installed package maps the four top-level folders to `qformer.tasks` and so on; in a clone that was never
     installed they stand beside the package.

@@ -1,54 +1,17 @@
-"""What a run directory holds, read back: JSON files, JSON lines, and the scores of a data set."""
+"""What a run directory holds, read back: the scores of a data set."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qformer.charts import Mark
 from qformer.errors import DataError
+from qformer.evaluate.files import read_json, read_lines
 from qformer.evaluate.metrics import METRICS
 from qformer.gallery import Record
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The named values of a JSON file.
-
-    Raises:
-        DataError: it is not JSON, or holds something else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as JSON ({error}); score the run again to write it anew.") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: holds a {type(content).__name__}; it must hold named values.")
-    return content
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """JSON lines of a file; none if it is not there.  A last line cut off by a kill is left out.
-
-    Raises:
-        DataError: another line is not a JSON object.
-    """
-    if not path.exists():
-        return []
-    texts = path.read_text(encoding="utf-8").splitlines()
-    records = []
-    for place, text in enumerate(texts, start=1):
-        try:
-            record = json.loads(text)
-        except ValueError:
-            record = None
-        if isinstance(record, dict):
-            records.append(record)
-        elif place < len(texts):
-            raise DataError(f"{path}:{place}: not a JSON object; delete the line, or the file.")
-    return records
 
 
 @dataclass(frozen=True)
@@ -72,6 +35,10 @@ class Score:
     by_type: Mapping[str, Mapping[str, Any]]
     """Score and number of samples of each question type."""
     predictions: Sequence[Record]
+    beside: Mapping[str, float | None] = field(default_factory=dict)
+    """Further numbers of the same answers."""
+    step: int | None = None
+    """Of the training, at the checkpoint that was scored."""
 
     @property
     def partial(self) -> bool:
@@ -107,6 +74,8 @@ class Score:
                 root=Path(raw["root"]) if "root" in raw else None,
                 by_type=raw["by_type"],
                 predictions=read_lines(path.with_name(f"{path.stem}.predictions.jsonl")),
+                beside=raw.get("beside", {}),
+                step=(raw.get("model") or {}).get("step"),
             )
         except KeyError as error:
             raise DataError(f"{path}: has no {error}; score the set again to write it anew.") from None

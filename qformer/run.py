@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +10,8 @@ from qformer import cards, config, loading, vlm
 from qformer.config import RunConfig
 from qformer.errors import ConfigError, DataError
 from qformer.exporting import LAVIS_FILE, to_lavis
+from qformer.origin import origin
+from qformer.processes import ALONE, Processes, joined
 from qformer.report import write_report
 
 METRICS_FILE, SETTINGS_FILE = "metrics.jsonl", "config.yaml"
@@ -41,18 +43,23 @@ def fit(
         settings = config.load(settings, overrides)
     # A wrong name or a missing file fails before an hour of training.
     check(cards.load_all(settings.evaluate.tasks, "eval"), Path(settings.data.root))
-    run = train(settings, validate=_validation(settings, quiet), say=say, quiet=quiet)
-    if not _is_first_process():
-        return run
+    processes = joined()
+    run = train(settings, validate=_validation(settings, quiet, processes), say=say, quiet=quiet)
     if settings.evaluate.tasks:
-        score_as_set(settings, run, say=say, quiet=quiet)
-    else:
+        score_as_set(settings, run, processes=processes, say=say, quiet=quiet)
+    elif processes.first:
         say(f"report: {write_report(run)}")
     return run
 
 
 def score_as_set(
-    settings: RunConfig, source: str | Path, *, say: Callable[[str], None] = print, quiet: bool = False, **places: Any
+    settings: RunConfig,
+    source: str | Path,
+    *,
+    processes: Processes = ALONE,
+    say: Callable[[str], None] = print,
+    quiet: bool = False,
+    **places: Any,
 ) -> dict[str, dict[str, Any]]:
     """What `score` does, as a run's settings say; `places`: its `output`, `vision` and `language`."""
     return score(
@@ -65,6 +72,7 @@ def score_as_set(
         seed=settings.seed,
         on_error=settings.data.on_error,
         index=settings.data.index,
+        processes=processes,
         say=say,
         quiet=quiet,
         **places,
@@ -79,70 +87,178 @@ def score(
     limit: int | None = None,
     batch_size: int = 32,
     shuffled: bool = True,
-    seed: int = 0,
+    seed: int | None = None,
     on_error: Literal["fail", "skip"] = "fail",
     index: str | None = None,
     output: str | Path | None = None,
     vision: str | None = None,
     language: str | None = None,
     device: str | None = None,
+    decoding: str | None = None,
+    prompt_sweep: bool = False,
+    against: str | None = None,
+    processes: Processes | None = None,
     say: Callable[[str], None] = print,
     quiet: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Score an adapter, with its baselines and intervals, on the `eval` sections of cards.
 
-    A run directory gets a new report too, even where scoring fails.
+    A run directory gets a new report too, even where scoring fails.  The same call goes on where it was interrupted.
+    Under torchrun or accelerate all processes call this and share the questions; each is given all scores.
 
     Args:
         source: a saved adapter, a run directory, or a loaded model.
         tasks: card names (`name`, `name:variant`, a YAML file), "held_in" or "held_out".
         data: the folder the cards' paths start from.
         limit: a seeded subset of this many samples per set; the score is marked as partial.
+        seed: of subset, shuffling and intervals; by default the run's own, or 0 where there is no run.
         index: where annotations are kept once they were read, as `data.index`.
         output: where predictions and scores go; by default `eval/` in the run directory.
         device: where the model is put; by default the accelerator, if there is one.
+        decoding: ask and decode as another code base does ("lavis"), instead of as the cards say.
+        prompt_sweep: score each card with each prompt that its template lists; returns those scores by card.
+        against: say too how far the scores are from published ones: a table's name ("paper"), or its and its row's
+            ("paper:vicuna7b").
+        processes: those that share the work; by default all that this command was started as.
 
     Returns:
         By card: score, interval, baselines, recipe id; the same that `eval/TASK.json` holds.
     """
-    from qformer.evaluate.run import check
+    from qformer.evaluate import habits, published, sweep
+    from qformer.evaluate.run import as_text, check
     from qformer.evaluate.run import score as score_cards
 
     chosen = cards.load_all(tasks, "eval")
     if not chosen:
         raise ConfigError("no task to score; name cards, or 'held_in' or 'held_out'.")
     check(chosen, Path(data))
+    kept = habits.load(decoding) if decoding is not None else None
+    table = published.load(against.partition(":")[0]) if against is not None else None
+    if prompt_sweep:
+        sweep.check(chosen)
+        if against is not None:
+            raise ConfigError("eval: a prompt sweep gives many scores of a set, and one is put beside a published one.")
     if output is None:
         if isinstance(source, vlm.VLM):
             raise ConfigError("score: a loaded model has no directory of its own; give output.")
         output = run_directory(Path(source)) / "eval"
+    output = Path(output)
+    processes = joined() if processes is None else processes
+    say = say if processes.first else _silent
     if isinstance(source, vlm.VLM):
         model, run = source, None
     else:
         device = device or best_device()
         model = loading.load(source, vision=vision, language=language, device=device, report=say)
         run = run_directory(Path(source))
-    try:
+    if kept is not None:
+        speaks = model.language.profile.encoder_decoder
+        alike = [habits.with_habits(card, kept, encoder_decoder=speaks) for card in chosen.values()]
+        chosen = {card.key: card for card in alike}
+    row = ""
+    if table is not None:
+        row = table.row((against or "").partition(":")[2], model.settings.language.name)
+    about = origin(model, None if isinstance(source, vlm.VLM) else source)
+    seed = seed if seed is not None else own_seed(run)
+
+    def scored(
+        chosen: Mapping[str, cards.TaskCard], wordings: Mapping[str, str] | None, directory: Path, **options: Any
+    ) -> dict[str, dict[str, Any]]:
         return score_cards(
             model,
             chosen,
             Path(data),
             limit=limit,
             batch_size=batch_size,
-            shuffled=shuffled,
             seed=seed,
-            directory=Path(output),
+            directory=directory,
             on_error=on_error,
             index=index,
-            say=say,
+            origin=about,
+            wordings=wordings,
+            processes=processes,
             quiet=quiet,
+            **options,
         )
+
+    try:
+        if prompt_sweep:
+
+            def one(chosen: Mapping[str, cards.TaskCard], wordings: Mapping[str, str], where: Path) -> dict[str, Any]:
+                return scored(chosen, wordings, where, shuffled=False, finish=False, say=_silent)
+
+            found = sweep.sweep(chosen, one, output, processes)
+            say(as_text(sweep.table(found)))
+            return found
+        results = scored(chosen, None, output, shuffled=shuffled, say=say)
+        if table is not None:
+            beside, left_out = published.compared(results, table, row)
+            for line in (*left_out, *([as_text(beside)] if beside.rows else []), *published.remarks(table, row)):
+                say(line)
+        return results
     finally:
-        if run is not None and (run / METRICS_FILE).exists() and Path(output) == run / "eval":
+        if processes.first and run is not None and (run / METRICS_FILE).exists() and output == run / "eval":
             say(f"report: {write_report(run)}")
 
 
-def _validation(settings: RunConfig, quiet: bool) -> Callable[[vlm.VLM, int], dict[str, float]] | None:
+def compare(
+    one: str | Path,
+    other: str | Path,
+    *,
+    tasks: Sequence[str] = (),
+    despite: bool = False,
+    output: str | Path | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, dict[str, Any]]:
+    """Compare two runs' scores sample by sample, from the files they have.
+
+    Args:
+        one: a run directory, or a directory of scores.
+        other: another.
+        tasks: cards to compare; by default all that both were scored on.
+        despite: whether scores of different recipes are compared.
+        output: a directory that `comparison.json` is written to.
+
+    Returns:
+        By card: both scores, and their difference with its interval.
+
+    Raises:
+        ConfigError: two scores are of different recipes.  DataError: there is nothing to compare.
+    """
+    from qformer.evaluate import compare as paired
+    from qformer.evaluate.files import write_json
+    from qformer.evaluate.run import as_text
+
+    found, notes = paired.compare(_scores_of(Path(one)), _scores_of(Path(other)), tasks=list(tasks), despite=despite)
+    for line in (*notes, *map(as_text, paired.tables(found, str(one), str(other)))):
+        say(line)
+    if output is not None:
+        content = {"one": str(one), "other": str(other), "tasks": found}
+        write_json(Path(output) / "comparison.json", content)
+    return found
+
+
+def _scores_of(source: Path) -> Path:
+    """Where a run's scores are; a directory of scores is its own."""
+    inside = run_directory(source) / "eval"
+    return inside if inside.is_dir() else source
+
+
+def own_seed(run: Path | None) -> int:
+    """The seed of a run's settings; 0 where there is no run."""
+    if run is None or not (run / SETTINGS_FILE).is_file():
+        return 0
+    seed = config.read_yaml(run / SETTINGS_FILE).get("seed", 0)
+    return seed if isinstance(seed, int) else 0
+
+
+def _silent(line: str) -> None:
+    """Says nothing."""
+
+
+def _validation(
+    settings: RunConfig, quiet: bool, processes: Processes = ALONE
+) -> Callable[[vlm.VLM, int], dict[str, float]] | None:
     """What scores a model in the midst of its training, as `validation` says; None where nothing is to be scored.
 
     Predictions and scores of a step go to `validation/step-N` in the run directory.
@@ -171,7 +287,9 @@ def _validation(settings: RunConfig, quiet: bool) -> Callable[[vlm.VLM, int], di
             directory=settings.directory / "validation" / f"step-{step}",
             on_error=settings.data.on_error,
             index=settings.data.index,
-            say=lambda _: None,
+            origin=origin(model, step=step),
+            processes=processes,
+            say=_silent,
             quiet=quiet,
         )
         for task, result in results.items():
@@ -220,9 +338,3 @@ def export(source: str | Path, directory: str | Path, to: Literal["transformers"
 def run_directory(source: Path) -> Path:
     """The run that an adapter belongs to: three folders up from `runs/NAME/checkpoints/step-N`, else itself."""
     return source.parent.parent if source.parent.name == "checkpoints" else source
-
-
-def _is_first_process() -> bool:
-    from accelerate import PartialState
-
-    return bool(PartialState().is_main_process)

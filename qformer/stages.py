@@ -366,7 +366,8 @@ def _score(
     for key, result in found.items():
         if result["broken"]:
             say(f"{ROWS[name]}: {key}: {result['broken']} broken records left out; {where} says why.")
-    told = ", ".join(f"{key} {result['score']:.3f}" for key, result in found.items())
+    numbers = {key: result["score"] for key, result in found.items() if result["score"] is not None}
+    told = ", ".join(f"{key} {number:.3f}" for key, number in numbers.items())
     say(f"{ROWS[name]}: {told}")
 
 

@@ -15,14 +15,15 @@ from PIL import Image
 from qformer import cards, checkpoints, cli, config, loading
 from qformer.backbones.vision import OwnTower
 from qformer.config import QFormerConfig
-from qformer.evaluate import metrics
+from qformer.evaluate import habits, metrics, published
+from qformer.evaluate.outcome import Answer
 from qformer.nn.qformer import QFormer, QFormerConnector, QFormerSize
 from qformer.sample import Sample
 from tests import fixtures, world
 from tests.published import put_in_cache, tiny_published
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/reproducing.md")]
 
 
 def blocks(document: Path, language: str) -> list[str]:
@@ -52,7 +53,7 @@ def test_the_metric_in_contributing_scores(monkeypatch: pytest.MonkeyPatch) -> N
     source = blocks(ROOT / "CONTRIBUTING.md", "python")[0]
     exec(compile("from __future__ import annotations\n" + source, "CONTRIBUTING.md", "exec"), vars(metrics))
     samples = [Sample(id=str(number), task="birds", images=(), references=("wren",)) for number in range(2)]
-    answers = [metrics.Answer("a wren, I think"), metrics.Answer("a robin")]
+    answers = [Answer("a wren, I think"), Answer("a robin")]
     assert metrics.METRICS["contains"].score(answers, samples, {}).scores == [1.0, 0.0]
 
 
@@ -68,12 +69,31 @@ def test_the_config_in_the_readme_loads(tmp_path: Path) -> None:
     assert config.load(file).directory == Path("runs/birds")
 
 
-def test_the_commands_in_the_readme_are_understood() -> None:
-    lines = [line for block in blocks(ROOT / "README.md", "") for line in block.splitlines()]
+@pytest.mark.parametrize("document", ["README.md", "docs/reproducing.md"])
+def test_the_commands_in_the_documents_are_understood(document: str) -> None:
+    """Options, cards, their variants, published rows and ways of decoding."""
+    lines = [line for block in blocks(ROOT / document, "") for line in block.splitlines()]
     commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("qformer ")]
     assert len(commands) >= 5
     for command in commands:
-        cli.parser().parse_args(command)
+        options = vars(cli.parser().parse_args(command))
+        names = [name for name in (options.get("tasks") or "").split(",") if not name.endswith(".yaml")]
+        assert cards.load_all(names, "eval") if names not in ([], [""]) else True
+        if options.get("decoding"):
+            assert habits.load(options["decoding"])
+        if options.get("against"):
+            table, _, row = options["against"].partition(":")
+            assert not row or row in published.load(table).rows
+
+
+def test_the_page_on_reproducing_names_variants_and_published_scores_that_there_are() -> None:
+    page = (ROOT / "docs" / "reproducing.md").read_text(encoding="utf-8")
+    named = {name for name in re.findall(r"`(\w+:\w+)`", page) if not name.endswith(":as_lavis")}
+    assert len(named) >= 20 and all(cards.load(name).eval is not None for name in named)
+    rows = [line.split("|")[1:3] for line in page.splitlines() if re.match(r"\| [A-Za-z].* \| [\d., ]+ \|", line)]
+    paper = list(published.load("paper").rows["vicuna7b"].scores.values())
+    told = [float(number) for _, numbers in rows for number in numbers.split(",")]
+    assert len(told) == 12 and set(told) <= set(paper)
 
 
 def section(document: Path, title: str) -> str:

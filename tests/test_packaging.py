@@ -16,6 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 KINDS = ("tasks", "templates", "configs", "profiles")
+INNER = ("configs/presets", "configs/decoding", "configs/published")
 NOT_SOURCE = (
     ".git",
     ".venv*",
@@ -33,7 +34,8 @@ LOOK = """
 import json, pathlib, qformer
 from qformer import resources
 weights = pathlib.Path(resources.__file__).parent / "demo" / "weights"
-found = {kind: resources.names(kind) for kind in ("tasks", "templates", "configs", "profiles")}
+kinds = "tasks templates configs profiles configs/presets configs/decoding configs/published".split()
+found = {kind: resources.names(kind) for kind in kinds}
 found["weights"] = sorted(str(path.relative_to(weights)) for path in weights.rglob("*") if path.is_file())
 print(json.dumps({"home": qformer.__file__, **found}))
 """
@@ -57,7 +59,7 @@ def clean_environment() -> dict[str, str]:
 def shipped() -> dict[str, list[str]]:
     """What the source tree holds, listed without the code under test."""
     weights = ROOT / "qformer" / "demo" / "weights"
-    return {kind: sorted(path.stem for path in (ROOT / kind).glob("*.yaml")) for kind in KINDS} | {
+    return {kind: sorted(path.stem for path in (ROOT / kind).glob("*.yaml")) for kind in (*KINDS, *INNER)} | {
         "weights": sorted(str(path.relative_to(weights)) for path in weights.rglob("*") if path.is_file())
     }
 

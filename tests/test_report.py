@@ -181,6 +181,28 @@ def test_a_score_on_a_part_of_a_set_is_marked(run: Path) -> None:
     assert "1 of 2 here" in words
 
 
+def test_parts_stand_apart_from_whole_sets(run: Path) -> None:
+    write_scores(run, score_file("vsr", samples=40, of=600, title="A part"), [])
+    source = write_report(run).read_text(encoding="utf-8")
+    whole, parts = source.split("<h2>Scores on parts of sets</h2>")
+    assert "A part" in parts.split("<h2>")[0] and "A part" not in whole.split("<h2>Scores</h2>")[1]
+
+
+def test_a_set_that_a_server_scores_has_a_row_and_its_file_is_no_score(run: Path) -> None:
+    score = score_file("vizwiz", metric="submission", score=None, interval=[None, None], shuffled=None,
+                       most_frequent=None, title="Served")  # fmt: skip
+    write_scores(run, score, [prediction(number, score=None) for number in range(3)])
+    (run / "eval" / "vizwiz.submission.json").write_text("[]")
+    assert "Served" in page(run).words
+
+
+def test_further_numbers_and_the_step_stand_beside_a_score(run: Path) -> None:
+    beside = {"BLEU-4": 0.251, "mean rank": 15.5, "accuracy of no": None}
+    write_scores(run, score_file("nocaps", metric="cider", beside=beside, model={"step": 1200}), [])
+    words = page(run).words
+    assert "Further numbers" in words and "25.1" in words and "15.50" in words and "step 1,200" in words
+
+
 def test_captions_are_shown_as_best_and_worst(run: Path) -> None:
     score = score_file("nocaps", metric="cider", score=1.3, interval=[1.2, 1.4], shuffled=None, most_frequent=None)
     write_scores(run, score, [prediction(number, score=number / 20) for number in range(40)])

@@ -9,7 +9,7 @@ import pytest
 from qformer import resources, text
 from qformer.errors import ConfigError, DataError
 
-FIELDS = {"question", "answer", "options", "statement", "instruction"}
+FIELDS = {"question", "answer", "options", "statement", "instruction", "context", "text"}
 
 
 @pytest.mark.parametrize("name", resources.names("templates"))

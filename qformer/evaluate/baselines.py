@@ -9,6 +9,8 @@ from pathlib import Path
 
 from qformer import keyed
 from qformer.errors import DataError
+from qformer.evaluate.outcome import Answer
+from qformer.evaluate.predict import Question
 from qformer.sample import Packed, Sample, Video
 
 Pictures = tuple[Path | bytes | Packed | Video, ...]
@@ -43,11 +45,25 @@ def shuffled_pictures(samples: Sequence[Sample], *key: object) -> list[Pictures]
 
 def most_frequent(samples: Sequence[Sample], types: Sequence[Hashable]) -> list[str]:
     """For every sample the reference that is most frequent among samples of its type (the first met of equals)."""
+    best = {kind: counter.most_common(1)[0][0] for kind, counter in _counts(samples, types).items()}
+    return [best[kind] for kind in types]
+
+
+def by_frequency(questions: Sequence[Question], types: Sequence[Hashable]) -> list[Answer]:
+    """For every question its candidates in the order of how often they are right in questions of its type."""
+    counts = _counts([each.sample for each in questions], types)
+    answers = []
+    for each, kind in zip(questions, types, strict=True):
+        often = tuple(float(counts[kind][candidate]) for candidate in each.candidates)
+        answers.append(Answer(each.candidates[often.index(max(often))], each.candidates, often))
+    return answers
+
+
+def _counts(samples: Sequence[Sample], types: Sequence[Hashable]) -> dict[Hashable, Counter[str]]:
     counts: dict[Hashable, Counter[str]] = {}
     for sample, kind in zip(samples, types, strict=True):
         counts.setdefault(kind, Counter()).update(sample.references)
-    best = {kind: counter.most_common(1)[0][0] for kind, counter in counts.items()}
-    return [best[kind] for kind in types]
+    return counts
 
 
 def unreachable(samples: Sequence[Sample], candidates: Sequence[tuple[str, ...]]) -> float:

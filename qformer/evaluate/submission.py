@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from qformer.errors import DataError, lookup
-from qformer.evaluate.metrics import Answer
+from qformer.evaluate.outcome import Answer
 from qformer.sample import Sample
 
 Record = tuple[Any, Sample, Answer]

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +21,7 @@ from qformer.data.batch import StepData, StepMaker, mixture_of, open_sources
 from qformer.data.index import Index
 from qformer.data.proof import LabelProof, lossy_targets
 from qformer.errors import ConfigError, TrainingError, did_you_mean
+from qformer.processes import PATIENCE, in_turn
 from qformer.sample import Batch, row_length
 from qformer.train import checkpoint, monitors
 from qformer.train.optim import learning_rate, optimizer_for
@@ -33,14 +33,12 @@ VALIDATION = "validation"
 DATA_FILE = "data.json"
 """What the run reads: by set, hashes of card and templates, and the number of records."""
 Value = TypeVar("Value")
-VALIDATION_TIMEOUT = timedelta(hours=12)
-"""How long other processes wait while the first one validates; by default they give up after ten minutes."""
 PROVEN_STEPS = 3
 """Steps at the start whose trained tokens are decoded and compared with their targets."""
 
 
 Validate = Callable[[vlm.VLM, int], dict[str, float]]
-"""Scores of a model after so many steps, by task; on the first process alone, and without a trace in the training."""
+"""Scores of a model after so many steps, by task; on all processes together, and without a trace in the training."""
 
 
 def train(
@@ -146,8 +144,10 @@ def train(
     )
     with _bar(settings, start, shown=first_process and not quiet) as advance, _Lines(run, first_process) as lines:
         validation = _Validation(settings, validate, model, lines, accelerator, say)
-        if first_process and start and validation.due(start) and not validation.done(start):
-            validation(start)  # it was cut off by whatever ended the run before
+        if start and validation.due(start):
+            owed = torch.tensor(int(first_process and not validation.done(start)), device=accelerator.device)
+            if int(accelerator.reduce(owed, "sum")):
+                validation(start)  # it was cut off by whatever ended the run before
         began = time.perf_counter()
         for data in loader:
             step = data.step
@@ -193,29 +193,12 @@ def train(
 
 def _join_processes(*, patient: bool) -> None:
     """Joined before anything else, since their patience cannot be changed later: they may wait for a validation."""
-    PartialState(cpu=not torch.cuda.is_available(), **({"timeout": VALIDATION_TIMEOUT} if patient else {}))
+    PartialState(cpu=not torch.cuda.is_available(), **({"timeout": PATIENCE} if patient else {}))
 
 
 def _in_turn(work: Callable[[], Value]) -> Value:
-    """What each process's work gives: the first process of all goes first, then the first of each machine, then the
-    rest, so that what one writes the others find.
-
-    A process whose work fails says so when all have had their turn, so that none waits for it.
-    """
-    state = PartialState(cpu=not torch.cuda.is_available())
-    mine = 0 if state.is_main_process else 1 if state.is_local_main_process else 2
-    error: Exception | None = None
-    for turn in range(3):
-        if turn == mine:
-            try:
-                result = work()
-            except Exception as raised:
-                error = raised
-        if state.num_processes > 1:
-            state.wait_for_everyone()
-    if error is not None:
-        raise error
-    return result
+    """What each process's work gives, the first process's before the others begin."""
+    return in_turn(PartialState(cpu=not torch.cuda.is_available()), work)
 
 
 class _Validation:
@@ -246,11 +229,13 @@ class _Validation:
         return any(line["step"] == step and VALIDATION in line for line in told)
 
     def __call__(self, step: int) -> None:
-        """Validate; the other processes wait for the first one at the next barrier."""
-        if self.validate is None or not self.accelerator.is_main_process:
+        """Validate, all processes together; the first one keeps what did best, and says so."""
+        if self.validate is None:
             return
         with monitors.undisturbed(self.model):
             scores = self.validate(self.model, step)
+        if not self.accelerator.is_main_process:
+            return
         mean = sum(scores.values()) / len(scores)
         best = checkpoint.keep_best(self.settings.directory, step, self.model, mean, scores)
         values = {VALIDATION: mean, **{f"{VALIDATION}/{task}": score for task, score in scores.items()}}

@@ -1,0 +1,142 @@
+"""Our scores beside published ones: tables under `configs/published`, each number with the split it is of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from qformer import config, resources
+from qformer.errors import ConfigError, did_you_mean, lookup
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class PublishedSet:
+    """What a card's published scores are of."""
+
+    metrics: list[str]
+    """The names here that a score may have to stand beside them."""
+    split: str
+    """In words."""
+
+
+@dataclass(frozen=True)
+class PublishedRow:
+    """One model's scores by card, times 100."""
+
+    title: str
+    scores: dict[str, float]
+    llms: list[str] = field(default_factory=list)
+    """Ends of the names of the LLMs it is the row of, if none is named."""
+    checked: list[str] = field(default_factory=list)
+    """Cards whose score was seen in a second place."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A file of them."""
+
+    name: str
+    version: int
+    title: str
+    source: str
+    sets: dict[str, PublishedSet]
+    rows: dict[str, PublishedRow]
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        for name, row in self.rows.items():
+            for key in (*row.scores, *row.checked):
+                if key not in self.sets or key not in row.scores:
+                    raise ConfigError(f"rows.{name} names '{key}', which `sets` or its scores do not.")
+
+    def row(self, name: str, llm: str) -> str:
+        """The name of a row: the one that is asked for, or that of the LLM.
+
+        Raises:
+            ConfigError: there is no such row.
+        """
+        if name:
+            lookup(self.rows, name, f"row of the published table '{self.name}'")
+            return name
+        for each, row in self.rows.items():
+            if any(llm.rstrip("/").lower().removesuffix("-v1.1").endswith(end) for end in row.llms):
+                return each
+        raise ConfigError(
+            f"the published table '{self.name}' has no row for the LLM '{llm}'; name one, as in "
+            f"{self.name}:{next(iter(self.rows))}.{did_you_mean(llm, self.rows)}"
+        )
+
+
+def load(name: str) -> Published:
+    """A shipped table, or a YAML file of the same form.
+
+    Raises:
+        ConfigError: no such file, or a wrong key or type in it.
+    """
+    path = resources.find("configs/published", name, "published table")
+    return config.structured(Published, [(str(path), config.read_yaml(path))])
+
+
+def compared(results: Mapping[str, Mapping[str, Any]], published: Published, row: str) -> tuple[Table, list[str]]:
+    """Each score beside the published one with the difference, and in sentences what could not be put beside one."""
+    from rich.table import Table
+
+    chosen = published.rows[row]
+    shown = Table(title=f"{published.title}: {chosen.title}")
+    for heading in ("task", "metric", "ours", "published", "difference", "n", "our split", "published on", "recipe"):
+        right = heading in ("ours", "published", "difference", "n")
+        shown.add_column(heading, justify="right" if right else "left")
+    left_out = []
+    for key, result in results.items():
+        name = _listed(key, chosen)
+        if name is None:
+            left_out.append(f"{key}: nothing is published for it in the row '{row}'.")
+        elif result["metric"] not in published.sets[name].metrics:
+            wanted = " or ".join(published.sets[name].metrics)
+            left_out.append(f"{key}: its metric is {result['metric']}, and what is published is {wanted}.")
+        elif result["partial"]:
+            left_out.append(
+                f"{key}: {result['samples']:,} of {result['of']:,} samples were scored, and a part of a set does not "
+                f"stand beside a whole one; leave out --limit."
+            )
+        elif result["score"] is None:
+            left_out.append(f"{key}: it has no score.")
+        else:
+            ours, theirs = 100 * result["score"], chosen.scores[name]
+            low, high = (None if end is None else 100 * end for end in result["interval"])
+            around = "" if low is None else f" ({low:.1f} to {high:.1f})"
+            mark = "" if name in chosen.checked else "*"
+            shown.add_row(
+                key,
+                result["metric"],
+                f"{ours:.1f}{around}",
+                f"{theirs:.1f}{mark}",
+                f"{ours - theirs:+.1f}",
+                f"{result['samples']:,}",
+                result["split"],
+                published.sets[name].split,
+                result["recipe"],
+            )
+    return shown, left_out
+
+
+def remarks(published: Published, row: str) -> list[str]:
+    """Where the numbers are from, and what the stars say."""
+    said = [f"published: {published.source}"]
+    if set(published.rows[row].scores) - set(published.rows[row].checked):
+        said.append("* seen in one place alone")
+    return said
+
+
+def _listed(key: str, row: PublishedRow) -> str | None:
+    """What a card's score is published under: its key without the habits of another code base, or its name."""
+    name, _, variant = key.partition(":")
+    variant = variant.partition("+")[0]
+    for each in (f"{name}:{variant}", name):
+        if each in row.scores:
+            return each
+    return None

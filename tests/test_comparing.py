@@ -1,0 +1,566 @@
+"""Scores beside other scores: another run's, published ones, those of other prompts and habits; and their traces."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qformer import cards, cli, resources
+from qformer.cards import Decoding
+from qformer.errors import ConfigError, DataError
+from qformer.evaluate import compare, habits, published, sweep
+from qformer.evaluate.outcome import averaged
+from qformer.evaluate.run import as_text, score, tables
+from qformer.processes import ALONE
+from qformer.sample import Sample
+from qformer.text import Rendered, load_templates
+from tests.test_evaluate import RANK, Namer, world
+
+AUROC = (
+    'answer: rank, metric: auroc, candidates: ["red", "green", "blue"], '
+    'metric_options: {positive: ["red"], negative: ["green", "blue"]}'
+)
+
+
+class Unsure(Namer):
+    """Takes every picture whose number can be divided by `wrong` for a green one."""
+
+    def __init__(self, wrong: int) -> None:
+        super().__init__()
+        self.wrong = wrong
+
+    def look(self, samples: Sequence[Sample], instructions: Sequence[Rendered]) -> list[str]:
+        seen = super().look(samples, instructions)
+        numbers = [int(Path(str(sample.images[0])).stem.partition("-")[2]) for sample in samples]
+        return ["green" if number % self.wrong == 0 else colour for number, colour in zip(numbers, seen, strict=True)]
+
+
+def scored(root: Path, where: str, wrong: int, section: str = RANK, **options: Any) -> Path:
+    """The directory of scores of a model that is wrong at times."""
+    chosen = world(root, section)
+    given = {"quiet": True, "say": lambda line: None, **options}
+    score(Unsure(wrong), chosen, root, directory=root / where, **given)
+    return root / where
+
+
+# -- two runs ---------------------------------------------------------------------------------------------------------
+
+
+def test_two_runs_are_compared_sample_by_sample(tmp_path: Path) -> None:
+    one, other = scored(tmp_path, "one", 3), scored(tmp_path, "other", 10)
+    found, notes = compare.compare(one, other)
+    result = found["colours"]
+    # Pictures 0, 3 … 27 are red, and ten of thirty are taken for green; in the other run 0, 10 and 20 are, of which 10
+    # is green.
+    assert (result["one"]["score"], result["other"]["score"]) == (pytest.approx(20 / 30), pytest.approx(28 / 30))
+    assert result["difference"] == pytest.approx(8 / 30)
+    low, high = result["interval"]
+    assert 0 < low < 8 / 30 < high < 0.5
+    assert result["better"] == [2, 18]  # two questions a picture
+    assert (result["samples"], result["same_recipe"], notes) == (60, True, [])
+    [table] = map(as_text, compare.tables(found, "one", "other"))
+    for words in ("66.7", "93.3", "+26.7 (", "18", "60", result["one"]["recipe"]):
+        assert words in table
+    assert compare.compare(other, one)[0]["colours"]["difference"] == pytest.approx(-8 / 30)
+    assert "-26.7 (" in as_text(compare.tables(compare.compare(other, one)[0], "a", "b")[0])
+
+
+def test_a_run_is_no_better_than_itself(tmp_path: Path) -> None:
+    one = scored(tmp_path, "one", 3)
+    result = compare.compare(one, one)[0]["colours"]
+    assert (result["difference"], result["interval"], result["better"]) == (0.0, [0.0, 0.0], [0, 0])
+
+
+def test_the_paired_interval_is_narrower_than_that_of_unpaired_draws() -> None:
+    """Both know the same hard samples; the standard error of the paired difference is that of the few that differ."""
+    generator = np.random.default_rng(0)
+    hard = generator.random(400) < 0.5
+    better = hard | (generator.random(400) < 0.05)
+    first, second = averaged(hard.astype(float)), averaged(better.astype(float))
+    low, high = compare.paired_interval(first, second, range(400)) or (0.0, 0.0)
+    difference = better.astype(float) - hard
+    error = difference.std() / 20
+    assert (low, high) == pytest.approx((difference.mean() - 1.96 * error, difference.mean() + 1.96 * error), abs=0.003)
+    assert compare.paired_interval(first, second, [0] * 400) is None
+
+
+def test_a_score_that_is_no_mean_is_computed_anew(tmp_path: Path) -> None:
+    one, other = scored(tmp_path, "one", 3, AUROC), scored(tmp_path, "other", 4, AUROC)
+    result = compare.compare(one, other)[0]["colours"]
+    files = [json.loads((folder / "colours.json").read_text()) for folder in (one, other)]
+    assert [result["one"]["score"], result["other"]["score"]] == [each["score"] for each in files]
+    assert result["difference"] == pytest.approx(files[1]["score"] - files[0]["score"]) and result["difference"] > 0
+
+
+def test_scores_of_different_recipes_are_refused_unless_told(tmp_path: Path) -> None:
+    one = scored(tmp_path, "one", 3)
+    other = scored(tmp_path, "other", 10, f"{RANK}, normalize: mean, end: false")
+    message = (
+        r"colours: the two scores are of different recipes, \w{12} and \w{12} \(ranking\.normalize is 'sum' and "
+        r"'mean'; ranking\.end is True and False\); score both alike, or add --different-recipes"
+    )
+    with pytest.raises(ConfigError, match=message):
+        compare.compare(one, other)
+    found, _ = compare.compare(one, other, despite=True)
+    assert not found["colours"]["same_recipe"]
+    assert " / " in as_text(compare.tables(found, "one", "other")[0])
+    with pytest.raises(ConfigError, match="one score is accuracy and the other auroc; their difference says nothing"):
+        compare.compare(one, scored(tmp_path, "third", 3, AUROC), despite=True)
+
+
+def test_parts_are_compared_with_the_same_parts_and_stand_apart(tmp_path: Path) -> None:
+    one, other = scored(tmp_path, "one", 3), scored(tmp_path, "other", 10)
+    scored(tmp_path, "one", 3, limit=20)
+    with pytest.raises(DataError, match=r"colours2: not scored in both"):
+        compare.compare(one, other, tasks=["colours2"])
+    found, notes = compare.compare(one, other)
+    assert list(found) == ["colours"] and notes == ["colours (a part of it): scored in one of the two alone; left out."]
+    scored(tmp_path, "other", 10, limit=20)
+    found, notes = compare.compare(one, other)
+    assert list(found) == ["colours", "colours.partial"] and not notes
+    whole_sets, parts = map(as_text, compare.tables(found, "one", "other"))
+    assert "partial" not in whole_sets and "on parts of sets" in parts and "20 of 60, partial" in parts
+    scored(tmp_path, "other", 10, limit=20, seed=1)  # other samples are another recipe
+    with pytest.raises(ConfigError, match=r"different recipes.*split\.ids is"):
+        compare.compare(one, other)
+    assert 0 < compare.compare(one, other, despite=True)[0]["colours.partial"]["samples"] < 20
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: shutil.rmtree(folder), r"other: holds no scores; run qformer eval on it first"),
+        (lambda folder: (folder / "colours.json").write_text("{"), r"colours\.json: cannot be read as JSON"),
+        (lambda folder: (folder / "colours.json").write_text("{}"), r"it is not what evaluation writes \(it names no"),
+        (
+            lambda folder: (folder / "colours.json").write_text('{"task": "colours"}'),
+            r"colours\.json: it is not what evaluation writes \(KeyError\('score'\)\); score the set again",
+        ),
+        (
+            lambda folder: (folder / "colours.predictions.jsonl").unlink(),
+            r"the predictions beside it do not add up to its score \(0 of them for 60 samples\)",
+        ),
+    ],
+)
+def test_files_that_cannot_be_compared_are_said(tmp_path: Path, spoil: Any, message: str) -> None:
+    one, other = scored(tmp_path, "one", 3), scored(tmp_path, "other", 10)
+    spoil(other)
+    with pytest.raises(DataError, match=message):
+        compare.compare(one, other)
+
+
+def test_runs_without_a_set_in_common_are_said(tmp_path: Path) -> None:
+    one, other = scored(tmp_path, "one", 3), scored(tmp_path, "other", 10, limit=9)
+    with pytest.raises(DataError, match="they have no scored set in common; score both on the same tasks"):
+        compare.compare(one, other)
+    file = tmp_path / "one" / "colours.json"
+    moved = json.loads(file.read_text())
+    for line, name in enumerate(("a", "b")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "colours.json").write_text(json.dumps({**moved, "samples": 1, "score": 1.0}))
+        (folder / "colours.predictions.jsonl").write_text(json.dumps({"id": line, "images": [], "score": 1.0}) + "\n")
+    with pytest.raises(DataError, match="colours: the two runs have no sample in common"):
+        compare.compare(tmp_path / "a", tmp_path / "b")
+
+
+def test_what_a_server_scores_is_left_out(tmp_path: Path) -> None:
+    one, other = scored(tmp_path, "one", 3), scored(tmp_path, "other", 10)
+    for folder in (one, other):
+        (folder / "vizwiz.json").write_text('{"task": "vizwiz", "score": null}')
+        (folder / "vizwiz.submission.json").write_text("[]")
+    assert list(compare.compare(one, other)[0]) == ["colours"]
+
+
+# -- parts of sets ----------------------------------------------------------------------------------------------------
+
+
+def test_a_part_is_never_in_one_table_with_a_whole(tmp_path: Path) -> None:
+    scored(tmp_path, "whole", 3)
+    scored(tmp_path, "part", 3, limit=10)
+    read = [json.loads(file.read_text()) for file in (*tmp_path.glob("whole/*.json"), *tmp_path.glob("part/*.json"))]
+    whole_sets, parts = tables({"one": read[0], "two": read[1]})
+    assert "two" not in whole_sets and "partial" not in whole_sets
+    assert "one" not in parts and "Scores on parts of sets" in parts and "10 of 60, partial" in parts
+
+
+# -- published scores -------------------------------------------------------------------------------------------------
+
+
+def result(**changes: Any) -> dict[str, Any]:
+    made = {
+        "metric": "exact_match", "score": 0.5, "interval": [0.48, 0.52], "partial": False, "samples": 12578,
+        "of": 12578, "split": "testdev_balanced", "recipe": "abc",
+    }  # fmt: skip
+    return {**made, **changes}
+
+
+def test_ours_stand_beside_published_scores_with_the_difference() -> None:
+    paper = published.load("paper")
+    ours = {
+        "gqa": result(),
+        "nocaps": result(metric="cider", score=1.25, interval=[None, None], split="val"),
+        "scienceqa:hint_and_lecture+as_lavis": result(metric="accuracy", score=0.6),
+    }
+    table, left_out = published.compared(ours, paper, paper.row("", "lmsys/vicuna-7b-v1.1"))
+    shown = as_text(table)
+    for words in ("49.2*", "+0.8", "50.0 (48.0 to 52.0)", "125.0", "123.1*", "+1.9", "60.5", "-0.5", "abc"):
+        assert words in shown
+    assert "60.5*" not in shown and not left_out
+    assert published.remarks(paper, "vicuna7b")[1].startswith("* ")
+    assert len(published.remarks(dataclasses.replace(paper, rows={"x": published.PublishedRow("", {})}), "x")) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "changes", "message"),
+    [
+        (
+            "gqa",
+            {"partial": True, "samples": 10},
+            r"gqa: 10 of 12,578 samples were scored, and a part of a set does not",
+        ),
+        ("gqa", {"metric": "cider"}, "gqa: its metric is cider, and what is published is exact_match"),
+        ("gqa", {"score": None}, "gqa: it has no score"),
+        ("textcaps", {}, "textcaps: nothing is published for it in the row 'vicuna7b'"),
+    ],
+)
+def test_what_cannot_stand_beside_a_published_score_is_said(key: str, changes: dict[str, Any], message: str) -> None:
+    table, left_out = published.compared({key: result(**changes)}, published.load("paper"), "vicuna7b")
+    assert not table.rows and message in left_out[0]
+
+
+def test_a_row_is_found_by_the_llm_or_by_its_name() -> None:
+    paper = published.load("paper")
+    assert [paper.row("", name) for name in ("google/flan-t5-xl", "/models/flan-t5-xxl/", "vicuna-13b-v1.1")] == [
+        "flant5xl", "flant5xxl", "vicuna13b",
+    ]  # fmt: skip
+    assert paper.row("vicuna7b_no_balancing", "anything") == "vicuna7b_no_balancing"
+    with pytest.raises(ConfigError, match=r"no row for the LLM 'gpt2'; name one, as in paper:flant5xl\. Known: "):
+        paper.row("", "gpt2")
+    with pytest.raises(ConfigError, match=r"unknown row of the published table 'paper' 'vicuna7'\. Did you mean"):
+        paper.row("vicuna7", "")
+    with pytest.raises(ConfigError, match=r"unknown published table 'papers'\. Did you mean 'paper'\?"):
+        published.load("papers")
+
+
+def test_published_tables_name_cards_and_metrics_that_there_are() -> None:
+    from qformer.evaluate.metrics import METRICS
+
+    for name in resources.names("configs/published"):
+        table = published.load(name)
+        assert len(table.source) > 20
+        for key, of in table.sets.items():
+            section = cards.load(key).eval
+            assert section is not None and set(of.metrics) <= set(METRICS), key
+            assert section.metric in of.metrics, key  # what the card gives can stand beside what is published
+    paper = published.load("paper")
+    zero_shot = [paper.rows[name] for name in ("flant5xl", "flant5xxl", "vicuna7b", "vicuna13b")]
+    held_out = set(cards.load_all(["held_out"], "eval"))
+    assert all(set(row.scores) == held_out for row in zero_shot)
+    assert sum(sum(row.scores.values()) for row in zero_shot) == pytest.approx(2920.9)  # not one digit has slipped
+
+
+def test_a_published_table_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        'name: "m"\nversion: 1\ntitle: "t"\nsource: "s"\nsets: {}\nrows: {r: {title: "r", scores: {gqa: 1.0}}}\n'
+    )
+    with pytest.raises(ConfigError, match=r"mine\.yaml.*rows\.r names 'gqa', which `sets` or its scores do not"):
+        published.load(str(file))
+
+
+# -- prompts ----------------------------------------------------------------------------------------------------------
+
+
+class Particular(Namer):
+    """Sees as well as it is asked: the second wording confuses it about every third picture, the last about all."""
+
+    asked: list[str]
+
+    def look(self, samples: Sequence[Sample], instructions: Sequence[Rendered]) -> list[str]:
+        plain = [Rendered(f"what colour {each.instruction}") for each in instructions]
+        seen = super().look(samples, plain)
+        worse = {"Q": 3, "Z": 1}
+        return [
+            "purple" if number % worse.get(rendered.instruction[0], 10**6) == 0 else colour
+            for number, (rendered, colour) in enumerate(zip(instructions, seen, strict=True), start=len(self.batches))
+        ]
+
+
+def swept(root: Path, **options: Any) -> dict[str, dict[str, Any]]:
+    (root / "words.yaml").write_text(
+        'name: "words"\nversion: 1\nsource: "a test"\n'
+        'templates: ["W {instruction}", "Q {instruction}", "Z {instruction}", "V {instruction}"]\n'
+    )
+    world(root, "answer: generate, metric: exact_match")
+    card = root / "colours.yaml"
+    card.write_text(card.read_text().replace("template: instruction", f"template: {root / 'words.yaml'}"))
+    chosen = cards.load_all([str(card)], "eval")
+
+    def one(given: Any, wordings: Any, directory: Path) -> dict[str, dict[str, Any]]:
+        keep = {"quiet": True, "say": lambda line: None, "finish": False, "shuffled": False, "origin": {"adapter": 1}}
+        return score(options.get("model") or Particular(), given, root, directory=directory, wordings=wordings, **keep)
+
+    return sweep.sweep(chosen, one, root / "eval", ALONE)
+
+
+def test_a_sweep_scores_each_listed_prompt_and_names_best_median_and_worst(tmp_path: Path) -> None:
+    content = swept(tmp_path)["colours"]
+    scores = [each["score"] for each in content["prompts"]]
+    assert scores[0] == scores[3] == 1.0 > scores[1] > scores[2] == 0.0
+    assert [content[name] for name in ("best", "median", "worst")] == [0, 1, 2]
+    assert len({each["recipe"] for each in content["prompts"]}) == 4
+    assert json.loads((tmp_path / "eval" / "prompts" / "colours.json").read_text()) == content
+    third = (tmp_path / "eval" / "prompts" / "2" / "colours.predictions.jsonl").read_text().splitlines()
+    assert json.loads(third[0])["instruction"].startswith("Z what colour")
+    assert not list((tmp_path / "eval").rglob(".unfinished"))
+    shown = as_text(sweep.table({"colours": content}))
+    for words in ("own, best", "median", "worst", "W {instruction}", content["prompts"][2]["recipe"]):
+        assert words in shown
+
+
+def test_the_report_has_the_prompts(tmp_path: Path) -> None:
+    from qformer.report import write_report
+
+    content = swept(tmp_path)["colours"]
+    scored(tmp_path, "eval", 3)
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "<h2>Prompts</h2>" in page and "W {instruction}" in page and content["prompts"][1]["recipe"] in page
+
+
+def test_a_sweep_that_was_interrupted_goes_on(tmp_path: Path) -> None:
+    class Stopped(Particular):
+        left = 5
+
+        def look(self, samples: Sequence[Sample], instructions: Sequence[Rendered]) -> list[str]:
+            Stopped.left -= 1
+            if Stopped.left < 0:
+                raise KeyboardInterrupt
+            return super().look(samples, instructions)
+
+    with pytest.raises(KeyboardInterrupt):
+        swept(tmp_path, model=Stopped())
+    model = Particular()
+    swept(tmp_path, model=model)
+    assert len(model.batches) == 4 * 2 - 5
+
+
+def test_a_card_with_one_prompt_cannot_be_swept(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'colours': its template 'instruction' lists one prompt alone, so there is"):
+        sweep.check(world(tmp_path))
+    sweep.check({**world(tmp_path), "gqa": cards.load("gqa")})
+
+
+def test_a_sweep_without_a_score_names_none() -> None:
+    found = [{"prompt": "p", "score": None, "metric": "auroc", "title": "t", "samples": 1, "of": 1, "partial": False}]
+    assert sweep._summary(found)["best"] is None
+
+
+# -- habits of the original code --------------------------------------------------------------------------------------
+
+
+def lavis(name: str, encoder_decoder: bool = True) -> cards.TaskCard:
+    return habits.with_habits(cards.load(name), habits.load("lavis"), encoder_decoder=encoder_decoder)
+
+
+@pytest.mark.parametrize(("encoder_decoder", "length", "most"), [(True, -1.0, 10), (False, 0.0, 9)])
+def test_short_answers_are_decoded_as_lavis_does(encoder_decoder: bool, length: float, most: int) -> None:
+    card = lavis("gqa", encoder_decoder)
+    assert card.key == "gqa:as_lavis" and card.eval is not None
+    assert card.eval.decoding == Decoding(
+        max_new_tokens=most, min_new_tokens=0, num_beams=5, length_penalty=length, repetition_penalty=1.5
+    )
+    assert card.eval.template == "short_answer"  # it has no run file for GQA
+    video = lavis("msvd_qa:generated", encoder_decoder)
+    assert video.key == "msvd_qa:generated+as_lavis" and video.eval is not None
+    assert load_templates(video.eval.template).templates == ["Question: {question} Short Answer:"]
+    assert video.eval.decoding.max_new_tokens == most + 20
+    bare = lavis("okvqa", encoder_decoder).eval
+    assert bare is not None and load_templates(bare.template).templates == ["{question}"]
+
+
+def test_captions_are_decoded_as_lavis_does() -> None:
+    for encoder_decoder, most in ((True, 80), (False, 79)):
+        section = lavis("nocaps", encoder_decoder).eval
+        assert section is not None and load_templates(section.template).templates == ["A short image caption."]
+        assert (section.decoding.max_new_tokens, section.decoding.min_new_tokens) == (most, 9)
+        assert (section.decoding.num_beams, section.decoding.repetition_penalty) == (5, 1.15)
+        assert section.decoding.length_penalty == 1.0
+
+
+def test_candidates_are_ranked_as_lavis_does() -> None:
+    """Sums; T5 with its end mark, Vicuna without; the context as its code writes it, empty or not."""
+    t5, vicuna = lavis("scienceqa").eval, lavis("scienceqa:hint_and_lecture", False)
+    assert t5 is not None and (t5.normalize, t5.end, t5.preface) == ("sum", True, ["context: {context}."])
+    assert vicuna.key == "scienceqa:hint_and_lecture+as_lavis" and vicuna.eval is not None
+    assert (vicuna.eval.normalize, vicuna.eval.end, vicuna.eval.preface) == ("sum", False, [])
+    dialogue = lavis("visdial:caption").eval
+    assert dialogue is not None and dialogue.template == "short_answer"
+    assert dialogue.preface == ['This image has the caption "{caption}".', "dialog history: {history}\n"]
+    asked = load_templates(vicuna.eval.template).templates[0]
+    assert asked.format(context="", question="Q?", options="(a) x").startswith("context: . Question: Q? Options: ")
+
+
+@pytest.mark.parametrize("name", resources.names("tasks"))
+@pytest.mark.parametrize("encoder_decoder", [True, False])
+def test_every_card_can_be_asked_so(name: str, encoder_decoder: bool) -> None:
+    card = cards.load(name)
+    if card.eval is not None:
+        made = habits.with_habits(card, habits.load("lavis"), encoder_decoder=encoder_decoder)
+        assert made.eval is not None and load_templates(made.eval.template).templates
+
+
+def test_habits_name_templates_and_cards_that_there_are() -> None:
+    for name in resources.names("configs/decoding"):
+        sections = [card.eval for card in map(cards.load, resources.names("tasks")) if card.eval]
+        for rule in habits.load(name).rules:
+            assert rule.template in [section.template for section in sections]
+            assert all(cards.load(card).eval is not None for card in rule.cards)
+            assert rule.behind is None or any(rule.behind in section.preface for section in sections)
+        assert set(habits.load(name).prefaces) <= {piece for section in sections for piece in section.preface}
+
+
+def test_habits_for_one_kind_of_llm_alone_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text('name: "m"\nversion: 1\nsource: "s"\npresets: {decoder_only: "lavis_vicuna"}\ncaptions: {}\n')
+    with pytest.raises(ConfigError, match=r"presets and captions are for decoder_only; they take encoder_decoder and"):
+        habits.load(str(file))
+    with pytest.raises(ConfigError, match=r"unknown way of decoding 'laviz'\. Did you mean 'lavis'\?"):
+        habits.load("laviz")
+    strange = dataclasses.replace(habits.load("lavis"), presets={"encoder_decoder": "lavis", "decoder_only": "lavis"})
+    with pytest.raises(ConfigError, match="the preset 'lavis' does not say how answers are decoded"):
+        habits.with_habits(cards.load("gqa"), strange, encoder_decoder=True)
+
+
+# -- where a number is from, and the command line ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures, cards, and a run of seed 5 with an adapter of step 3 in `run/checkpoints`, built and not trained."""
+    from qformer import loading
+    from tests import world as whole
+
+    root = tmp_path_factory.mktemp("place")
+    card = whole.write_pictures(root, count=6)
+    said = "{answer: generate, metric: exact_match, decoding: {max_new_tokens: 2}}"
+    card.write_text(f"{card.read_text()}variants: {{said: {{eval: {said}}}}}\n")
+    settings = whole.settings(root / "towers", root, root / "run", "seed=5")
+    model = loading.build(settings, report=str)
+    model.save(root / "run" / "checkpoints" / "step-3")
+    (root / "run" / "config.yaml").write_text("seed: 5\n")
+    return root
+
+
+def test_a_score_names_its_checkpoint_its_step_its_seed_and_its_towers(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card, out = str(place / "colours.yaml"), place / "scores"
+    given = ["--tasks", card, "--data", str(place), "--device", "cpu", "--output", str(out), "--no-shuffled"]
+    assert cli.main(["eval", str(place / "run"), *given]) == 0
+    one = json.loads((out / "colours.json").read_text())
+    assert one["seed"] == 5  # of the run
+    model = one["model"]
+    assert model["checkpoint"] == str(place / "run" / "checkpoints" / "step-3") and model["step"] == 3
+    assert model["vision"]["name"].endswith("vision") and model["language"]["name"].endswith("llama")
+    assert all(
+        len(each) == 16 for each in (model["adapter"], *(model[t]["fingerprint"] for t in ("vision", "language")))
+    )
+    assert cli.main(["eval", str(place / "run"), *given, "--seed", "9", "--limit", "4"]) == 0
+    assert json.loads((out / "colours.partial.json").read_text())["seed"] == 9
+    capsys.readouterr()
+
+
+def test_fingerprints_tell_adapters_and_towers_apart(place: Path) -> None:
+    from qformer import loading
+    from qformer import origin as traces
+
+    model = loading.load(place / "run", report=str)
+    before = traces.origin(model, step=7)
+    assert (before["source"], before["checkpoint"], before["step"]) == (None, None, 7)
+    assert before == traces.origin(loading.load(place / "run" / "checkpoints" / "step-3", report=str), step=7)
+    model.connector.projection.bias.data[0] += 1e-3
+    after = traces.origin(model, step=7)
+    assert after["adapter"] != before["adapter"]
+    assert (after["vision"], after["language"]) == (before["vision"], before["language"])
+    next(iter(model.vision.parameters())).data += 1e-3
+    assert traces.origin(model)["vision"]["fingerprint"] != before["vision"]["fingerprint"]
+    best = place / "best"
+    best.mkdir(exist_ok=True)
+    assert traces.step_of(best) is None
+    (best / "validation.json").write_text('{"step": 40}')
+    assert traces.step_of(best) == 40
+
+
+def test_the_command_line_sweeps_decodes_and_compares(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(place / "run", place / "again", dirs_exist_ok=True)
+    common = ["--data", str(place), "--device", "cpu", "--no-shuffled"]
+    task = str(place / "colours.yaml")
+    for run in ("run", "again"):
+        assert cli.main(["eval", str(place / run), "--tasks", f"{task}:said", *common]) == 0
+    assert cli.main(["eval", str(place / "run"), "--tasks", f"{task}:said", *common, "--decoding", "lavis"]) == 0
+    asked = json.loads((place / "run" / "eval" / "colours.said+as_lavis.json").read_text())["recipe_settings"][
+        "decoding"
+    ]
+    assert (asked["num_beams"], asked["repetition_penalty"], asked["max_new_tokens"]) == (5, 1.5, 9)
+    assert cli.main(["eval", str(place / "run"), str(place / "again"), "--output", str(place / "compared")]) == 0
+    said = capsys.readouterr().out
+    assert "B − A" in said and "scored in one of the two alone; left out" in said
+    written = json.loads((place / "compared" / "comparison.json").read_text())
+    assert written["tasks"]["colours.said"]["difference"] == 0.0
+    assert cli.main(["eval", str(place / "run"), "--tasks", task, *common, "--against", "paper:flant5xl"]) == 0
+    said = capsys.readouterr().out
+    assert "colours: nothing is published for it in the row 'flant5xl'" in said and "arXiv 2305.06500" in said
+    words = place / "words.yaml"
+    words.write_text('name: "w"\nversion: 1\nsource: "s"\ntemplates: ["{instruction}", "Q: {instruction}"]\n')
+    card = place / "swept.yaml"
+    card.write_text((place / "colours.yaml").read_text().replace("template: instruction,\n  answer: rank",
+                    f"template: {words},\n  answer: rank").replace("name: colours", "name: swept"))  # fmt: skip
+    assert cli.main(["eval", str(place / "run"), "--tasks", str(card), *common, "--prompt-sweep"]) == 0
+    said = capsys.readouterr().out
+    assert "Q: {instruction}" in said and "best" in said
+    assert (place / "run" / "eval" / "prompts" / "swept.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["run", "--tasks", "gqa"], 2, "--data is missing; name the folder that the cards' paths start from"),
+        (["run", "--data", "."], 2, "no task to score; name cards"),
+        (["run", "b", "c"], 2, "3 runs are named; it scores one, or compares two"),
+        (["run", "b", "--data", "."], 2, "two runs are compared by the scores they have; score each alone"),
+        (["run", "nowhere"], 1, "holds no scores; run qformer eval on it first"),
+        (["run", "--tasks", "gqa", "--data", ".", "--decoding", "lavi"], 2, "unknown way of decoding 'lavi'"),
+        (["run", "--tasks", "gqa", "--data", ".", "--prompt-sweep", "--against", "paper"], 2, "gives many scores of a"),
+        (["run", "--tasks", "gqa", "--data", ".", "--against", "papr"], 2, "unknown published table 'papr'"),
+    ],
+)
+def test_wrong_usage_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], code: int, message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("qformer.evaluate.run.check", lambda *_: None)
+    (tmp_path / "run" / "eval").mkdir(parents=True)
+    (tmp_path / "run" / "eval" / "x.json").write_text('{"task": "x"}')
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["eval", *words]) == code
+    said = capsys.readouterr().err
+    assert message in said and said.startswith("qformer: ") and said.count("\n") == 1
+
+
+def test_an_interrupted_evaluation_says_that_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qformer.run.score", stopped)
+    assert cli.main(["eval", "run", "--tasks", "gqa", "--data", "."]) == 130
+    assert "the answers given so far are kept, the same command goes on from them" in capsys.readouterr().err
