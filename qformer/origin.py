@@ -44,7 +44,7 @@ def origin(model: VLM, source: str | Path | None = None, step: int | None = None
     found["vision"] = {**dataclasses.asdict(settings.vision), "fingerprint": _tower(model.vision)}
     language = dataclasses.asdict(settings.language)
     found["language"] = {**language, "fingerprint": _hash({"rows": model.language.fingerprint()})}
-    return json.loads(json.dumps(found, default=str))  # type: ignore[no-any-return]
+    return json.loads(json.dumps(found, default=str))
 
 
 def step_of(checkpoint: Path) -> int | None:
@@ -72,5 +72,5 @@ def _hash(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:LENGTH]

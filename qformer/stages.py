@@ -336,7 +336,7 @@ def _score(
     source: str | Path,
     settings: RunConfig,
     where: Path,
-    towers: Mapping[str, str | None],
+    towers: Mapping[str, Any],
     *,
     say: Callable[[str], None],
     quiet: bool,
