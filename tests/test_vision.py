@@ -39,9 +39,9 @@ def tower(name, **settings):
 def test_every_kind_of_timm_network_gives_tokens(name):
     frozen = tower(name)
     with torch.no_grad():
-        values, mask, grid = frozen(torch.randn(2, 3, frozen.settings.size, frozen.settings.size))
+        values, mask, grid, pictures = frozen(torch.randn(2, 3, frozen.settings.size, frozen.settings.size))
     places, width = NETWORKS[name]
-    assert values.shape == (2, places, width) and frozen.width == width and mask is None
+    assert values.shape == (2, places, width) and frozen.width == width and mask is None and pictures is None
     assert grid[0] * grid[1] in (places, places - 1)
 
 
