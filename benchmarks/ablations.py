@@ -28,19 +28,20 @@ T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 
 
 def run(folder: Path, seed: int, overrides: tuple[str, ...], steps: int | None, limit: int | None) -> dict[str, float]:
-    """Scores of one demo by task; made unless they are there."""
+    """Scores of one demo by task, in per cent but for CIDEr; made unless they are there."""
     files = {task: folder / "eval" / f"{task}{'.partial' if limit else ''}.json" for task in TASKS}
     if not all(file.exists() for file in files.values()):
         demo(folder, seed=seed, steps=steps, limit=limit, overrides=overrides)
-    return {task: json.loads(file.read_text(encoding="utf-8"))["score"] for task, file in files.items()}
+    found = {task: json.loads(file.read_text(encoding="utf-8")) for task, file in files.items()}
+    return {task: each["score"] * (1 if each["metric"] == "cider" else 100) for task, each in found.items()}
 
 
 def interval(values: list[float]) -> str:
     """Mean and half-width of the 95 % interval."""
     if len(values) not in T_95:
-        return f"{statistics.mean(values):+.1f}"
+        return f"{statistics.mean(values):+.2f}"
     half = T_95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.mean(values):+.1f} ± {half:.1f}"
+    return f"{statistics.mean(values):+.2f} ± {half:.2f}"
 
 
 def table(scores: dict[str, list[dict[str, float]]]) -> str:
@@ -51,7 +52,7 @@ def table(scores: dict[str, list[dict[str, float]]]) -> str:
         cells = []
         for task in TASKS:
             values = [each[task] for each in runs]
-            cell = f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+            cell = f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
             if name != "as it is":
                 cell += f"; {interval([a[task] - b[task] for a, b in zip(runs, whole, strict=True)])}"
             cells.append(cell)
