@@ -116,6 +116,7 @@ def spoken_by(
             name=language,
             dtype=own.dtype,
             gradient_checkpointing=own.gradient_checkpointing,
+            packing=own.packing,
             instruction_limit=own.instruction_limit,
             target_limit=own.target_limit,
         )
