@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from qformer import keyed
 from qformer.errors import ConfigError, DataError
 from qformer.evaluate.files import read_json, read_lines, score_files
-from qformer.evaluate.metrics import DRAWS, METRICS
-from qformer.evaluate.outcome import Answer, Outcome, averaged
+from qformer.evaluate.metrics import METRICS, bootstrap
+from qformer.evaluate.outcome import Answer, Outcome, Places, averaged
 from qformer.evaluate.run import file_name, in_words
 from qformer.sample import Sample
 
@@ -161,23 +158,12 @@ def paired_interval(
     first: Outcome, second: Outcome, pictures: Sequence[object], *key: object
 ) -> tuple[float, float] | None:
     """The 95 % interval of second − first when whole pictures are drawn with replacement, for both the same ones."""
-    numbers: dict[object, int] = {}
-    cluster = np.array([numbers.setdefault(picture, len(numbers)) for picture in pictures])
-    if len(numbers) < 2:
-        return None
-    generator = np.random.Generator(np.random.PCG64(keyed.keyed_hash("paired", *key)))
-    places = np.arange(len(cluster))
-    found = []
-    for _ in range(DRAWS):
-        times = np.bincount(generator.integers(len(numbers), size=len(numbers)), minlength=len(numbers))
-        drawn = np.repeat(places, times[cluster])
-        low, high = first.value(drawn), second.value(drawn)
-        if low is not None and high is not None:
-            found.append(high - low)
-    if not found:
-        return None
-    low, high = np.quantile(found, (0.025, 0.975))
-    return float(low), float(high)
+
+    def difference(places: Places) -> float | None:
+        before, after = first.value(places), second.value(places)
+        return None if before is None or after is None else after - before
+
+    return bootstrap(second.scores, pictures, "paired", *key, value=difference)
 
 
 def differences(one: Any, other: Any, where: str = "") -> Iterator[str]:
