@@ -443,6 +443,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return typing.cast(dict[str, Any], container)
 
 
+def shipped(cls: type[Config], kind: str, name: str, what: str) -> Config:
+    """A file of the folder `kind` that is shipped by a name, or a YAML file of the same form, as a frozen dataclass.
+
+    Raises:
+        ConfigError: there is no such file (`what` says of what kind), or a wrong key or type in it.
+    """
+    path = resources.find(kind, name, what)
+    return structured(cls, [(str(path), read_yaml(path))])
+
+
 def structured(cls: type[Config], layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Config:
     """Named layers of plain settings merged into a frozen dataclass, later ones winning.
 

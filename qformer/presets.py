@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from qformer import config, resources
+from qformer import config
 from qformer.cards import Decoding
 from qformer.config import LanguageConfig, QFormerConfig, VisionConfig
 
@@ -40,5 +40,4 @@ def load(name: str) -> Preset:
     Raises:
         ConfigError: no such preset, or a wrong key or type in it.
     """
-    path = resources.find("configs/presets", name, "preset")
-    return config.structured(Preset, [(str(path), config.read_yaml(path))])
+    return config.shipped(Preset, "configs/presets", name, "preset")

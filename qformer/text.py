@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from qformer import config, keyed, resources
+from qformer import config, keyed
 from qformer.cards import EvalCard, TrainCard, check_template
 from qformer.config import ProfileConfig
 from qformer.errors import ConfigError, DataError, did_you_mean
@@ -47,10 +47,9 @@ def load_templates(name: str) -> Templates:
     Raises:
         ConfigError: no such file, a wrong key or type, no template in it, or one that cannot be filled.
     """
-    path = resources.find("templates", name, "template")
-    loaded = config.structured(Templates, [(str(path), config.read_yaml(path))])
+    loaded = config.shipped(Templates, "templates", name, "template")
     if not loaded.templates:
-        raise ConfigError(f"{path}: holds no template; give at least one under 'templates'.")
+        raise ConfigError(f"{name}: holds no template; give at least one under 'templates'.")
     return loaded
 
 
@@ -261,8 +260,7 @@ def read_profile(name: str) -> NamedProfile:
     Raises:
         ConfigError: no such file, a wrong key or type.
     """
-    path = resources.find("profiles", name, "profile")
-    return config.structured(NamedProfile, [(str(path), config.read_yaml(path))])
+    return config.shipped(NamedProfile, "profiles", name, "profile")
 
 
 def profile_from_tokenizer(

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
-from qformer import config, presets, resources
+from qformer import config, presets
 from qformer.cards import Decoding, EvalCard, TaskCard
 from qformer.errors import ConfigError, did_you_mean
 
@@ -62,8 +62,7 @@ def load(name: str) -> Habits:
     Raises:
         ConfigError: no such file, or a wrong key or type in it.
     """
-    path = resources.find("configs/decoding", name, "way of decoding")
-    return config.structured(Habits, [(str(path), config.read_yaml(path))])
+    return config.shipped(Habits, "configs/decoding", name, "way of decoding")
 
 
 def with_habits(card: TaskCard, habits: Habits, *, encoder_decoder: bool) -> TaskCard:

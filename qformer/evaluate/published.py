@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from qformer import config, resources
+from qformer import config
 from qformer.errors import ConfigError, did_you_mean, lookup
 
 if TYPE_CHECKING:
@@ -77,8 +77,7 @@ def load(name: str) -> Published:
     Raises:
         ConfigError: no such file, or a wrong key or type in it.
     """
-    path = resources.find("configs/published", name, "published table")
-    return config.structured(Published, [(str(path), config.read_yaml(path))])
+    return config.shipped(Published, "configs/published", name, "published table")
 
 
 def compared(results: Mapping[str, Mapping[str, Any]], published: Published, row: str) -> tuple[Table, list[str]]:
