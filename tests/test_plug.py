@@ -226,8 +226,11 @@ def test_a_drawn_projection_is_as_long_as_words_where_the_source_wants_it(
 
 
 def test_the_new_llm_takes_the_old_ones_limits_and_not_its_profile(towers: Path) -> None:
-    own = LanguageConfig(name="old", dtype="bfloat16", revision="x", instruction_limit=7, quantization={"a": 1})
+    own = LanguageConfig(
+        name="old", dtype="bfloat16", revision="x", instruction_limit=7, quantization={"a": 1}, packing=False
+    )
     spoken = plugging.spoken_by("new", own)
+    assert not spoken.packing
     assert (spoken.name, spoken.dtype, spoken.instruction_limit) == ("new", "bfloat16", 7)
     assert spoken.revision is None and spoken.quantization is None
     assert plugging.spoken_by(LanguageConfig(name="n"), own, torch.float32, {"b": 2}).quantization == {"b": 2}
