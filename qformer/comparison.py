@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qformer.evaluate.metrics import METRICS
-from qformer.evaluate.run import in_words
+from qformer.evaluate.run import in_words, samples_in_words
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -42,9 +42,10 @@ def table(content: Mapping[str, Any], without: Sequence[str] = ()) -> Table:
         any_one = next(iter(found.values()))
         cells = [cell(found.get(name)) for name in rows]
         percent = METRICS[any_one["metric"]].percent
-        number = f"{any_one['samples']:,}" + (f" of {any_one['of']:,}, partial" if any_one["partial"] else "")
         frequent = in_words(any_one["most_frequent"], percent)
-        shown.add_row(key, any_one["metric"], *cells, frequent, number, recipes(list(found.values())))
+        shown.add_row(
+            key, any_one["metric"], *cells, frequent, samples_in_words(any_one), recipes(list(found.values()))
+        )
     return shown
 
 

@@ -303,7 +303,7 @@ def _prompts(swept: Sequence[Mapping[str, Any]]) -> str:
             marks = ["the card's own"] * (place == 0)
             marks += [name for name in ("best", "median", "worst") if each[name] == place]
             about = " · ".join([*marks, one["recipe"]])
-            value = NONE if one["score"] is None else in_words(one, percent)
+            value = in_words(one, percent)
             rows.append(
                 f'<tr><td class="name"><b>{escape(one["prompt"])}</b><div class="soft small">{escape(about)}</div></td>'
                 f"{_cell('Score', value)}</tr>"

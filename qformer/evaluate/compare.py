@@ -11,7 +11,7 @@ from qformer.errors import ConfigError, DataError
 from qformer.evaluate.files import read_json, read_lines, score_files
 from qformer.evaluate.metrics import METRICS, bootstrap
 from qformer.evaluate.outcome import Answer, Outcome, Places, averaged
-from qformer.evaluate.run import file_name, in_words
+from qformer.evaluate.run import file_name, in_words, samples_in_words
 from qformer.sample import Sample
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def _table(found: Mapping[str, Mapping[str, Any]], one: str, other: str, where: 
             in_words({**each["other"], **plain}, percent),
             difference if difference.startswith("-") else f"+{difference}",
             *(f"{count:,}" for count in each["better"]),
-            f"{each['samples']:,}" + (f" of {each['of']:,}, partial" if each["partial"] else ""),
+            samples_in_words(each),
             recipe,
         )
     return shown

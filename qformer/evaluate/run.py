@@ -280,8 +280,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> Table:
         percent = METRICS[result["metric"]].percent
         entries = [result, result["shuffled"], result["most_frequent"], *([result["chance"]] if ranked else [])]
         marks = [in_words(entry, percent) for entry in entries]
-        number = f"{result['samples']:,}" + (f" of {result['of']:,}, partial" if result["partial"] else "")
-        shown.add_row(key, result["metric"], *marks, number, result["recipe"])
+        shown.add_row(key, result["metric"], *marks, samples_in_words(result), result["recipe"])
     return shown
 
 
@@ -595,6 +594,11 @@ def in_words(entry: Mapping[str, Any] | None, percent: bool) -> str:
     low, high = entry["interval"]
     around = "" if low is None else f" ({factor * low:.{digits}f} to {factor * high:.{digits}f})"
     return f"{factor * entry['score']:.{digits}f}{around}"
+
+
+def samples_in_words(result: Mapping[str, Any]) -> str:
+    """How many samples were scored, and of a part of a set how many there are."""
+    return f"{result['samples']:,}" + (f" of {result['of']:,}, partial" if result["partial"] else "")
 
 
 def beside_in_words(name: str, value: float | None) -> str:

@@ -12,7 +12,7 @@ from qformer.errors import ConfigError
 from qformer.evaluate.files import write_json
 from qformer.evaluate.kept import forget
 from qformer.evaluate.metrics import METRICS
-from qformer.evaluate.run import file_name, in_words
+from qformer.evaluate.run import file_name, in_words, samples_in_words
 from qformer.processes import Processes
 from qformer.text import load_templates
 
@@ -58,16 +58,11 @@ def sweep(
         for key, result in results.items():
             found[key].append({"prompt": chosen[key], **{name: result[name] for name in KEPT}})
     content = {key: {"task": key, **_summary(each)} for key, each in found.items()}
-
-    def write() -> None:
-        for key, each in content.items():
-            name = file_name(key, partial=each["partial"])
-            write_json(directory / FOLDER / f"{name}.json", each)
-            for number in range(len(each["prompts"])):
-                forget(directory / FOLDER / str(number), name)
-
-    if processes.first:
-        write()
+    for key, each in content.items() if processes.first else ():
+        name = file_name(key, partial=each["partial"])
+        write_json(directory / FOLDER / f"{name}.json", each)
+        for number in range(len(each["prompts"])):
+            forget(directory / FOLDER / str(number), name)
     return content
 
 
@@ -94,11 +89,10 @@ def table(content: Mapping[str, Mapping[str, Any]]) -> Table:
         shown.add_column(heading, justify="right" if heading in ("score", "n") else "left", overflow="fold")
     for key, each in content.items():
         percent = METRICS[each["metric"]].percent
-        number = f"{each['samples']:,}" + (f" of {each['of']:,}, partial" if each["partial"] else "")
         for place, one in enumerate(each["prompts"]):
             marks = [name for name in ("best", "median", "worst") if each[name] == place]
             marks = ["own"] * (place == 0) + marks
-            score = "–" if one["score"] is None else in_words(one, percent)
-            shown.add_row(key, ", ".join(marks), score, number, one["recipe"], one["prompt"])
+            score = in_words(one, percent)
+            shown.add_row(key, ", ".join(marks), score, samples_in_words(each), one["recipe"], one["prompt"])
         shown.add_section()
     return shown
