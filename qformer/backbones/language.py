@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
@@ -31,6 +32,8 @@ from qformer.untokenized import MissingTokenizer
 
 FINGERPRINT_ROWS = 64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+CANNOT = (TypeError, AttributeError, RuntimeError, ValueError)
+"""What models raise that are asked for a mask, for positions or for a cache that they have not."""
 LEAST_SHARE = 0.9
 """Of a table of embeddings, what the ids of its own tokenizer fill; tables are padded, by a few hundred rows."""
 
@@ -49,7 +52,7 @@ class Joined:
         return (self.mask.cumsum(1) - 1).clamp(min=0)
 
 
-class LanguageTower(nn.Module):
+class LanguageTower(nn.Module, ABC):
     """What decoder-only and encoder–decoder LLMs share: a frozen model, its tokenizer and its profile."""
 
     is_encoder_decoder: bool
@@ -184,9 +187,9 @@ class LanguageTower(nn.Module):
         """How rows to be scored share tensor rows, see `qformer.backbones.packing`; None: they are padded."""
         return None
 
+    @abstractmethod
     def log_likelihood(self, soft: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         """Soft tokens (N, Q, L) -> sums of log p over each row's trained tokens (R,), and their numbers (R,)."""
-        raise NotImplementedError
 
     def rank(
         self,
@@ -238,7 +241,7 @@ class LanguageTower(nn.Module):
     @property
     def _scorers(self) -> dict[str, Callable[[Tensor, Sequence[Group]], Tensor]]:
         """Ways to score candidates, the fastest first."""
-        return {"packed": self._packed, "behind": self._behind, "apart": self._apart}
+        return {"behind": self._behind, "apart": self._apart}
 
     @cached_property
     @torch.no_grad()
@@ -256,19 +259,15 @@ class LanguageTower(nn.Module):
         for name, score in self._scorers.items():
             try:
                 found = score(soft, groups)
-            except (TypeError, AttributeError, RuntimeError, ValueError, NotImplementedError):
+            except CANNOT:
                 continue
             if torch.allclose(found, wanted, rtol=near, atol=near):
                 return name
         return "apart"
 
-    def _packed(self, soft: Tensor, groups: Sequence[Group]) -> Tensor:
-        """Sums of log p of the groups' candidates, each group in one row; the probe passes over LLMs without it."""
-        raise NotImplementedError
-
+    @abstractmethod
     def _behind(self, soft: Tensor, groups: Sequence[Group]) -> Tensor:
         """Sums of log p of the groups' candidates, each behind its prompt's cache."""
-        raise NotImplementedError
 
     def _apart(self, soft: Tensor, groups: Sequence[Group]) -> Tensor:
         """Sums of log p of the groups' candidates, a row each."""
@@ -285,9 +284,9 @@ class LanguageTower(nn.Module):
         """
         return self._answers(self.write(soft, rows, **decoding))
 
+    @abstractmethod
     def write(self, soft: Tensor, rows: Sequence[Row], **decoding: Any) -> Tensor:
         """What `generate` makes answers of: the new ids (R, T) of each row, with end marks and padding."""
-        raise NotImplementedError
 
     @property
     def _ends(self) -> list[int]:
@@ -390,7 +389,7 @@ class DecoderOnly(LanguageTower):
                 continue  # the mask shows everything, however far away
             try:
                 found, beside = (self._likelihood(soft, each, way, [range(4)])[0] for each in (rows, others))
-            except (TypeError, AttributeError, RuntimeError, ValueError, NotImplementedError):
+            except CANNOT:
                 continue
             if torch.equal(found[1::2], beside[1::2]) and torch.allclose(found, wanted, rtol=near, atol=near):
                 return way
@@ -414,7 +413,12 @@ class DecoderOnly(LanguageTower):
         with self._answering():
             return self.model.generate(**given, **settings)
 
+    @property
+    def _scorers(self) -> dict[str, Callable[[Tensor, Sequence[Group]], Tensor]]:
+        return {"packed": self._packed, **super()._scorers}
+
     def _packed(self, soft: Tensor, groups: Sequence[Group]) -> Tensor:
+        """Sums of log p of the groups' candidates, each group in one row."""
         if not all(prompt for prompt, _ in groups):
             return self._apart(soft, groups)  # says what is wrong
         trees = [ranking.tree_of(candidates) for _, candidates in groups]
