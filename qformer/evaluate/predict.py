@@ -59,7 +59,7 @@ class Question:
     kind: str = ""
     """Its type, where the card tells questions apart."""
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """A hash of what is asked: sample, pictures, words and choices."""
         pictures = [
