@@ -16,9 +16,11 @@ import torch
 from accelerate import Accelerator
 
 from qformer import cards, loading, vlm
+from qformer.backbones.language import DecoderOnly
 from qformer.config import TrainConfig
 from qformer.data.batch import StepMaker, mixture_of, open_sources
 from qformer.errors import ConfigError, DataError, TrainingError
+from qformer.sample import row_length
 from qformer.train import checkpoint, loop, monitors, optim
 from qformer.train.step import NotFiniteError, train_step
 from tests import world
@@ -108,18 +110,28 @@ def test_weight_decay_is_for_matrices_alone(make, decay_queries):
 # -- one step ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "t5"])
-def test_any_split_of_a_step_gives_the_same_gradient(make, family):
+@pytest.mark.parametrize(("family", "packed"), [("llama", False), ("llama", True), ("t5", False)])
+def test_any_split_of_a_step_gives_the_same_gradient(make, family, packed):
     settings = make(family=family)
     model = loading.build(settings, report=lambda _: None)
     whole, expected = gradients(model, maker_of(settings, model))
-    split = maker_of(settings, model, micro_batch_tokens=40)
+    split = maker_of(settings, model, micro_batch_tokens=40, packed=packed)
     assert len(split[0].batches) > 2
+    for batch in split[0].batches:
+        lengths = [row_length(row, 4) for row in batch.rows]
+        assert len(lengths) == 1 or (sum(lengths) if packed else len(lengths) * max(lengths)) <= 40
     report, found = gradients(model, split)
     assert report.counts == whole.counts and report.loss == pytest.approx(whole.loss, rel=1e-5)
     for name in expected:
         if not name.endswith("key.bias"):
             assert (found[name] - expected[name]).norm() <= 1e-4 * expected[name].norm(), name
+
+
+def test_rows_that_cannot_be_kept_apart_are_padded_and_that_is_said_once(make, monkeypatch):
+    told = []
+    monkeypatch.setattr(DecoderOnly, "_packs", None)
+    loop.train(make("train.steps=2"), say=told.append, quiet=True)
+    assert sum("cannot be kept apart in one tensor row, so they are padded" in line for line in told) == 1
 
 
 def test_every_trained_parameter_gets_a_gradient_except_those_that_cannot(make):
