@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,8 @@ def settings(
     places = towers(towers_folder, family)
     file = output.parent / f"{output.name}.yaml"
     output.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(
+    work = file.with_suffix(f".{os.getpid()}")  # processes under torchrun ask for the same run at the same time
+    work.write_text(
         json.dumps(
             {
                 "name": output.name,
@@ -83,5 +85,6 @@ def settings(
             }
         )
     )  # fmt: skip
+    os.replace(work, file)
     loaded = config.load(file, changes)
     return dataclasses.replace(loaded, **more)
