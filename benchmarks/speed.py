@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +171,7 @@ def training(both: Both, part: str, repeats: int) -> str:
         other.zero_grad(set_to_none=True)
         losses["theirs"] = loss.item()
 
-    with features(both.ours, ours) if part == "cached" else untouched():
+    with features(both.ours, ours) if part == "cached" else nullcontext():
         our_step(), their_step()
         assert math.isclose(losses["ours"], losses["theirs"], rel_tol=1e-4), losses
         seconds = in_turn(their_step, our_step, repeats)
@@ -189,11 +189,6 @@ def features(model: VLM, given: Batch) -> Iterator[None]:
         yield
     finally:
         model.encode = encode  # type: ignore[method-assign]
-
-
-@contextmanager
-def untouched() -> Iterator[None]:
-    yield
 
 
 def generation(both: Both, repeats: int) -> Iterator[str]:
@@ -364,6 +359,14 @@ def draw(curves: dict[str, tuple[list[int], list[float]]], file: Path) -> None:
     file.write_text(page + "\n", encoding="utf-8")
 
 
+def machine(repeats: int) -> str:
+    """What was measured with."""
+    return (
+        f"{platform.machine()}, threads: {torch.get_num_threads()}, Python {sys.version.split()[0]}, torch "
+        f"{torch.__version__}, transformers {transformers.__version__}, float32, {repeats} pairs\n"
+    )
+
+
 def main() -> None:
     """Print the tables in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -372,10 +375,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="where the picture of the growth goes")
     parser.add_argument("--most", type=int, default=64, help="the greatest size, in multiples of the least")
     options = parser.parse_args()
-    print(
-        f"{platform.machine()}, threads: {torch.get_num_threads()}, Python {sys.version.split()[0]}, torch "
-        f"{torch.__version__}, transformers {transformers.__version__}, float32, {options.repeats} pairs\n"
-    )
+    print(machine(options.repeats))
     with tempfile.TemporaryDirectory() as folder:
         for rows in tables(Path(folder), options):
             print(rows, flush=True)
