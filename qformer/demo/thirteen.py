@@ -40,9 +40,9 @@ def write(
     """Write the files of the other eight under `root`, where those of the ordinary demo are.
 
     To `pictures_train` pictures of COCO Caption, which are `shown`, come three times as many from the web with one or
-    two captions each, half as many with four questions each for OCR-VQA, a quarter with five captions each for
-    TextCaps.  One in six of COCO's pictures has a question of OKVQA, one in five a long description, two in three a
-    question to reason about.  TextCaps and OKVQA have a val split, OCR-VQA val and test.
+    two captions each, half as many for OCR-VQA with four questions each (two in val and test), a quarter with five
+    captions each for TextCaps.  One in six of COCO's pictures has a question of OKVQA, one in five a long description,
+    two in three a question to reason about.  TextCaps and OKVQA have a val split, OCR-VQA val and test.
     """
     train = shown["train"]
     put(root / "llava/detail_23k.json", [_described(scene) for scene in train[::5]])
@@ -224,7 +224,8 @@ def _ocrvqa(root: Path, made: Sequence[Scene], advance: Callable[[int], None]) -
         advance(1)
     for split in SPLITS:
         part = [scene for scene in made if _split(scene) == split]
-        for scene, ask in scenes.balanced(part, READING_FORMS, 4, "ocrvqa", split, table=sayings.FORMS):
+        each = 4 if split == "train" else 2
+        for scene, ask in scenes.balanced(part, READING_FORMS, each, "ocrvqa", split, table=sayings.FORMS):
             book = books[f"{image_id(scene):010d}"]
             book["questions"].append(ask.question)
             book["answers"].append(ask.answer)
