@@ -1,6 +1,6 @@
 """What the held-out sets of the full demo ask and say about scenes, in forms that no training set has.
 
-The frozen LLM of the demo has read none of them, and most of their words elsewhere.  They fit the sets they are written
+The frozen LLM of the demo has read none of them, and some of their words nowhere.  They fit the sets they are written
 for: words in a picture, what somebody asks who cannot see it, a text that is mean about what is shown, problems with a
 hint, and questions that only what was said before makes clear.
 """
