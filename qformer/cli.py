@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     command = commands.add_parser("demo", help="the whole pipeline on the embedded default, then a report")
-    command.add_argument("--full", action="store_true", help="tune on all thirteen held-in sets; takes twice as long")
+    command.add_argument("--full", action="store_true", help="all 26 sets; takes twice as long")
     command.add_argument("--output", help="the run directory (runs/demo, or runs/demo_full)")
     command.add_argument("--steps", type=int, help="training steps, instead of the demo's own number")
     command.add_argument("--limit", type=int, help="score this many questions a set; scores are marked as partial")

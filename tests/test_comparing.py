@@ -191,6 +191,16 @@ def test_a_part_is_never_in_one_table_with_a_whole(tmp_path: Path) -> None:
     assert "one" not in parts and "Scores on parts of sets" in parts and "10 of 60, partial" in parts
 
 
+def test_held_in_scores_have_a_table_of_their_own(tmp_path: Path) -> None:
+    scored(tmp_path, "whole", 3)
+    [read] = [json.loads(file.read_text()) for file in tmp_path.glob("whole/*.json")]
+    out, inside = tables({"a": {**read, "role": "held_out"}, "b": {**read, "role": "held_in"}})
+    assert "Scores on held-out sets (95" in out and "│ a " in out and "│ b " not in out
+    assert "Scores on held-in sets (95" in inside and "│ b " in inside and "│ a " not in inside
+    [alone] = tables({"b": {**read, "role": "held_in"}})
+    assert "Scores (95" in alone
+
+
 # -- published scores -------------------------------------------------------------------------------------------------
 
 

@@ -255,21 +255,40 @@ def check(cards: Mapping[str, TaskCard], root: Path) -> None:
 
 
 def tables(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Scores of whole sets as one table, and those of parts, which they are not to be compared with, as another."""
+    """Scores of held-out and of held-in sets as tables of their own, and again apart those of parts of sets.
+
+    Neither is to be compared with another's: held-in sets are no zero-shot.
+    """
+    roles = [role for role in ROLES if any(result["role"] == role for result in results.values())]
     shown = []
     for partial in (False, True):
-        chosen = {key: result for key, result in results.items() if result["partial"] is partial}
-        if chosen:
-            shown.append(as_text(table(chosen)))
+        for role in roles:
+            chosen = {
+                key: result
+                for key, result in results.items()
+                if result["partial"] is partial and result["role"] == role
+            }
+            if chosen:
+                shown.append(as_text(table(chosen, about(partial, role if len(roles) > 1 else ""))))
     return shown
 
 
-def table(results: Mapping[str, Mapping[str, Any]]) -> Table:
+ROLES = {"held_out": "held-out ", "held_in": "held-in "}
+"""Roles of cards in the order in which scores are shown, and in words before a noun."""
+
+
+def about(partial: bool, role: str = "") -> str:
+    """What scores stand in a table: "Scores on parts of held-in sets"; without a role those of all."""
+    kind = ROLES.get(role, "")
+    return f"Scores on parts of {kind}sets" if partial else f"Scores on {kind}sets" if kind else "Scores"
+
+
+def table(results: Mapping[str, Mapping[str, Any]], title: str = "") -> Table:
     """Scores beside their baselines, as `score` returns them."""
     from rich.table import Table
 
-    parts = any(result["partial"] for result in results.values())
-    shown = Table(title=f"Scores{' on parts of sets' if parts else ''} (95 % intervals over pictures)")
+    title = title or about(any(result["partial"] for result in results.values()))
+    shown = Table(title=f"{title} (95 % intervals over pictures)")
     ranked = any(result["chance"] for result in results.values())
     columns = ["task", "metric", "score", "shuffled pictures", "most frequent", *(["chance"] if ranked else [])]
     for name in columns:
