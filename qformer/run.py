@@ -158,6 +158,8 @@ def score(
     row = ""
     if table is not None:
         row = table.row((against or "").partition(":")[2], model.settings.language.name)
+    if model.filler is not None:
+        say(model.filler.told())
     about = origin(model, None if isinstance(source, vlm.VLM) else source)
     seed = seed if seed is not None else own_seed(run)
 

@@ -23,7 +23,7 @@ from qformer.data.proof import LabelProof, lossy_targets
 from qformer.errors import ConfigError, TrainingError, did_you_mean
 from qformer.processes import PATIENCE, in_turn
 from qformer.sample import Batch, row_length
-from qformer.train import checkpoint, monitors
+from qformer.train import caching, checkpoint, monitors
 from qformer.train.optim import learning_rate, optimizer_for
 from qformer.train.step import NotFiniteError, StepReport, train_step
 
@@ -97,10 +97,11 @@ def train(
     optimizer = optimizer_for(model.trainable(), settings.train)
     start = checkpoint.restore(last[0], model, optimizer) if last else 0
     wrapped = accelerator.prepare_model(model)
+    kept = caching.opened(settings, model, say)
     maker = StepMaker(
         mixture,
         sources,
-        model.assembler(training=True),
+        model.assembler(training=True, cache=kept.cache if kept else None),
         batch_size=settings.train.batch_size,
         steps=settings.train.steps,
         soft_tokens=settings.qformer.queries,
@@ -133,6 +134,8 @@ def train(
     if first_process:
         for line in lossy_targets(model.language.tokenizer, sources, settings.seed):
             say(line)
+    if kept:
+        _in_turn(lambda: caching.announce(kept, maker, settings, start, say) if first_process else None)
 
     alarm = monitors.BlindnessAlarm()
     dummy = maker.assembler.dummy(model.vision.settings.size)
@@ -154,6 +157,8 @@ def train(
             if data.error is not None:
                 raise data.error
             _note_broken(run, data, accelerator.process_index)
+            if kept:
+                data.batches = kept.complete(data.batches, data.tally)
             if step - start < PROVEN_STEPS:
                 proof.check(maker, data)
             report = _one_step(step, settings, wrapped, model, data, dummy, optimizer, accelerator)
@@ -161,7 +166,7 @@ def train(
             seconds, began = time.perf_counter() - began, time.perf_counter()
             values: dict[str, Any] = {}
             if settings.train.monitor_every and done % settings.train.monitor_every == 0 and data.batches:
-                reading = monitors.readings(model, max(data.batches, key=lambda batch: len(batch.pixels)))
+                reading = monitors.readings(model, max(data.batches, key=lambda batch: batch.pictures))
                 values |= reading
                 for warning in alarm(reading):
                     say(f"step {done}: {warning}")
@@ -175,6 +180,8 @@ def train(
             advance(report.loss, settings.train.batch_size / seconds)
             # A step that is validated has a checkpoint too: a run that is ended in between goes on with validating.
             if done % settings.train.checkpoint_every == 0 or done == settings.train.steps or validation.due(done):
+                if kept:
+                    kept.flush()
                 if first_process:
                     checkpoint.save(run, done, model, optimizer, settings.train.keep_checkpoints)
                 if validation.due(done):
@@ -182,6 +189,8 @@ def train(
                 accelerator.wait_for_everyone()
                 began = time.perf_counter()
     accelerator.wait_for_everyone()
+    if kept:
+        say(caching.summary(kept, accelerator))
     if first_process:
         write_mixture(run, maker)
         for line in (*_broken_summary(run), *_truncation_summary(run)):
