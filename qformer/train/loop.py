@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -152,7 +152,7 @@ def train(
             if int(accelerator.reduce(owed, "sum")):
                 validation(start)  # it was cut off by whatever ended the run before
         began = time.perf_counter()
-        for data in loader:
+        for data, waited in _timed(loader):
             step = data.step
             if data.error is not None:
                 raise data.error
@@ -173,7 +173,8 @@ def train(
                 began = time.perf_counter()
             cut = int(accelerator.reduce(torch.tensor(data.truncations.texts, device=accelerator.device), "sum"))
             if values or cut or done % settings.train.log_every == 0 or done == settings.train.steps:
-                values |= _readings(report, data, settings, seconds, accelerator.num_processes) | {"truncations": cut}
+                values |= _readings(report, data, settings, seconds, accelerator.num_processes)
+                values |= {"waited": waited / seconds, "truncations": cut}
                 lines.write({"step": done, **values})
                 if settings.train.log_with:
                     accelerator.log(values, step=done)
@@ -271,6 +272,17 @@ def check_trackers(names: list[str]) -> None:
             raise ConfigError(f"train.log_with: unknown tracker '{name}'.{did_you_mean(name, known)}")
         if name not in {str(each) for each in get_available_trackers()}:
             raise ConfigError(f"train.log_with: the package of '{name}' is not installed; run pip install {name}.")
+
+
+def _timed(loader: Iterable[StepData]) -> Iterator[tuple[StepData, float]]:
+    """What each step is given, and the seconds that were waited for it."""
+    steps = iter(loader)
+    while True:
+        began = time.perf_counter()
+        data = next(steps, None)
+        if data is None:
+            return
+        yield data, time.perf_counter() - began
 
 
 def _one_step(
