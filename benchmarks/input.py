@@ -63,8 +63,8 @@ def scene(dice: numpy.random.Generator) -> Image.Image:
 def photo(dice: numpy.random.Generator) -> Image.Image:
     """Noise at every scale, as the spectrum of photographs has it, 640 × 480."""
     whole = numpy.zeros((480, 640, 3), numpy.float32)
-    for octave in range(3, 10):
-        coarse = dice.normal(0, 300 / octave**2, (max(1, 480 >> (10 - octave)), max(1, 640 >> (10 - octave)), 3))
+    for octave in range(3, 11):
+        coarse = dice.normal(0, 700 / octave**2, (max(1, 480 >> (10 - octave)), max(1, 640 >> (10 - octave)), 3))
         layers = [Image.fromarray(coarse[..., c].astype(numpy.float32)).resize((640, 480), 3) for c in range(3)]
         whole += numpy.stack([numpy.asarray(layer) for layer in layers], -1)
     return Image.fromarray((whole + 128).clip(0, 255).astype(numpy.uint8))
@@ -155,6 +155,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--kinds", nargs="*", choices=tuple(KINDS), default=tuple(KINDS))
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
     options = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -167,7 +168,7 @@ def main() -> None:
         folder = Path(name)
         print(f"| pictures | cache | pictures/s a worker ({options.clock} seconds) | workers for {GOAL}/s |")
         print("|---|---|---|---|")
-        for kind in KINDS:
+        for kind in options.kinds:
             write(folder, kind, options.pictures)
             for cached in (False, True):
                 speeds = worker(folder, kind, cached, options)
@@ -175,7 +176,7 @@ def main() -> None:
                 print(f"| {kind} | {'read' if cached else '–'} | {middle(speeds, '.0f')} | {needed} |", flush=True)
         print(f"\n| pictures | cache | step of {options.batch} (s), {options.workers} worker(s) | waited (%) |")
         print("|---|---|---|---|")
-        for kind in KINDS:
+        for kind in options.kinds:
             for cached in (False, True):
                 times, shares = training(folder, kind, cached, options)
                 told = f"{middle(times, '.3f')} | {middle(shares, '.1f')}"
