@@ -4,8 +4,8 @@ First table, what one data worker does at the paper's sizes: it reads records, o
 224 pixels a side, or, with a feature cache, hashes the pictures' files and reads features of 257 × 1,408 numbers in
 float16.  The goal of 340 samples a second then says how many workers are needed.
 
-Second table, real runs of the demo's towers (`qformer demo`) on the same pictures: the time of a step, and the share of
-it that was spent waiting for data (`waited` in metrics.jsonl).  With a cache, all features are there already.
+Second table, real runs on the same pictures, by default of the demo's towers: the time of a step, and the share of it
+that was spent waiting for data (`waited` in metrics.jsonl).  With a cache, all features are there already.
 
 Scenes are like the demo's, small and of few colours; photos are JPEGs of 640 × 480 with detail at every scale.  Medians
 over repeats with their range.  Other work on the machine makes all of it slower: `--clock cpu` counts, in the first
@@ -88,16 +88,20 @@ def write(folder: Path, kind: str, count: int) -> None:
     (folder / f"{kind}.yaml").write_text(CARD.format(kind=kind))
 
 
-def settings_of(folder: Path, kind: str, output: str, changes: Sequence[str] = ()) -> RunConfig:
-    """The demo's settings over pictures of a kind."""
-    given = [f"output={folder / output}", f"data.root={folder}", "evaluate.tasks=[]", "train.log_every=1"]
-    whole = config.load("demo", [*given, "train.monitor_every=0", "train.checkpoint_every=100000", *changes])
+def settings_of(source: str, folder: Path, kind: str, output: str, changes: Sequence[str] = ()) -> RunConfig:
+    """A config's settings over pictures of a kind, without chance in their transform."""
+    given = [
+        f"output={folder / output}", f"data.root={folder}", "evaluate.tasks=[]", "validation.tasks=[]",
+        "train.log_every=1", "train.monitor_every=0", "train.checkpoint_every=100000",
+        "vision.train_transform.mode=squash", "vision.train_transform.flip=0",
+    ]  # fmt: skip
+    whole = config.load(source, [*given, *changes])
     return dataclasses.replace(whole, data=dataclasses.replace(whole.data, tasks={str(folder / f"{kind}.yaml"): 1.0}))
 
 
 def worker(folder: Path, kind: str, cached: bool, options: argparse.Namespace) -> list[float]:
     """Pictures a second of one worker, once per repeat."""
-    settings = settings_of(folder, kind, "none")
+    settings = settings_of(options.config, folder, kind, "none")
     assembler = loading.build(settings, report=lambda _: None).assembler(training=True)
     assembler.transform = ImageTransform(TransformConfig(), SIZE, (0.5,) * 3, (0.5,) * 3, "bicubic")
     sources = open_sources(cards.load_all(settings.data.tasks, "train"), folder)
@@ -129,10 +133,11 @@ def training(folder: Path, kind: str, cached: bool, options: argparse.Namespace)
     ]  # fmt: skip
     if cached:
         changes.append(f"vision.cache={folder / 'kept'}")
-        loop.train(settings_of(folder, kind, f"{kind} fill", changes), say=lambda _: None, quiet=True)
+        fill = settings_of(options.config, folder, kind, f"{kind} fill", changes)
+        loop.train(fill, say=lambda _: None, quiet=True)
     times, shares = [], []
     for repeat in range(options.repeats):
-        run = settings_of(folder, kind, f"{kind} {cached} {repeat}", changes)
+        run = settings_of(options.config, folder, kind, f"{kind} {cached} {repeat}", changes)
         lines = (loop.train(run, say=lambda _: None, quiet=True) / "metrics.jsonl").read_text().splitlines()
         told = [json.loads(line) for line in lines][options.steps // 4 :]  # workers start, memory is had
         seconds = [options.batch / line["samples_per_second"] for line in told]
@@ -150,6 +155,7 @@ def middle(values: Sequence[float], form: str) -> str:
 def main() -> None:
     """Print both tables in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="demo", help="whose towers are run in the second table")
     parser.add_argument("--pictures", type=int, default=128)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--batch", type=int, default=32)

@@ -10,6 +10,8 @@ from types import ModuleType
 import pytest
 from PIL import Image
 
+from tests import world
+
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "input.py"
 
 
@@ -33,10 +35,11 @@ def test_pictures_of_both_kinds_are_as_large_as_they_are_said_to_be(script: Modu
 
 
 def test_both_tables_are_printed(
-    script: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = "--pictures 6 --steps 4 --batch 3 --repeats 1 --workers 1 --clock cpu --kinds photos"
-    monkeypatch.setattr(sys, "argv", ["input.py", *small.split()])
+    world.settings(tmp_path / "towers", tmp_path, tmp_path / "run")
+    small = "--pictures 6 --steps 4 --batch 3 --repeats 1 --workers 1 --clock cpu --kinds photos --config"
+    monkeypatch.setattr(sys, "argv", ["input.py", *small.split(), str(tmp_path / "run.yaml")])
     script.main()
     lines = capsys.readouterr().out.splitlines()
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| photos")]

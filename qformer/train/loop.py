@@ -21,7 +21,7 @@ from qformer.data.batch import StepData, StepMaker, mixture_of, open_sources
 from qformer.data.index import Index
 from qformer.data.proof import LabelProof, lossy_targets
 from qformer.errors import ConfigError, TrainingError, did_you_mean
-from qformer.processes import PATIENCE, in_turn
+from qformer.processes import PATIENCE, Processes, in_turn
 from qformer.sample import Batch, row_length
 from qformer.train import caching, checkpoint, monitors
 from qformer.train.optim import learning_rate, optimizer_for
@@ -135,7 +135,8 @@ def train(
         for line in lossy_targets(model.language.tokenizer, sources, settings.seed):
             say(line)
     if kept:
-        _in_turn(lambda: caching.announce(kept, maker, settings, start, say) if first_process else None)
+        together = Processes(accelerator.process_index, accelerator.num_processes)
+        together.agreed(lambda: caching.announce(kept, maker, settings, start, say) if first_process else None)
 
     alarm = monitors.BlindnessAlarm()
     dummy = maker.assembler.dummy(model.vision.settings.size)
