@@ -33,6 +33,8 @@ VALIDATION = "validation"
 DATA_FILE = "data.json"
 """What the run reads: by set, hashes of card and templates, and the number of records."""
 Value = TypeVar("Value")
+MANY_STEPS, LONG_WAIT = 100, 0.03
+"""A share of the time spent waiting for data that is worth a word, after so many steps."""
 PROVEN_STEPS = 3
 """Steps at the start whose trained tokens are decoded and compared with their targets."""
 
@@ -153,7 +155,8 @@ def train(
             if int(accelerator.reduce(owed, "sum")):
                 validation(start)  # it was cut off by whatever ended the run before
         began = time.perf_counter()
-        for data, waited in _timed(loader):
+        supply = _Supply(loader)
+        for data in supply:
             step = data.step
             if data.error is not None:
                 raise data.error
@@ -175,7 +178,7 @@ def train(
             cut = int(accelerator.reduce(torch.tensor(data.truncations.texts, device=accelerator.device), "sum"))
             if values or cut or done % settings.train.log_every == 0 or done == settings.train.steps:
                 values |= _readings(report, data, settings, seconds, accelerator.num_processes)
-                values |= {"waited": waited / seconds, "truncations": cut}
+                values |= {"waited": supply.waited / seconds, "truncations": cut}
                 lines.write({"step": done, **values})
                 if settings.train.log_with:
                     accelerator.log(values, step=done)
@@ -195,7 +198,7 @@ def train(
         say(caching.summary(kept, accelerator))
     if first_process:
         write_mixture(run, maker)
-        for line in (*_broken_summary(run), *_truncation_summary(run)):
+        for line in (*_broken_summary(run), *_truncation_summary(run), *supply.summary(settings.data.workers)):
             say(line)
     if settings.train.log_with:
         accelerator.end_training()
@@ -275,15 +278,30 @@ def check_trackers(names: list[str]) -> None:
             raise ConfigError(f"train.log_with: the package of '{name}' is not installed; run pip install {name}.")
 
 
-def _timed(loader: Iterable[StepData]) -> Iterator[tuple[StepData, float]]:
-    """What each step is given, and the seconds that were waited for it."""
-    steps = iter(loader)
-    while True:
-        began = time.perf_counter()
-        data = next(steps, None)
-        if data is None:
-            return
-        yield data, time.perf_counter() - began
+class _Supply:
+    """What each step is given, and the seconds that were waited for it: `waited` for the last one."""
+
+    def __init__(self, loader: Iterable[StepData]):
+        self.loader, self.waited = loader, 0.0
+        self.steps, self.all_waited, self.began = 0, 0.0, time.perf_counter()
+
+    def __iter__(self) -> Iterator[StepData]:
+        steps = iter(self.loader)
+        while True:
+            began = time.perf_counter()
+            data = next(steps, None)
+            self.waited = time.perf_counter() - began
+            if data is None:
+                return
+            self.steps, self.all_waited = self.steps + 1, self.all_waited + self.waited
+            yield data
+
+    def summary(self, workers: int) -> list[str]:
+        """What may be done where steps waited long, if there are cores that would do it."""
+        share = self.all_waited / max(1e-9, time.perf_counter() - self.began)
+        if self.steps < MANY_STEPS or share < LONG_WAIT or (os.cpu_count() or 1) <= workers + 1:
+            return []
+        return [f"{100 * share:.0f} % of the time was spent waiting for data; raise data.workers, which is {workers}"]
 
 
 def _one_step(
