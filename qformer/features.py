@@ -168,11 +168,12 @@ class Filler:
         """Bytes that the disk has left."""
         return shutil.disk_usage(self.cache.folder).free
 
-    def told(self) -> str:
-        """Where it is and what it takes, in a sentence."""
+    def told(self, samples: int | None = None) -> str:
+        """Where it is and what it takes, in a sentence; `samples` are about to be answered."""
+        more = "" if samples is None else f"; {samples:,} samples add {in_bytes(samples * self.size)} at most"
         return (
             f"vision.cache: features are kept in {self.cache.folder}, {in_bytes(self.size)} a picture; "
-            f"{self.cache.count():,} are there already, and {in_bytes(self.free)} are free"
+            f"{self.cache.count():,} are there already, and {in_bytes(self.free)} are free{more}"
         )
 
     def encode(self, pixels: Tensor) -> Tensor:

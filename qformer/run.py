@@ -158,8 +158,6 @@ def score(
     row = ""
     if table is not None:
         row = table.row((against or "").partition(":")[2], model.settings.language.name)
-    if model.filler is not None:
-        say(model.filler.told())
     about = origin(model, None if isinstance(source, vlm.VLM) else source)
     seed = seed if seed is not None else own_seed(run)
 
@@ -178,6 +176,7 @@ def score(
             index=index,
             origin=about,
             wordings=wordings,
+            features=model.filler,
             processes=processes,
             quiet=quiet,
             **options,
@@ -185,6 +184,8 @@ def score(
 
     try:
         if prompt_sweep:
+            if model.filler is not None:
+                say(model.filler.told())
 
             def one(chosen: Mapping[str, cards.TaskCard], wordings: Mapping[str, str], where: Path) -> dict[str, Any]:
                 return scored(chosen, wordings, where, shuffled=False, finish=False, say=_silent)

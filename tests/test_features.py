@@ -534,7 +534,8 @@ def test_scores_are_those_without_a_cache_and_the_second_time_nothing_is_opened(
         return [json.loads(line) for line in (output / "colours.predictions.jsonl").read_text().splitlines()]
 
     found["kept"] = score(tmp_path / "one")
-    assert sum("1.6 KB a picture; 12 are there already" in line for line in said) == 1
+    [told] = [line for line in said if "1.6 KB a picture; 12 are there already" in line]
+    assert told.endswith("; 24 samples add 39.2 KB at most")
     with monkeypatch.context() as patched:
         patched.setattr(assemble.images, "load_image", None)
         found["again"] = score(tmp_path / "two")
