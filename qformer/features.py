@@ -170,7 +170,7 @@ class Filler:
 
     def told(self, samples: int | None = None) -> str:
         """Where it is and what it takes, in a sentence; `samples` are about to be answered."""
-        more = "" if samples is None else f"; {samples:,} samples add {in_bytes(samples * self.size)} at most"
+        more = "" if samples is None else f"; {samples:,} samples of a picture each add {in_bytes(samples * self.size)}"
         return (
             f"vision.cache: features are kept in {self.cache.folder}, {in_bytes(self.size)} a picture; "
             f"{self.cache.count():,} are there already, and {in_bytes(self.free)} are free{more}"

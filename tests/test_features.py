@@ -535,7 +535,7 @@ def test_scores_are_those_without_a_cache_and_the_second_time_nothing_is_opened(
 
     found["kept"] = score(tmp_path / "one")
     [told] = [line for line in said if "1.6 KB a picture; 12 are there already" in line]
-    assert told.endswith("; 24 samples add 39.2 KB at most")
+    assert told.endswith("; 24 samples of a picture each add 39.2 KB")
     with monkeypatch.context() as patched:
         patched.setattr(assemble.images, "load_image", None)
         found["again"] = score(tmp_path / "two")

@@ -125,9 +125,9 @@ def measure(kept: Filler, maker: StepMaker, start: int) -> Cost | None:
         for number, values in enumerate(features):
             Cache(Path(folder)).write(f"trial{number}", values)
         writing = time.perf_counter() - began
-    lacking, _ = _prepared(maker, start, cached=True)
+    lacking, found = _prepared(maker, start, cached=True)
     if lacking is not None:
-        kept.complete([lacking])
+        kept.complete([lacking], Tally(damaged=found.damaged))
         kept.flush()
         for key in lacking.keys:
             _drop_from_memory(kept.cache.file(key))
