@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ from qformer.sample import Packed, Video
 if TYPE_CHECKING:
     from torch import Tensor
 
+MOST_BYTES = 64 << 20
+"""Of a picture's file that is held in memory as it is."""
 FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -26,18 +29,23 @@ FILTERS = {
 }
 
 
-def load_image(source: Path | str | bytes | Packed | Image.Image, max_pixels: int, where: str) -> Image.Image:
+def load_image(
+    source: Path | str | bytes | Packed | Image.Image, max_pixels: int, where: str, content: bytes | None = None
+) -> Image.Image:
     """A picture in RGB, upright as its EXIF says, transparency laid on white.
 
     Args:
         source: a path, the bytes of a file, a picture packed away, or an opened one.
         max_pixels: refused beyond this, before anything is decoded.
         where: what the picture belongs to, for messages.
+        content: the bytes of its file, where they were read already.
 
     Raises:
         DataError: missing, not a picture, cut short, or too large; names the file.
     """
     name = f"{where}: the picture {source}" if isinstance(source, Path | str | Packed) else f"{where}: a picture"
+    if content is not None:
+        source = content
     if isinstance(source, Packed):
         try:
             source = source.read()
@@ -80,6 +88,21 @@ def picture_key(source: Any, root: Path = Path()) -> str:
     if isinstance(source, bytes):
         return hashlib.sha256(source).hexdigest()
     return hashlib.sha256(f"{source.mode} {source.size} ".encode() + source.tobytes()).hexdigest()
+
+
+def content_of(source: Any) -> bytes | None:
+    """The bytes of a picture's file; None of an opened picture, or where they are too many to be held.
+
+    Raises:
+        OSError, DataError: it cannot be read.
+    """
+    if isinstance(source, bytes):
+        return source
+    if isinstance(source, Packed):
+        return source.read()
+    if isinstance(source, Path | str) and os.stat(source).st_size <= MOST_BYTES:
+        return Path(source).read_bytes()
+    return None
 
 
 class ImageTransform:

@@ -179,6 +179,7 @@ def score(
             index=index,
             origin=about,
             wordings=wordings,
+            features=model.filler,
             processes=processes,
             quiet=quiet,
             **options,
@@ -186,6 +187,8 @@ def score(
 
     try:
         if prompt_sweep:
+            if model.filler is not None:
+                say(model.filler.told())
 
             def one(chosen: Mapping[str, cards.TaskCard], wordings: Mapping[str, str], where: Path) -> dict[str, Any]:
                 return scored(chosen, wordings, where, shuffled=False, finish=False, say=_silent)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bisect
 import errno
+import hashlib
 import io
 import os
 import re
@@ -98,6 +99,18 @@ def frames(video: Video, max_pixels: int, where: str) -> Iterator[Image.Image]:
         raise DataError(f"{where}: the video {video.path} {error}.") from None
 
 
+def content_hash(video: Video) -> str:
+    """A hash of a video's file.
+
+    Raises:
+        OSError, DataError: it cannot be read.
+    """
+    if isinstance(video.path, Packed):
+        return hashlib.sha256(video.path.read()).hexdigest()
+    with video.path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 class _InsideError(Exception):
     """A frame's own error, a whole sentence already."""
 
@@ -105,12 +118,31 @@ class _InsideError(Exception):
 # -- a folder of frames -----------------------------------------------------------------------------------------------
 
 
-def _of_folder(path: Path, video: Video, max_pixels: int, where: str) -> Iterator[Image.Image]:
+def chosen_stills(video: Video, where: str) -> list[Path] | None:
+    """The files of the frames that are looked at, of a folder of frames; None of a video that is a file.
+
+    Raises:
+        DataError: as `frames`.
+    """
+    if not isinstance(video.path, Path) or not os.path.isdir(video.path):
+        return None
+    try:
+        return list(_chosen(video.path, video))
+    except DataError as error:
+        raise DataError(f"{where}: the video {video.path} {error}.") from None
+
+
+def _chosen(path: Path, video: Video) -> Iterator[Path]:
     files = stills(path)
     for place in positions(video, len(files)):
         file = files[place]
         if file.is_symlink() and not file.resolve().is_relative_to(path.resolve()):
             raise DataError(f"has the frame '{file.name}', a link that leads out of its folder and is not followed")
+        yield file
+
+
+def _of_folder(path: Path, video: Video, max_pixels: int, where: str) -> Iterator[Image.Image]:
+    for file in _chosen(path, video):
         try:
             image = load_image(file, max_pixels, where)
         except DataError as error:

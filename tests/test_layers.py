@@ -17,7 +17,7 @@ LAYERS = {
     0: ("errors", "resources", "hub"),
     1: ("keyed", "config", "cards", "text", "sample", "untokenized", "presets"),
     2: ("nn", "tensorfiles"),
-    3: ("images", "videos", "backbones"),
+    3: ("images", "videos", "features", "backbones"),
     4: (
         "assemble", "vlm", "objectives", "weights", "loading", "checkpoints", "exporting", "modelcard", "starting",
         "plugging", "processes",

@@ -191,14 +191,14 @@ def test_all_frames_of_a_video_are_cropped_alike(make: Callable[..., RunConfig],
         pixels: Pixels = {}
         video = Item("v", (Video(tmp_path / "still"),), Rendered("what"))
         prepared = assembler.prepare(video, pixels, answered=False, key=key)
-        first, *others = (pixels[name] for name in prepared.pictures)
+        first, *others = (pixels[name].values for name in prepared.pictures)
         assert len(others) == 3 and all(torch.equal(first, other) for other in others)
         crops.append(first)
     assert not torch.equal(*crops)
     apart: Pixels = {}
     pictures = Item("p", tuple(tmp_path / f"{place}.png" for place in range(4)), Rendered("what"))
     assembler.prepare(pictures, apart, answered=False, key=(0, 1))
-    assert len({tuple(each.flatten().tolist()) for each in apart.values()}) == 4
+    assert len({tuple(each.values.flatten().tolist()) for each in apart.values()}) == 4
 
 
 @pytest.mark.parametrize(("ranks", "workers"), [(2, 0), (1, 2)])

@@ -19,6 +19,7 @@ from qformer.data.index import Index
 from qformer.data.mixture import Draw, Mixture
 from qformer.data.readers import Records, open_records
 from qformer.errors import DataError
+from qformer.features import Tally
 from qformer.sample import Batch, row_length
 from qformer.text import Templates, Truncations, load_templates, render_train
 
@@ -55,6 +56,7 @@ class StepData:
     drawn: Counter[str] = field(default_factory=Counter)
     broken: list[tuple[str, Any, str]] = field(default_factory=list)
     truncations: Truncations = field(default_factory=Truncations)
+    tally: Tally = field(default_factory=Tally)
     error: DataError | None = None
 
 
@@ -134,7 +136,7 @@ class StepMaker(Dataset[StepData]):
         data = StepData(step)
         pixels: Pixels = {}
         prepared: list[Prepared] = []
-        self.assembler.joiner.truncations = data.truncations
+        self.assembler.joiner.truncations, self.assembler.tally = data.truncations, data.tally
         for draw in self.draws(step):
             data.drawn[draw.task] += 1
             try:

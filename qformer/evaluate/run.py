@@ -30,6 +30,7 @@ from qformer.evaluate.metrics import COUNTS, METRICS, bootstrap, checked_options
 from qformer.evaluate.outcome import Answer, Outcome
 from qformer.evaluate.predict import Model, Question, predict, question
 from qformer.evaluate.recipe import recipe, recipe_id
+from qformer.features import Filler
 from qformer.processes import ALONE, Processes
 from qformer.sample import Packed, Sample, Video
 from qformer.text import Profile, Templates, load_templates
@@ -96,6 +97,7 @@ def score(
     origin: Mapping[str, Any] | None = None,
     wordings: Mapping[str, str] | None = None,
     finish: bool = True,
+    features: Filler | None = None,
     processes: Processes = ALONE,
     say: Say = print,
     quiet: bool = False,
@@ -122,6 +124,7 @@ def score(
             nothing would say whose it is.
         wordings: by card, what is asked in place of the first of its templates.
         finish: whether the answers that are kept on the way are removed when all is scored.
+        features: what keeps the features of pictures while the model answers; its size is said first.
         processes: those that share the work; all have to call this, and the first writes.
         say: is given every line meant for a person.
         quiet: no progress bars.
@@ -139,6 +142,8 @@ def score(
     say = say if processes.first else lambda line: None
     kept = Index(root, index, say=say)
     tasks = processes.in_turn(lambda: {key: _open(card, root, kept, wordings) for key, card in cards.items()})
+    if features is not None:
+        say(features.told(sum(len(subset(len(task.records), limit, seed, key)) for key, task in tasks.items())))
     results: dict[str, dict[str, Any]] = {}
     notes: list[str] = []
     with _progress(quiet or not processes.first) as track:
