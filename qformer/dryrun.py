@@ -49,8 +49,8 @@ def dry_run(settings: RunConfig, samples: int = SAMPLES) -> Iterator[Text | Tabl
     yield _settings(settings)
     yield _parameters(settings)
     yield _start(settings)
-    sources, missing = _opened(chosen, settings)
-    sizes = {key: _size(card, sources, missing) for key, card in chosen.items()}
+    sources, missing = opened(chosen, settings)
+    sizes = {key: size_of(card, sources, missing) for key, card in chosen.items()}
     shares = cards.probabilities(sizes, multipliers, settings.data.sampling)
     here = {key: len(source.records) for key, source in sources.items()}
     mixture = Mixture(shares, {**sizes, **here}, settings.seed)
@@ -169,7 +169,7 @@ def _whereabouts(name: str) -> str:
 # -- data -------------------------------------------------------------------------------------------------------------
 
 
-def _opened(chosen: Mapping[str, TaskCard], settings: RunConfig) -> tuple[dict[str, Source], dict[str, DataError]]:
+def opened(chosen: Mapping[str, TaskCard], settings: RunConfig) -> tuple[dict[str, Source], dict[str, DataError]]:
     """The sets whose files are there, and what is wrong with the others."""
     root, sources = Path(settings.data.root), dict[str, Source]()
     index = Index(root, settings.data.index)
@@ -182,7 +182,7 @@ def _opened(chosen: Mapping[str, TaskCard], settings: RunConfig) -> tuple[dict[s
     return sources, missing
 
 
-def _size(card: TaskCard, sources: Mapping[str, Source], missing: Mapping[str, DataError]) -> int:
+def size_of(card: TaskCard, sources: Mapping[str, Source], missing: Mapping[str, DataError]) -> int:
     """S_d: the published size, or the number of records that are there."""
     assert card.train is not None, card.key
     if card.train.size is not None:
