@@ -104,11 +104,8 @@ def moments(given: Weights, held: Activations, choice: Choice, context: float) -
             "LLM's activations": kept * size * words,
             "logits and loss": max(head.forward, head.backward),
         },
-        "where the adapter's backward pass ends": {
-            **stays,
-            "gradients": gradients,
-            "adapter's activations": adapter.backward,
-        },
+        "where the adapter's backward pass begins": {**stays, **early, "adapter's activations": adapter.kept},
+        "where the adapter's backward pass ends": {**stays, "gradients": gradients},
     }
 
 

@@ -339,7 +339,7 @@ def _memory(settings: RunConfig, found: Sizes, made: Plan, gpu: str, gpus: int) 
         if amount:
             shown.add_row(part, _size(amount))
     yield shown
-    yield _notes(f"The most is held {made.moment}.", *_fit(found, made, gpu, room))
+    yield _notes(f"The most is held {made.moment}.", *fit(found, made, gpu, room))
 
 
 def _room(gpu: str) -> float:
@@ -350,7 +350,7 @@ def _room(gpu: str) -> float:
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def _fit(found: Sizes, made: Plan, gpu: str, room: float) -> Iterator[str]:
+def fit(found: Sizes, made: Plan, gpu: str, room: float) -> Iterator[str]:
     """Whether it fits; if not, what to change, one on top of the other, until it does."""
     if made.bytes <= room * memory.USABLE:
         yield f"It fits: {made.bytes / room:.0%} of the memory."

@@ -7,6 +7,7 @@ taken at a few blocks, and what a block adds is multiplied.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -105,7 +106,23 @@ def encoder_held(tower: Any, micro: MicroBatch, autocast: torch.dtype | None = N
 def former_held(
     size: QFormerSize, language_width: int, tokens: int, micro: MicroBatch, autocast: torch.dtype | None = None
 ) -> Held:
-    """The adapter's activations; gradients of weights, which stay, are left out of what its backward pass holds."""
+    """The adapter's activations, its inputs among them.
+
+    Traced at the blocks between two looks at the picture, and at twice as many.
+    """
+    unit = size.cross_attention_every
+    if size.layers <= 2 * unit:
+        return _former_once(size, language_width, tokens, micro, autocast)
+    few, more = (
+        _former_once(dataclasses.replace(size, layers=layers), language_width, tokens, micro, autocast)
+        for layers in (unit, 2 * unit)
+    )
+    return few + (more + few.times(-1)).times(size.layers / unit - 1)
+
+
+def _former_once(
+    size: QFormerSize, language_width: int, tokens: int, micro: MicroBatch, autocast: torch.dtype | None
+) -> Held:
     with FakeTensorMode():
         connector = QFormerConnector(QFormer(size), language_width)
         with _counting(autocast) as live:
@@ -117,9 +134,8 @@ def former_held(
                 instruction = ids, torch.ones_like(ids, dtype=torch.bool)
             soft, forward = live.highest(lambda: connector(Tokens(values, pictures=pictures), instruction))
             kept = live.live
-            _, backward = live.highest(lambda: soft.backward(torch.empty_like(soft)))
-    weights = sum(each.nbytes for each in connector.parameters() if each.requires_grad)
-    return Held(kept, forward, max(0, backward - weights))
+            del soft
+    return Held(kept, forward)
 
 
 @dataclass(frozen=True)
