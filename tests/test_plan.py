@@ -304,9 +304,9 @@ def test_what_to_change_comes_in_a_sensible_order() -> None:
     changes = [change for change, _ in memory.lighter(choice, longest=700, on_gpu=True)]
     assert changes == [
         "train.micro_batch_tokens=2048", "train.micro_batch_tokens=1024", "language.gradient_checkpointing=true",
-        "language.dtype=bfloat16", "vision.dtype=bfloat16", "language.shard=true on 2 GPUs",
-        "language.shard=true on 4 GPUs", "language.shard=true on 8 GPUs", "language.quantization={load_in_8bit: true}",
-        "language.quantization={load_in_4bit: true}",
+        "language.dtype=bfloat16", "vision.dtype=bfloat16", "language.quantization={load_in_8bit: true}",
+        "language.quantization={load_in_4bit: true}", "or, with all its bits, language.shard=true on 2 GPUs",
+        "or, with all its bits, language.shard=true on 4 GPUs", "or, with all its bits, language.shard=true on 8 GPUs",
     ]  # fmt: skip
     before = sum(memory.peak(GIVEN, HELD, dataclasses.replace(CHOICE, computed=64))[1].values())
     small = Choice("float16", "float32", computed=64)
@@ -314,7 +314,7 @@ def test_what_to_change_comes_in_a_sensible_order() -> None:
         after = sum(memory.peak(GIVEN, HELD, each)[1].values())
         assert after < before
         before = after
-    full = Choice("bfloat16", "bfloat16", bits=4, checkpointing=True, computed=100, gpus=8)
+    full = Choice("bfloat16", "bfloat16", bits=4, checkpointing=True, computed=100)
     assert list(memory.lighter(full, 10, on_gpu=True)) == []
 
 
@@ -402,7 +402,7 @@ def test_a_run_that_does_not_fit_is_told_what_to_change(run: RunConfig, monkeypa
     room = made.bytes - 1
     lines = list(plan.fit(found, made, "t4", room / memory.USABLE))
     assert lines[0].startswith("It does not fit into 95% of 1.01 GB.") and lines[-1] == "  and then it fits."
-    assert re.fullmatch(r"  language\.gradient_checkpointing=true: [\d.]+ \w+ become [\d.]+ \w+", lines[1])
+    assert re.fullmatch(r"  language\.gradient_checkpointing=true: 1\.\d+ GB", lines[1])
     lines = list(plan.fit(found, made, "t4", 1e6))
     assert lines[-1] == "  and still it does not fit: take a smaller LLM, or a larger GPU."
     assert len(lines) > 6

@@ -127,7 +127,8 @@ def bits_of(quantization: Mapping[str, Any] | None) -> int | None:
 def lighter(choice: Choice, longest: int, *, on_gpu: bool) -> Iterator[tuple[str, Choice]]:
     """Settings that make a run lighter, the gentlest first, each on top of those before it.
 
-    Smaller micro-batches and checkpointing change no result; fewer bits do, and more GPUs cost money.
+    Smaller micro-batches and checkpointing change no result, narrower numbers do a little, fewer bits more.  An LLM
+    that is spread over several GPUs stands last, and with all its bits, since it costs those GPUs.
     """
     for room in ROOMS:
         if longest <= room < choice.computed:
@@ -142,13 +143,10 @@ def lighter(choice: Choice, longest: int, *, on_gpu: bool) -> Iterator[tuple[str
     if choice.vision == "float32":
         choice = dataclasses.replace(choice, vision="bfloat16")
         yield "vision.dtype=bfloat16", choice
-    if not on_gpu:
-        return
-    for number in FLEETS:
-        if number > choice.gpus:
-            choice = dataclasses.replace(choice, gpus=number, sharded=True)
-            yield f"language.shard=true on {number} GPUs", choice
     for bits in (8, 4):
         if choice.bits is None or bits < choice.bits:
-            choice = dataclasses.replace(choice, bits=bits, gpus=1, sharded=False)
-            yield f"language.quantization={{load_in_{bits}bit: true}}", choice
+            yield f"language.quantization={{load_in_{bits}bit: true}}", dataclasses.replace(choice, bits=bits)
+    for number in FLEETS if on_gpu and choice.bits is None else ():
+        if number > choice.gpus:
+            spread = dataclasses.replace(choice, gpus=number, sharded=True)
+            yield f"or, with all its bits, language.shard=true on {number} GPUs", spread

@@ -357,13 +357,10 @@ def fit(found: Sizes, made: Plan, gpu: str, room: float) -> Iterator[str]:
         return
     yield f"It does not fit into {memory.USABLE:.0%} of {_size(room)}. What to change, each on top of those before it:"
     on_gpu = gpu != HERE or torch.cuda.is_available()
-    before = made.bytes
     for change, choice in memory.lighter(made.choice, made.heaviest.span, on_gpu=on_gpu):
         held = memory.peak(found.weights, made.activations, choice, memory.CONTEXT if on_gpu else 0.0)[1]
-        after = sum(held.values())
-        yield f"  {change}: {_size(before)} become {_size(after)}"
-        before = after
-        if after <= room * memory.USABLE:
+        yield f"  {change}: {_size(sum(held.values()))}"
+        if sum(held.values()) <= room * memory.USABLE:
             yield "  and then it fits."
             return
     yield "  and still it does not fit: take a smaller LLM, or a larger GPU."

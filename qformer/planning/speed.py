@@ -27,7 +27,7 @@ from qformer.nn.losses import token_log_likelihood
 from qformer.nn.qformer import QFormer, QFormerConnector, QFormerSize
 from qformer.nn.tokens import Tokens
 from qformer.planning.shapes import MicroBatch
-from qformer.planning.trace import blocks_of, cut, run_language
+from qformer.planning.trace import blocks_of, cut, materialised, run_language
 from qformer.planning.work import EncoderWork, LLMWork, former_step
 from qformer.train.optim import optimizer_for
 
@@ -37,7 +37,7 @@ ADAM_BYTES = 28
 CHAIN, REPEATS = 4, 7
 ENOUGH_SECONDS = 4.0
 """A part's repeats end when they have taken so long."""
-MOST_WORK = 1.5e11
+MOST_WORK = {"cpu": 1.5e11, "cuda": 2e13}
 """Operations of one timing at most; larger micro-batches are timed by a part of their rows."""
 MOST_WEIGHTS = 1 << 30
 """Bytes of blocks that are made for one timing, beyond the first."""
@@ -141,6 +141,11 @@ class Stopwatch:
             taken.append(self._once(work))
         return statistics.median(taken)
 
+    @property
+    def most(self) -> float:
+        """Operations of one timing at most."""
+        return MOST_WORK.get(self.device.type, MOST_WORK["cuda"])
+
     def _once(self, work: Callable[[], Any]) -> float:
         computing = nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
         self._wait()
@@ -169,8 +174,9 @@ def here(
     """The speed of this machine at a usual micro-batch; towers are on the meta device and stay there."""
     autocast = torch.bfloat16 if settings.train.precision == "bfloat16" else None
     watch = Stopwatch(device, clock, autocast)
+    seeing = watch if settings.vision.dtype == "float32" else dataclasses.replace(watch, autocast=None)
     rates = {
-        "encoder": _encoder_rate(tower, encoder, micro, watch),
+        "encoder": _encoder_rate(tower, encoder, micro, seeing),
         "language": _language_rate(model, work, micro, watch),
         "head": _head_rate(model, work, micro, watch),
     }
@@ -180,15 +186,16 @@ def here(
 
 def _encoder_rate(tower: Any, work: EncoderWork, micro: MicroBatch, watch: Stopwatch) -> float:
     """Of its blocks, or of the whole encoder where it has no list of alike ones."""
-    pictures = max(1, min(micro.pictures, int(MOST_WORK / work.picture)))
+    pictures = max(1, min(micro.pictures, int(watch.most / work.picture)))
     side = tower.settings.size
     run = lambda: tower(torch.zeros(pictures, 3, side, side, device="meta"))  # noqa: E731
     found = blocks_of(tower)
     with torch.no_grad():
         if len(found) != 1:
-            whole = _real(tower, watch.device)
-            pixels = torch.randn(pictures, 3, side, side, device=watch.device)
-            return work.picture * pictures / watch.seconds(lambda: whole(pixels))
+            with materialised(tower, watch.device):
+                _draw(tower)
+                pixels = torch.randn(pictures, 3, side, side, device=watch.device)
+                return work.picture * pictures / watch.seconds(lambda: tower(pixels))
         [(given, block)] = _captured(run, [found[0][1][-1]])
         with FlopCounterMode(display=False) as counter:
             block(*given[0], **given[1])
@@ -204,12 +211,14 @@ def _encoder_rate(tower: Any, work: EncoderWork, micro: MicroBatch, watch: Stopw
 
 def _language_rate(model: Any, work: LLMWork, micro: MicroBatch, watch: Stopwatch) -> float:
     """Of its blocks, forward and backward, at as many rows as can be timed."""
-    fewer = _fewer(micro, work.step(micro) / max(1, work.decoder.layers))
+    fewer = _fewer(micro, watch.most * work.decoder.layers / work.step(micro))
     stacks = blocks_of(model)
-    deepest = cut(model, stacks, [min(2, len(blocks)) for _, blocks in stacks])
-    lasts = [blocks[-1] for _, blocks in blocks_of(deepest)]
+    depths = [min(2, len(blocks)) for _, blocks in stacks]
     seconds = 0.0
-    for (given, block), (_, blocks) in zip(_captured(lambda: forward(deepest, fewer), lasts), stacks, strict=True):
+    with cut(model, stacks, depths):
+        lasts = [blocks[depth - 1] for (_, blocks), depth in zip(stacks, depths, strict=True)]
+        found = _captured(lambda: forward(model, fewer), lasts)
+    for (given, block), (_, blocks) in zip(found, stacks, strict=True):
         chain = [_real(block, watch.device) for _ in range(_copies(block, len(blocks)))]
         args, kwargs = _filled(given, watch.device, like=work.width)
         seconds += len(blocks) * watch.seconds(lambda c=chain, a=args, k=kwargs: _there_and_back(c, a, k)) / len(chain)
@@ -234,7 +243,7 @@ def _head_rate(model: Any, work: LLMWork, micro: MicroBatch, watch: Stopwatch) -
     """Of the head and the loss behind it."""
     weight = model.get_output_embeddings().weight
     positions = micro.trained if work.encoder is None else micro.written * micro.length
-    positions = max(1, min(positions, int(MOST_WORK / (4 * weight.numel()))))
+    positions = max(1, min(positions, int(watch.most / (4 * weight.numel()))))
     head = _random(torch.empty(weight.shape, dtype=weight.dtype, device=watch.device))
     hidden = _random(torch.empty(positions, weight.shape[1], dtype=weight.dtype, device=watch.device))
     hidden.requires_grad_()
@@ -253,7 +262,7 @@ def _adapter(
     """The rate of a shallow Q-Former of the true width, and AdamW's seconds for a parameter of it."""
     layers = min(size.layers, 2 * size.cross_attention_every)
     shallow = dataclasses.replace(size, layers=layers, vocabulary=min(size.vocabulary, 1000))
-    share = max(1 / micro.reads, min(1.0, MOST_WORK / former_step(shallow, width, tokens, micro)))
+    share = max(1 / micro.reads, min(1.0, watch.most / former_step(shallow, width, tokens, micro)))
     fewer = dataclasses.replace(
         micro, reads=max(1, int(micro.reads * share)), pictures=max(1, int(micro.pictures * share))
     )
@@ -294,9 +303,9 @@ def forward(model: Any, micro: MicroBatch) -> None:
     run_language(model, inputs, micro)
 
 
-def _fewer(micro: MicroBatch, operations: float) -> MicroBatch:
-    """A micro-batch of fewer rows, where one block's work on all of them would take long."""
-    share = min(1.0, MOST_WORK / operations)
+def _fewer(micro: MicroBatch, share: float) -> MicroBatch:
+    """A micro-batch of a share of its rows, at least one."""
+    share = min(1.0, share)
     return dataclasses.replace(
         micro, rows=max(1, int(micro.rows * share)), written=max(1, int(micro.written * share)) if micro.written else 0
     )
@@ -339,13 +348,19 @@ def _random(tensor: Tensor) -> Tensor:
 def _real(module: nn.Module, device: torch.device) -> nn.Module:
     """A copy of a module on the meta device, with small random numbers."""
     made = copy.deepcopy(module).to_empty(device=device)
-    with torch.no_grad():
-        for each in (*made.parameters(), *made.buffers()):
-            _random(each)
+    _draw(made)
     return made
+
+
+@torch.no_grad()
+def _draw(module: nn.Module) -> None:
+    for each in (*module.parameters(), *module.buffers()):
+        _random(each)
 
 
 def _copies(block: nn.Module, layers: int) -> int:
     """How many blocks are timed one behind the other: some, so that weights and activations do not stay in a cache."""
     each = sum(parameter.nbytes for parameter in block.parameters())
+    if next(block.parameters()).dtype == torch.float16:
+        return 1  # which takes a CPU a hundred times as long
     return max(1, min(CHAIN, layers, MOST_WEIGHTS // max(1, each)))

@@ -6,7 +6,6 @@ taken at a few blocks, and what a block adds is multiplied.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import inspect
 import weakref
@@ -93,13 +92,18 @@ def _counting(autocast: torch.dtype | None) -> Iterator[LiveBytes]:
         yield live
 
 
+@contextmanager
+def _faked(module: nn.Module) -> Iterator[None]:
+    """A module on the meta device as if it were on the CPU, for a while."""
+    with FakeTensorMode(allow_non_fake_inputs=True), materialised(module, torch.device("cpu")):
+        yield
+
+
 def encoder_held(tower: Any, micro: MicroBatch, autocast: torch.dtype | None = None) -> Held:
     """What an encoder, on the meta device, holds while it makes its tokens; no gradient is kept."""
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        tower.to_empty(device="cpu")
-        with _counting(autocast) as live:
-            pixels = torch.empty(micro.pictures, 3, tower.settings.size, tower.settings.size)
-            _, most = live.highest(lambda: tower(pixels).values)
+    with _faked(tower), torch.no_grad(), _counting(autocast) as live:
+        pixels = torch.empty(micro.pictures, 3, tower.settings.size, tower.settings.size)
+        _, most = live.highest(lambda: tower(pixels).values)
     return Held(0, most)
 
 
@@ -166,10 +170,8 @@ def language_held(model: Any, micro: MicroBatch, queries: int, autocast: torch.d
     least = [1] * len(stacks)
 
     def at(depths: Sequence[int]) -> tuple[Held, Held]:
-        shallow = cut(model, stacks, depths)
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            shallow.to_empty(device="cpu")
-            return _language_once(shallow, micro, queries, autocast)
+        with cut(model, stacks, depths), _faked(model):
+            return _language_once(model, micro, queries, autocast)
 
     shallowest, head = at(least)
     base, blocks = shallowest, []
@@ -183,15 +185,39 @@ def language_held(model: Any, micro: MicroBatch, queries: int, autocast: torch.d
     return LanguageHeld(base, tuple(blocks), head)
 
 
-def cut(model: nn.Module, stacks: Sequence[tuple[str, Any]], depths: Sequence[int]) -> Any:
-    """A copy of a model with so many blocks of each stack."""
+@contextmanager
+def cut(model: nn.Module, stacks: Sequence[tuple[str, Any]], depths: Sequence[int]) -> Iterator[None]:
+    """A model with so many blocks of each stack, for a while."""
     for (name, blocks), depth in zip(stacks, depths, strict=True):
         _put(model, name, blocks[:depth])
     try:
-        return copy.deepcopy(model)
+        yield
     finally:
         for name, blocks in stacks:
             _put(model, name, blocks)
+
+
+@contextmanager
+def materialised(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """A module on the meta device with tensors on another in the place of its own, for a while; shared ones stay so."""
+
+    def new(old: Tensor) -> Tensor:
+        return torch.empty(old.shape, dtype=old.dtype, device=device)
+
+    made: dict[int, nn.Parameter] = {}
+    before = [(each, dict(each._parameters), dict(each._buffers)) for each in module.modules()]
+    for each, parameters, buffers in before:
+        for name, old in parameters.items():
+            if old is not None and id(old) not in made:
+                made[id(old)] = nn.Parameter(new(old), requires_grad=old.requires_grad)
+            each._parameters[name] = None if old is None else made[id(old)]
+        each._buffers.update({name: None if kept is None else new(kept) for name, kept in buffers.items()})
+    try:
+        yield
+    finally:
+        for each, parameters, buffers in before:
+            each._parameters.update(parameters)
+            each._buffers.update(buffers)
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
