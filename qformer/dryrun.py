@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,8 @@ def _parameters(settings: RunConfig) -> Table:
             towers.append(None)
     seen, spoken = towers
     size, known_from = adapter_size(settings)
-    trained, frozen = adapter_parameters(size, seen.width if seen else None, spoken.width if spoken else None)
+    widths = seen.width if seen else None, spoken.width if spoken else None
+    trained, frozen = adapter_parameters(size, *widths, settings.train.only)
     least = "" if seen and spoken else "at least "
     if least:
         known_from += "; less what is as wide as a tower that is not known"
@@ -96,8 +97,13 @@ def _parameters(settings: RunConfig) -> Table:
     return shown
 
 
-def adapter_parameters(size: QFormerSize, vision_width: int | None, language_width: int | None) -> tuple[int, int]:
-    """Trained and frozen parameters of an adapter of this size, less those that are as wide as an unknown tower."""
+def adapter_parameters(
+    size: QFormerSize, vision_width: int | None, language_width: int | None, only: Sequence[str] = ()
+) -> tuple[int, int]:
+    """Trained and frozen parameters of an adapter of this size, less those that are as wide as an unknown tower.
+
+    `only`: the parts that are trained, as `train.only`; none: all.
+    """
     with torch.device("meta"):
         former = QFormer(QFormerSize(**{**vars(size), "vision_width": vision_width or 1}))
         made = QFormerConnector(former, language_width or 1)
@@ -106,9 +112,11 @@ def adapter_parameters(size: QFormerSize, vision_width: int | None, language_wid
         for pattern, width in ((OF_ENCODER_WIDTH, vision_width), (OF_LANGUAGE_WIDTH, language_width))
         if width is None
     ]
-    known = [each for name, each in made.named_parameters() if not any(re.match(pattern, name) for pattern in unknown)]
-    trained = sum(each.numel() for each in known if each.requires_grad)
-    return trained, sum(each.numel() for each in known) - trained
+    known = {
+        name: each for name, each in made.named_parameters() if not any(re.match(pattern, name) for pattern in unknown)
+    }
+    trained = sum(each.numel() for name, each in known.items() if each.requires_grad and starting.covers(only, name))
+    return trained, sum(each.numel() for each in known.values()) - trained
 
 
 def adapter_size(settings: RunConfig) -> tuple[QFormerSize, str]:

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 from qformer import cli, config
 from qformer.assemble import Prepared
 from qformer.config import RunConfig
-from qformer.errors import ConfigError
+from qformer.errors import ConfigError, DataError
 from qformer.nn.qformer import QFormer, QFormerConnector, QFormerSize
 from qformer.nn.tokens import Tokens
 from qformer.planning import memory, plan, shapes, speed, trace, work
@@ -196,6 +196,28 @@ def test_without_a_tokenizer_letters_are_counted(run: RunConfig, monkeypatch: py
     assert data.steps.mean("trained") != exact.mean("trained")
     text = shown(run, gpu="t4")
     assert "Counted in letters, 4 a token: colours." in text and "No tokenizer can be had here: there is none." in text
+
+
+def test_draws_of_broken_records_have_no_rows(run: RunConfig, tmp_path: Path) -> None:
+    records = Path(run.data.root) / "records.jsonl"
+    card = tmp_path / "broken.yaml"
+    card.write_text(
+        (Path(run.data.root) / "colours.yaml").read_text().replace("records.jsonl", str(tmp_path / "r.jsonl"))
+    )
+    lines = records.read_text().splitlines()
+    (tmp_path / "r.jsonl").write_text("\n".join(['{"id": "x"}'] * 20 + lines[:4]))
+    settings = dataclasses.replace(run, data=dataclasses.replace(run.data, tasks={str(card): 1.0}, on_error="skip"))
+    assert re.search(r"  \d+ draws were of broken records, which have no row\.", shown(settings, gpu="t4"))
+    (tmp_path / "r.jsonl").write_text("\n".join(['{"id": "x"}'] * 20))
+    with pytest.raises(DataError, match=r"plan: all of the first 24 draws are of broken records; qformer data check"):
+        plan.look(settings, plan.sizes(settings))
+
+
+def test_what_is_not_trained_has_neither_gradient_nor_averages(run: RunConfig) -> None:
+    whole = plan.sizes(run).weights
+    part = plan.sizes(dataclasses.replace(run, train=dataclasses.replace(run.train, only=["projection"]))).weights
+    assert part.trained == 32 * 32 + 32
+    assert part.trained + part.frozen == whole.trained + whole.frozen
 
 
 def test_every_held_in_set_has_stated_lengths() -> None:
@@ -447,6 +469,9 @@ def test_this_machine_is_planned_where_no_gpu_is_named(
             r"has float16, float32\. Change train\.precision",
         ),
         (["--gpu", "h200", "vision.nme=x"], r"command line: unknown key 'vision\.nme'\. Did you mean 'name'\?"),
+        (["--gpu", "h200", "language.dtype=float8"], r"plan: the settings have the language computed in float8, for"),
+        (["language.dtype=float8"], r"language\.dtype is 'float8'; it takes float32, bfloat16"),
+        (["vision.dtype=float8"], r"vision\.dtype is 'float8'; it takes float32, bfloat16"),
         (["--gpu", "h200", "language.name=nobody/nothing"], r"language\.name is 'nobody/nothing', and no LLM can be"),
     ],
 )

@@ -64,10 +64,12 @@ def blank_language(settings: LanguageConfig) -> tuple[Any, str]:
     """An LLM on the meta device, and where its sizes are known from.
 
     Raises:
-        ConfigError: as `language`.
+        ConfigError: as `language`, or an unknown dtype.
     """
     import transformers
 
+    if settings.dtype not in DTYPES:
+        raise ConfigError(f"language.dtype is '{settings.dtype}'; it takes {', '.join(DTYPES)}.")
     known_from = "its config.json"
     try:
         config = read_architecture(settings)

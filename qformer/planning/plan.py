@@ -20,7 +20,7 @@ from qformer.backbones.blueprints import language_parameters
 from qformer.cards import TaskCard
 from qformer.config import RunConfig
 from qformer.data.mixture import Mixture
-from qformer.errors import ConfigError
+from qformer.errors import ConfigError, DataError
 from qformer.nn.qformer import QFormerSize
 from qformer.planning import memory, shapes, speed, trace, work
 from qformer.planning.memory import Activations, Choice, Weights
@@ -160,7 +160,7 @@ def sizes(settings: RunConfig) -> Sizes:
     encoder, language = work.encoder_work(tower), work.language_work(model)
     former, former_from = dryrun.adapter_size(settings)
     former = dataclasses.replace(former, vision_width=encoder.width, dropout=settings.qformer.dropout)
-    trained, frozen = dryrun.adapter_parameters(former, encoder.width, language.width)
+    trained, frozen = dryrun.adapter_parameters(former, encoder.width, language.width, settings.train.only)
     blocks = language.decoder.weights + language.decoder.source
     blocks += language.encoder.weights + language.encoder.source if language.encoder else 0
     rest = language_parameters(model) - blocks
@@ -176,7 +176,11 @@ def sizes(settings: RunConfig) -> Sizes:
 
 
 def look(settings: RunConfig, found: Sizes, ranks: int = 1) -> Data:
-    """The rows of the mixture's first steps."""
+    """The rows of the mixture's first steps.
+
+    Raises:
+        DataError: a set without a published size is not there, or no draw has a row.
+    """
     chosen, multipliers = cards.mixture(settings.data)
     sources, missing = dryrun.opened(chosen, settings)
     published = {key: dryrun.size_of(card, sources, missing) for key, card in chosen.items()}
@@ -193,6 +197,11 @@ def look(settings: RunConfig, found: Sizes, ranks: int = 1) -> Data:
     starts = 1 + (len(joiner.profile.decoder_opening) if joiner else 0)
     kind = LLMKind(found.language.width, coder, not coder and settings.language.packing, starts)
     steps = shapes.steps_of(settings, mixture, chosen, sources, joiner, kind, ranks)
+    if not steps.micro_batches:
+        raise DataError(
+            f"plan: all of the first {steps.broken} draws are of broken records; qformer data check --data "
+            f"{settings.data.root} says what is wrong with them."
+        )
     return Data(steps, chosen, tuple(missing), why)
 
 
