@@ -39,7 +39,7 @@ LLAMA = {
 }  # fmt: skip
 T5 = {
     "d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4, "vocab_size": 90,
-    "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0,
+    "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0, "attn_implementation": "eager",
 }  # fmt: skip
 
 
@@ -141,7 +141,12 @@ def test_a_frozen_encoder_decoders_operations_are_those_that_torch_counts() -> N
     sizes = work.language_work(model)
     assert sizes.encoder is not None and sizes.decoder.source == 2 * 2 * 32 * 32
     blocks, head = counted(model, BOTH)
-    assert (blocks, head) == (sizes.step(BOTH), sizes.head(BOTH))
+    rows, written, read = BOTH.written, BOTH.length, BOTH.span
+    # Of the first block of the decoder, which reads words, no gradient reaches what stands before the first look at
+    # the encoder: the attention to itself, and what asks in that look.
+    itself = 2 * rows * written * 4 * 32 * 32 + 2 * 4 * rows * written**2 * 32
+    asking = 2 * rows * written * 32 * 32 + 2 * rows * written * read * 32
+    assert (blocks, head) == (sizes.step(BOTH) - itself - asking, sizes.head(BOTH))
 
 
 def test_an_encoders_operations_are_those_of_one_picture(run: RunConfig) -> None:
@@ -239,7 +244,7 @@ def test_bytes_that_live_are_counted_and_those_that_died_are_not() -> None:
         kept = torch.empty(100)
         view = kept.view(10, 10).t()
         assert live.live == 400
-        _, most = live.highest(lambda: (torch.empty(1000) + 1).sum())
+        most = live.highest(lambda: (torch.empty(1000) + 1).sum())[1]
         assert (live.live, most) == (400, 400 + 2 * 4000)
         del kept
         assert live.live == 400  # the view holds it
@@ -423,8 +428,9 @@ def test_a_run_that_does_not_fit_is_told_what_to_change(run: RunConfig, monkeypa
     made = plan.reckon(run, found, steps, speed.on("t4", run))
     room = made.bytes - 1
     lines = list(plan.fit(found, made, "t4", room / memory.USABLE))
-    assert lines[0].startswith("It does not fit into 95% of 1.01 GB.") and lines[-1] == "  and then it fits."
-    assert re.fullmatch(r"  language\.gradient_checkpointing=true: 1\.\d+ GB", lines[1])
+    assert re.match(r"It does not fit into 95% of 1\.0\d GB\. What to change", lines[0])
+    assert re.fullmatch(r"  language\.gradient_checkpointing=true: [\d.]+ [GM]B", lines[1])
+    assert lines[-1] == "  and then it fits."
     lines = list(plan.fit(found, made, "t4", 1e6))
     assert lines[-1] == "  and still it does not fit: take a smaller LLM, or a larger GPU."
     assert len(lines) > 6

@@ -121,7 +121,7 @@ def bits_of(quantization: Mapping[str, Any] | None) -> int | None:
     if not quantization:
         return None
     said = " ".join(f"{name}={value}" for name, value in quantization.items()).lower()
-    return 4 if any(word in said for word in ("load_in_4bit=true", "int4", "bits=4", "uint4", "nf4")) else 8
+    return 4 if any(word in said for word in ("load_in_4bit=true", "int4", "bits=4")) else 8
 
 
 def lighter(choice: Choice, longest: int, *, on_gpu: bool) -> Iterator[tuple[str, Choice]]:
