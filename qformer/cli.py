@@ -85,6 +85,14 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("-n", type=int, default=5, dest="count", help="how many samples")
     command.add_argument("--ids", action="store_true", help="every token with its id")
 
+    command = commands.add_parser("plan", help="what a run would take: parameters, memory, time, disk; nothing loaded")
+    command.add_argument("config", help="a shipped config's name or a YAML file")
+    command.add_argument("changes", nargs="*", metavar="key=value", help="settings to change")
+    command.add_argument("--gpu", default="here", help="a known GPU, such as h200 (this machine, timed)")
+    command.add_argument("--gpus", type=int, default=1, help="how many work together (1)")
+    told = "share of a known GPU's peak that every part reaches, above 0 and at most 1 (assumed by part)"
+    command.add_argument("--efficiency", type=float, help=told)
+
     command = commands.add_parser(
         "plug", help="another LLM under the same Q-Former: new projection, short tuning, a table"
     )
@@ -303,6 +311,20 @@ def _render(options: argparse.Namespace) -> None:
         console.print(block)
 
 
+def _plan(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from qformer import config
+    from qformer.planning.plan import plan
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    console.width = max(console.width, NARROWEST_TABLE)
+    settings = config.load(options.config, options.changes)
+    for shown in plan(settings, gpu=options.gpu, gpus=options.gpus, efficiency=options.efficiency):
+        console.print(shown, soft_wrap=not isinstance(shown, Table))
+
+
 def _plug(options: argparse.Namespace) -> None:
     from qformer.stages import Stages, carry
 
@@ -380,6 +402,7 @@ COMMANDS = {
     "eval": _eval,
     "ask": _ask,
     "render": _render,
+    "plan": _plan,
     "plug": _plug,
     "export": _export,
     "data": _data,

@@ -26,7 +26,7 @@ LAYERS = {
     6: ("train", "evaluate"),
     7: (
         "comparison", "stages", "demo", "report", "charts", "gallery", "results", "render", "listing", "dryrun",
-        "dataroot", "run", "origin", "harness", "lmms", "cli", "__init__", "__main__",
+        "planning", "dataroot", "run", "origin", "harness", "lmms", "cli", "__init__", "__main__",
     ),
 }  # fmt: skip
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names}

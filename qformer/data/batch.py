@@ -147,14 +147,14 @@ class StepMaker(Dataset[StepData]):
                     data.error = error
                     return data
                 data.broken.append((draw.task, self.sources[draw.task].records.key(draw.place), str(error)))
-        data.batches = [self.assembler.batch(group, pixels) for group in self._groups(prepared)]
+        data.batches = [self.assembler.batch(group, pixels) for group in self.groups(prepared)]
         return data
 
     def items(self, draw: Draw) -> list[Item]:
         """The rows of one draw in words."""
         return items_of(self.sources[draw.task], draw, self.mixture.seed)
 
-    def _groups(self, prepared: Sequence[Prepared]) -> Iterator[list[Prepared]]:
+    def groups(self, prepared: Sequence[Prepared]) -> Iterator[list[Prepared]]:
         """Rows by falling length, cut so that a micro-batch holds at most the budget of LLM positions: those of its
         rows where they are packed, else those of a padded rectangle.
         """
