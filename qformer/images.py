@@ -5,6 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +29,9 @@ FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "nearest": Image.Resampling.NEAREST,
 }
+PATIENCE = 60.0
+"""Seconds that opening a picture may take.  A pipe in a file's place never ends, and a picture can be made so that its
+decoder takes hours."""
 
 
 def load_image(source: Path | str | bytes | Packed | Image.Image, max_pixels: int, where: str) -> Image.Image:
@@ -35,9 +43,52 @@ def load_image(source: Path | str | bytes | Packed | Image.Image, max_pixels: in
         where: what the picture belongs to, for messages.
 
     Raises:
-        DataError: missing, not a picture, cut short, or too large; names the file.
+        DataError: missing, not a picture, cut short, too large, or not open within `PATIENCE`; names the file.
     """
     name = f"{where}: the picture {source}" if isinstance(source, Path | str | Packed) else f"{where}: a picture"
+    with _in_time(name):
+        return _opened(source, max_pixels, where, name)
+
+
+class _Late(BaseException):
+    """Passes all that decoders catch."""
+
+
+@contextmanager
+def _in_time(name: str) -> Iterator[None]:
+    """Ends what takes longer than `PATIENCE`, by the system's alarm: threads, of which one alone has it, wait on.
+
+    Raises:
+        DataError: says so.
+    """
+    alarm = getattr(signal, "SIGALRM", None)
+    if alarm is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    left, every = signal.getitimer(signal.ITIMER_REAL)
+    if 0 < left < PATIENCE:  # somebody else's comes first
+        yield
+        return
+
+    def late(*_: object) -> None:
+        raise _Late
+
+    before, began = signal.signal(alarm, late), time.monotonic()
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+    try:
+        yield
+    except _Late:
+        raise DataError(
+            f"{name} is not open after {PATIENCE:g} seconds; check the file, and the disk that it is on."
+        ) from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, max(1e-3, left - (time.monotonic() - began)) if left else 0.0, every)
+        signal.signal(alarm, before)
+
+
+def _opened(
+    source: Path | str | bytes | Packed | Image.Image, max_pixels: int, where: str, name: str
+) -> Image.Image:
     if isinstance(source, Packed):
         try:
             source = source.read()

@@ -149,7 +149,7 @@ def score(
         model, run = source, None
     else:
         device = device or best_device()
-        model = loading.load(source, vision=vision, language=language, device=device, report=say)
+        model = loading.load(source, vision=vision, language=language, device=device, report=say, processes=processes)
         run = run_directory(Path(source))
     if kept is not None:
         speaks = model.language.profile.encoder_decoder
