@@ -86,9 +86,7 @@ def _in_time(name: str) -> Iterator[None]:
         signal.signal(alarm, before)
 
 
-def _opened(
-    source: Path | str | bytes | Packed | Image.Image, max_pixels: int, where: str, name: str
-) -> Image.Image:
+def _opened(source: Path | str | bytes | Packed | Image.Image, max_pixels: int, where: str, name: str) -> Image.Image:
     if isinstance(source, Packed):
         try:
             source = source.read()

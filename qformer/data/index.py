@@ -86,7 +86,9 @@ class Rows:
             whole = hashlib.blake2b(digest_size=8)
             for column in (self._keys, self._rows):
                 for chunk in column.chunks:
-                    ends = numpy.frombuffer(chunk.buffers()[1], numpy.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+                    ends = numpy.frombuffer(chunk.buffers()[1], numpy.int32)[
+                        chunk.offset : chunk.offset + len(chunk) + 1
+                    ]
                     whole.update(numpy.diff(ends).tobytes())
                     whole.update(chunk.buffers()[2][ends[0] : ends[-1]])
             self._content = whole.hexdigest()
