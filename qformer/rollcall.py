@@ -28,7 +28,7 @@ SILENCE = 40.0
 """Seconds without one after which a process is gone: a library may keep a living one's thread waiting for some."""
 ALARMED = 5.0
 """The same once something has gone wrong."""
-GOES_ON = "The last checkpoint is whole; the same command goes on from it."
+GOES_ON = "What was written is whole; the same command goes on from it."
 LEFT = "left "
 TERMINATED = 128 + signal.SIGTERM
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -31,6 +33,7 @@ from tests import world
 from tests.test_spread import files, scored
 from tests.test_train import TRAIN, maker_of
 
+MANY_GPUS = Path(__file__).parent.parent / "docs" / "many_gpus.md"
 PORT = 27000 + os.getpid() % 400
 KINDS = {
     "llama": ("llama", ()),
@@ -232,9 +235,14 @@ def test_four_processes_equal_one(root: Path, alone: dict[str, Any], tmp_path: P
 
 @pytest.mark.slow
 def test_two_processes_on_each_of_two_nodes_equal_one(root: Path, alone: dict[str, Any], tmp_path: Path) -> None:
-    """Blocks are in parts within a node; the gradients are those of all."""
-    nodes = [f"--master_port={PORT + 2}", "--nproc_per_node=2", "--nnodes=2", "--master_addr=127.0.0.1"]
-    equal_to_one(root, alone, tmp_path, *([*nodes, f"--node_rank={number}"] for number in (0, 1)))
+    """By the line of the SLURM script.  Blocks are in parts within a node; the gradients are those of all."""
+    [script] = re.findall(r"^srun torchrun (.*?) -m qformer train", MANY_GPUS.read_text(), re.MULTILINE | re.DOTALL)
+    given = {"$SLURM_NNODES": "2", "$SLURM_JOB_ID": "7", "$head:29500": f"127.0.0.1:{PORT + 2}", "node=8": "node=2"}
+    for name, value in given.items():
+        assert name in script
+        script = script.replace(name, value)
+    options = [each for each in shlex.split(script) if each.strip()]
+    equal_to_one(root, alone, tmp_path, options, options)
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
@@ -360,7 +368,7 @@ def test_a_process_that_falls_silent_is_named_and_ends_the_others() -> None:
     assert calls[0].ended() == calls[2].ended() == [1]
     for call in (calls[0], calls[2]):
         assert "process 1 of 3 (" in call.said[0] and "is gone without a word (killed, out of memory" in call.said[0]
-        assert "The last checkpoint is whole; the same command goes on from it." in call.said[0]
+        assert "What was written is whole; the same command goes on from it." in call.said[0]
         call.stop()
 
 
