@@ -29,7 +29,9 @@ SILENCE = 40.0
 ALARMED = 5.0
 """The same once something has gone wrong."""
 GOES_ON = "What was written is whole; the same command goes on from it."
+STOPPED = "it was stopped from outside (SIGTERM)."
 LEFT = "left "
+"""What a process says that is done, and then why, if it should not be."""
 TERMINATED = 128 + signal.SIGTERM
 
 
@@ -105,8 +107,9 @@ class RollCall:
                 self._beat()
                 now = self._heard()
                 for number, told in zip(self.others, now, strict=True):
-                    if told.startswith(LEFT) and told != LEFT:
-                        return f"process {number} of {self.processes.count} has stopped: {told.removeprefix(LEFT)}"
+                    why = told.removeprefix(LEFT) if told.startswith(LEFT) else ""
+                    if why:
+                        return why if why.startswith("process ") else f"{self._named(number)} has stopped: {why}"
                 silent = [n for n, a, b in zip(self.others, before, now, strict=True) if a == b and a != LEFT]
                 if not silent:
                     return None
@@ -127,7 +130,7 @@ class RollCall:
                 if signal.SIGTERM in told:
                     if missing := self.missing():
                         return self._last(missing)
-                    return self._last(f"it was stopped from outside (SIGTERM). {GOES_ON}", TERMINATED)
+                    return self._last(f"{STOPPED} {GOES_ON}", TERMINATED, STOPPED)
             try:
                 self._beat()
                 now = self._heard()
@@ -146,13 +149,13 @@ class RollCall:
             if late:
                 return self._last(self.missing() or self._gone([number for number, _ in late]))
 
-    def _last(self, sentence: str, code: int = 1) -> None:
-        """Say it, and end this process wherever it is."""
+    def _last(self, sentence: str, code: int = 1, why: str | None = None) -> None:
+        """Say it, and end this process wherever it is; `why`: what the others are told, if not the same."""
         if not self.ending.acquire(blocking=False):
             return  # it ends by itself already
         self.write(f"qformer: {sentence}\n")
         sys.stderr.flush()
-        self.leave("it ends with the others" if code == 1 else "")
+        self.leave(why or sentence)
         self.end(code)
 
     def _beat(self) -> None:
@@ -163,20 +166,14 @@ class RollCall:
         return [told.decode() for told in self.store.multi_get([str(number) for number in self.others])]
 
     def _gone(self, numbers: Sequence[int]) -> str:
-        named = []
-        for number in numbers:
-            with suppress(RuntimeError):
-                named.append(f"process {number} of {self.processes.count} ({self._host(number)})")
-                continue
-            named.append(f"process {number} of {self.processes.count}")
-        what = "is" if len(named) == 1 else "are"
-        return (
-            f"{', '.join(named)} {what} gone without a word (killed, out of memory, or the machine is down), so this "
-            f"one stops. {GOES_ON}"
-        )
+        named, what = ", ".join(map(self._named, numbers)), "is" if len(numbers) == 1 else "are"
+        return f"{named} {what} gone without a word (killed, out of memory, or the machine is down). {GOES_ON}"
 
-    def _host(self, number: int) -> str:
-        return str(self.store.get(f"host {number}").decode())
+    def _named(self, number: int) -> str:
+        name = f"process {number} of {self.processes.count}"
+        with suppress(RuntimeError):
+            return f"{name} on {self.store.get(f'host {number}').decode()}"
+        return name
 
 
 @contextmanager
@@ -201,7 +198,7 @@ def roll_call(processes: Processes) -> Iterator[None]:
     except RuntimeError as error:  # as what a lost connection raises
         with call.ending:
             missing = call.missing()
-            call.leave("it ends with the others" if missing else reason(error))
+            call.leave(missing or reason(error))
         if missing is None:
             raise
         raise TrainingError(missing) from None

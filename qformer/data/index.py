@@ -85,12 +85,12 @@ class Rows:
         if self._content is None:
             whole = hashlib.blake2b(digest_size=8)
             for column in (self._keys, self._rows):
-                for chunk in column.chunks:
-                    ends = numpy.frombuffer(chunk.buffers()[1], numpy.int32)[
-                        chunk.offset : chunk.offset + len(chunk) + 1
-                    ]
+                for chunk in filter(len, column.chunks):
+                    _, ends, values = chunk.buffers()
+                    ends = numpy.frombuffer(ends, numpy.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
                     whole.update(numpy.diff(ends).tobytes())
-                    whole.update(chunk.buffers()[2][ends[0] : ends[-1]])
+                    if values is not None:
+                        whole.update(values[int(ends[0]) : int(ends[-1])])
             self._content = whole.hexdigest()
         return self._content
 

@@ -115,7 +115,7 @@ def _train(
     model.train()
     optimizer = optimizer_for(model.trainable(), settings.train)
     start = checkpoint.restore(last[0], model, optimizer) if last else 0
-    wrapped = accelerator.prepare_model(model)
+    wrapped = accelerator.prepare_model(model, device_placement=False)
     maker = StepMaker(
         mixture,
         sources,
