@@ -85,12 +85,15 @@ class Rows:
         if self._content is None:
             whole = hashlib.blake2b(digest_size=8)
             for column in (self._keys, self._rows):
-                for chunk in filter(len, column.chunks):
-                    _, ends, values = chunk.buffers()
-                    ends = numpy.frombuffer(ends, numpy.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
-                    whole.update(numpy.diff(ends).tobytes())
-                    if values is not None:
-                        whole.update(values[int(ends[0]) : int(ends[-1])])
+                chunks = [chunk for chunk in column.chunks if len(chunk)]
+                ends = [
+                    numpy.frombuffer(chunk.buffers()[1], numpy.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+                    for chunk in chunks
+                ]
+                for each in ends:  # first the lengths of all, then the bytes of all
+                    whole.update(numpy.diff(each).tobytes())
+                for chunk, each in zip(chunks, ends, strict=True):
+                    whole.update((chunk.buffers()[2] or b"")[int(each[0]) : int(each[-1])])
             self._content = whole.hexdigest()
         return self._content
 
