@@ -176,15 +176,12 @@ def kills(world: World, count: int) -> str:
     run, command = world.run("killed", *changes)
     places = [run, run / "checkpoints", world.folder / "data"]
 
-    def writing() -> bool:
-        return any(next(place.glob(Path(each).name), None) for place in places for each in world.writing)
+    def written() -> set[Path]:
+        return {found for place in places for each in world.writing for found in place.glob(Path(each).name)}
 
     inside = early = aimed = 0
     for number in range(count):
-        before = progress(run)
-        for pattern in world.writing:
-            for left in run.glob(pattern):
-                shutil.rmtree(left, ignore_errors=True)  # what the last kill left, so that this one's is seen
+        before, left = progress(run), written()  # what earlier kills left is none of this one's
         child = world.start(command)
         way = chance.random()
         if way < 0.2:  # at any moment of the start
@@ -195,7 +192,7 @@ def kills(world: World, count: int) -> str:
             aimed += 1
             reach(child, run, min(steps - 4, before + chance.randint(1, 6)))
             latest = time.monotonic() + 30
-            while child.alive() and not writing() and time.monotonic() < latest:
+            while child.alive() and not written() - left and time.monotonic() < latest:
                 time.sleep(0.0005)
             time.sleep(chance.random() * 0.01)
         else:  # at any moment of a step
@@ -204,7 +201,7 @@ def kills(world: World, count: int) -> str:
         assert child.alive() or child.code == 0, f"kill {number + 1}: it had ended: {child.said()[-2000:]}"
         if child.alive():
             child.kill()
-        inside += writing()
+        inside += bool(written() - left)
         early += progress(run) <= before
     world.start(command).well()
     check_equal(whole, run)

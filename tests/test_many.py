@@ -22,7 +22,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from qformer import cards, images, loading, rollcall
+from qformer import cards, cli, images, loading, rollcall
 from qformer.backbones import sharding
 from qformer.errors import ConfigError, DataError, TrainingError
 from qformer.processes import ALONE, Processes
@@ -326,6 +326,36 @@ def test_a_checkpoint_of_two_processes_goes_on_with_one_or_four(root: Path, tmp_
         for mine, theirs in zip(found, wanted, strict=True):
             assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
             assert mine["learning_rate"] == theirs["learning_rate"]
+    asked = ["eval", str(tmp_path / "begun"), "--tasks", str(root / "colours.yaml"), "--data", str(root)]
+    options = [f"--master_port={PORT + 4}", "--nproc_per_node=2"]  # its language.shard is true
+    given = [*asked, "--batch-size", "5", "--output", str(tmp_path / "two")]
+    finished(launch(COMMAND, tmp_path / "scripts", *given, options=options))
+    assert cli.main([*asked, "--batch-size", "5", "--output", str(tmp_path / "one")]) == 0
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+
+
+COMMAND = "import sys; from qformer import cli; sys.exit(cli.main(sys.argv[1:]))"
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_named_and_the_run_goes_on(root: Path, tmp_path: Path) -> None:
+    """Of two under torchrun; `make drill` does it with four, and more."""
+    changes = ("train.steps=400", "train.checkpoint_every=2")
+    directory = world.settings(root / "towers", root, tmp_path / "lost", *changes).directory
+    options = [f"--master_port={PORT + 5}", "--nproc_per_node=2"]
+    started = launch(COMMAND, tmp_path / "scripts", "train", f"{directory}.yaml", *changes, options=options)
+    while not loading.checkpoints(directory):
+        assert started.poll() is None, started.communicate()[0]
+        time.sleep(0.05)
+    children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+    [second] = [each for each in children if b"\0RANK=1\0" in Path(f"/proc/{each}/environ").read_bytes()]
+    os.kill(int(second), signal.SIGKILL)
+    said = started.communicate(timeout=60)[0]
+    assert re.search(r"^qformer: process 1 of 2 on \S+ is gone without a word", said, re.MULTILINE), said
+    done = int(loading.last_checkpoint(directory).name.removeprefix("step-"))
+    given = ("train", f"{directory}.yaml", "train.checkpoint_every=2", f"train.steps={done + 2}")
+    finished(launch(COMMAND, tmp_path / "scripts", *given, options=options))
+    assert loading.last_checkpoint(directory).name == f"step-{done + 2}"
 
 
 # -- a process that is gone -------------------------------------------------------------------------------------------
