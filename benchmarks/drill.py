@@ -6,8 +6,7 @@ runs in one directory, a value that is not finite.  Each part ends in a line, wi
 the system forbids one (mounting a small disk), the line says that it was not tried.
 
 A restart is a process forked off this one, which has everything imported; only the parts with several processes start
-Python anew.  `--set KEY=VALUE` changes every run's settings, and `--writing PATTERN` names what else, below the run
-directory or the data, stands there while it is being written, so that kills are aimed at that too.
+Python anew.  `--set KEY=VALUE` changes every run's settings.
 """
 
 from __future__ import annotations
@@ -29,8 +28,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-WORK = ("checkpoints/.step-*",)
+WORK = "checkpoints/.step-*"
 """What stands in a run directory while a checkpoint is being written."""
+STILL = ("vision.train_transform.mode=squash", "vision.train_transform.flip=0")
+"""What a cache of features asks for: one view of each picture."""
 MINUTE = 60.0
 
 
@@ -41,7 +42,6 @@ class World:
     folder: Path
     seed: int
     changes: list[str] = field(default_factory=list)
-    writing: tuple[str, ...] = WORK
     made: int = 0
 
     def run(self, name: str, *changes: str) -> tuple[Path, list[str]]:
@@ -168,20 +168,59 @@ def check_equal(one: Path, other: Path) -> None:
 
 def kills(world: World, count: int) -> str:
     """SIGKILL so many times, restarted each time."""
+    whole, _ = world.run("whole")
+    told = killed(world, count, whole, "killed", written=lambda run: set(run.glob(WORK)))
+    return f"{told} a checkpoint being written"
+
+
+def cache(world: World, count: int) -> str:
+    """The same while features are kept on disk, of which a part is removed before each start."""
+    from qformer.config import VisionConfig
+
+    if "cache" not in VisionConfig.__dataclass_fields__:
+        return "a cache of features: not tried, since there is none"
+    chance = random.Random(world.seed + 1)
+    folder = world.folder / "features"
+
+    def forget() -> None:
+        for file in sorted(folder.glob("*/[0-9a-f][0-9a-f]/*")):
+            if chance.random() < 0.5:
+                file.unlink()
+
+    settings = [(*STILL, f"vision.cache={place}") for place in (world.folder / "features-whole", folder)]
+    whole, _ = world.run("cached", *settings[0])
+    told = killed(
+        world, count, whole, "cached-killed", settings[0], settings[1], forget,
+        written=lambda run: set(folder.glob("*/unfinished/*")),
+    )  # fmt: skip
+    return f"with a cache of features that is filled meanwhile: {told} a file of it being written"
+
+
+def killed(
+    world: World,
+    count: int,
+    whole: Path,
+    name: str,
+    undisturbed: Sequence[str] = (),
+    disturbed: Sequence[str] = (),
+    prepare: Callable[[], object] = str,
+    *,
+    written: Callable[[Path], set[Path]],
+) -> str:
+    """Kill a run so many times, and compare it with one that was left alone.
+
+    `written`: what stands there while something is being written.
+    """
     chance = random.Random(world.seed)
     steps = 5 * count + 20
     changes = (f"train.steps={steps}", "train.checkpoint_every=2", "train.keep_checkpoints=2")
-    whole, command = world.run("whole", *changes)
+    _, command = world.run(whole.name, *changes, *undisturbed)
     world.start(command).well()
-    run, command = world.run("killed", *changes)
-    places = [run, run / "checkpoints", world.folder / "data"]
-
-    def written() -> set[Path]:
-        return {found for place in places for each in world.writing for found in place.glob(Path(each).name)}
-
+    run, command = world.run(name, *changes, *disturbed)
     inside = early = aimed = 0
     for number in range(count):
-        before, left = progress(run), written()  # what earlier kills left is none of this one's
+        prepare()
+        before, left = progress(run), written(run)  # what earlier kills left is none of this one's
         child = world.start(command)
         way = chance.random()
         if way < 0.2:  # at any moment of the start
@@ -191,8 +230,8 @@ def kills(world: World, count: int) -> str:
         elif way < 0.6:  # while it writes
             aimed += 1
             reach(child, run, min(steps - 4, before + chance.randint(1, 6)))
-            latest = time.monotonic() + 30
-            while child.alive() and not written() - left and time.monotonic() < latest:
+            latest = time.monotonic() + 10
+            while child.alive() and not written(run) - left and time.monotonic() < latest:
                 time.sleep(0.0005)
             time.sleep(chance.random() * 0.01)
         else:  # at any moment of a step
@@ -201,13 +240,13 @@ def kills(world: World, count: int) -> str:
         assert child.alive() or child.code == 0, f"kill {number + 1}: it had ended: {child.said()[-2000:]}"
         if child.alive():
             child.kill()
-        inside += bool(written() - left)
+        inside += bool(written(run) - left)
         early += progress(run) <= before
     world.start(command).well()
     check_equal(whole, run)
     return (
-        f"{count} SIGKILLs over {steps} steps, {aimed} of them aimed at a checkpoint being written, {inside} hit one, "
-        f"{early} before any new step: weights, optimizer and losses equal an undisturbed run's, to the bit"
+        f"{count} SIGKILLs over {steps} steps, {early} of them before any new step: weights, optimizer and losses "
+        f"equal an undisturbed run's, to the bit; {aimed} were aimed at, and {inside} hit,"
     )
 
 
@@ -369,10 +408,31 @@ def inside_full_disk(world: World) -> str:
     for file in ("colours.predictions.jsonl", "colours.json"):
         one, other = ((place / file).read_text() for place in (world.folder / "scored", predictions))
         assert one == other, file
+    kept = _full_cache(world, changes)
     return (
-        "a disk that filled up while a checkpoint was written, and one that filled up while answers were: a sentence "
-        "each, what was there stayed whole, and with room the run and the scores equal undisturbed ones, to the bit"
+        f"a disk that filled up while a checkpoint was written, one while answers were, {kept}: a sentence each, what "
+        f"was there stayed whole, and with room runs and scores equal undisturbed ones, to the bit"
     )
+
+
+def _full_cache(world: World, changes: Sequence[str]) -> str:
+    from qformer.config import VisionConfig
+
+    if "cache" not in VisionConfig.__dataclass_fields__:
+        return "(no cache of features: there is none)"
+    folders = [world.folder / name for name in ("features", "features-full")]
+    whole, command = world.run("cached", *changes, *STILL, f"vision.cache={folders[0]}")
+    world.start(command).well()
+    size = sum(file.stat().st_size for file in folders[0].rglob("*") if file.is_file()) // 2 >> 10
+    folders[1].mkdir()
+    tight = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "none", str(folders[1])]
+    subprocess.run(tight, check=True)
+    run, command = world.run("cached-full", *changes, *STILL, f"vision.cache={folders[1]}")
+    world.start(command).refused("cannot be written .*No space left on device.*; make room there")
+    subprocess.run([*tight[:4], f"remount,size={16 * size}k", *tight[5:]], check=True)
+    world.start(command).well()
+    check_equal(whole, run)
+    return "and one while features were"
 
 
 def replaced(world: World) -> str:
@@ -479,6 +539,10 @@ def not_finite(world: World) -> str:
     )
 
 
+KILLS: dict[str, Callable[[World, int], str]] = {
+    "kills": kills,
+    "cache": lambda world, count: cache(world, max(1, count // 4)),
+}
 PARTS: dict[str, Callable[[World], str]] = {
     "disk": full_disk,
     "replaced": replaced,
@@ -493,10 +557,9 @@ PARTS: dict[str, Callable[[World], str]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--only", default="", help=f"parts, comma-separated: kills, {', '.join(PARTS)}")
+    parser.add_argument("--only", default="", help=f"parts, comma-separated: {', '.join((*KILLS, *PARTS))}")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="in every run")
-    parser.add_argument("--writing", action="append", default=[], metavar="PATTERN", help="what is being written")
     parser.add_argument("--folder", help="where the runs go (a temporary folder)")
     parser.add_argument("--inside-full-disk", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -516,15 +579,15 @@ def main() -> None:
         small.folder.mkdir()
         print(inside_full_disk(small))
         return
-    world = World(folder, options.seed, options.set, (*WORK, *options.writing))
-    chosen = [name for name in options.only.split(",") if name] or ["kills", *PARTS]
+    world = World(folder, options.seed, options.set)
+    chosen = [name for name in options.only.split(",") if name] or [*KILLS, *PARTS]
     for name in chosen:
-        if name != "kills" and name not in PARTS:
-            parser.error(f"--only: '{name}' is no part; there are kills, {', '.join(PARTS)}")
+        if name not in KILLS and name not in PARTS:
+            parser.error(f"--only: '{name}' is no part; there are {', '.join((*KILLS, *PARTS))}")
     began = time.monotonic()
     for name in chosen:
         start = time.monotonic()
-        told = kills(world, options.kills) if name == "kills" else PARTS[name](world)
+        told = KILLS[name](world, options.kills) if name in KILLS else PARTS[name](world)
         print(f"{name} ({time.monotonic() - start:.0f} s): {told}.", flush=True)
     print(f"drill: {len(chosen)} parts in {(time.monotonic() - began) / 60:.1f} minutes.")
     if not options.folder:

@@ -46,7 +46,7 @@ def load_image(source: Path | str | bytes | Packed | Image.Image, max_pixels: in
         DataError: missing, not a picture, cut short, too large, or not open within `PATIENCE`; names the file.
     """
     name = f"{where}: the picture {source}" if isinstance(source, Path | str | Packed) else f"{where}: a picture"
-    with _in_time(name):
+    with in_time(name):
         return _opened(source, max_pixels, where, name)
 
 
@@ -55,7 +55,7 @@ class _Late(BaseException):
 
 
 @contextmanager
-def _in_time(name: str) -> Iterator[None]:
+def in_time(name: str) -> Iterator[None]:
     """Ends what takes longer than `PATIENCE`, by the system's alarm: threads, of which one alone has it, wait on.
 
     Raises:
