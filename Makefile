@@ -14,13 +14,15 @@ ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-lmms coverage check format clean
+.PHONY: help install demo test test-all test-lmms coverage drill soak check format clean
 
 help:
 	@echo "make demo      tune and score a small model on drawn scenes, then write a report (about a quarter of an hour)"
 	@echo "make test      the test suite"
 	@echo "make test-all  every test, line coverage, and the suite on the oldest supported versions"
 	@echo "make test-lmms lmms-eval's command line over small tasks, in an environment of its own (some gigabytes)"
+	@echo "make drill     what a run survives: a hundred kills, lost processes, full disks (under an hour)"
+	@echo "make soak      whether a long run holds on to memory or files (half an hour)"
 	@echo "make check     ruff, formatting, types"
 	@echo "make format    let ruff mend what it can"
 	@echo "make clean     remove the environments and everything that was built"
@@ -65,6 +67,12 @@ $(INSTALLED_LMMS):
 
 test-lmms: $(INSTALLED_LMMS)
 	OMP_NUM_THREADS=1 $(LMMS)/bin/python -m pytest -W default tests/lmms/command_line.py $(ARGS)
+
+drill: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.drill $(ARGS)
+
+soak: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak $(ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

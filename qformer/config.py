@@ -152,6 +152,9 @@ class LanguageConfig:
     """Values of one of transformers' quantisation configs, such as {load_in_4bit: true} (bitsandbytes) or
     {quant_method: quanto, weights: int8}; null: none.  The adapter stays as it is."""
     gradient_checkpointing: bool = False
+    shard: bool = False
+    """Each process holds a part of the LLM's blocks, not all of them: for LLMs that no GPU of a machine holds alone.
+    Needs several processes."""
     packing: bool = True
     """Rows of unlike length share tensor rows where a decoder-only LLM can keep them apart; false pads each."""
     architecture: dict[str, Any] = field(default_factory=dict)

@@ -6,6 +6,11 @@ import hashlib
 import io
 import math
 import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +32,9 @@ FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "nearest": Image.Resampling.NEAREST,
 }
+PATIENCE = 60.0
+"""Seconds that opening a picture may take.  A pipe in a file's place never ends, and a picture can be made so that its
+decoder takes hours."""
 
 
 def load_image(
@@ -41,11 +49,52 @@ def load_image(
         content: the bytes of its file, where they were read already.
 
     Raises:
-        DataError: missing, not a picture, cut short, or too large; names the file.
+        DataError: missing, not a picture, cut short, too large, or not open within `PATIENCE`; names the file.
     """
     name = f"{where}: the picture {source}" if isinstance(source, Path | str | Packed) else f"{where}: a picture"
     if content is not None:
         source = content
+    with in_time(name):
+        return _opened(source, max_pixels, where, name)
+
+
+class _Late(BaseException):
+    """Passes all that decoders catch."""
+
+
+@contextmanager
+def in_time(name: str) -> Iterator[None]:
+    """Ends what takes longer than `PATIENCE`, by the system's alarm: threads, of which one alone has it, wait on.
+
+    Raises:
+        DataError: says so.
+    """
+    alarm = getattr(signal, "SIGALRM", None)
+    if alarm is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    left, every = signal.getitimer(signal.ITIMER_REAL)
+    if 0 < left < PATIENCE:  # somebody else's comes first
+        yield
+        return
+
+    def late(*_: object) -> None:
+        raise _Late
+
+    before, began = signal.signal(alarm, late), time.monotonic()
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+    try:
+        yield
+    except _Late:
+        raise DataError(
+            f"{name} is not open after {PATIENCE:g} seconds; check the file, and the disk that it is on."
+        ) from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, max(1e-3, left - (time.monotonic() - began)) if left else 0.0, every)
+        signal.signal(alarm, before)
+
+
+def _opened(source: Path | str | bytes | Packed | Image.Image, max_pixels: int, where: str, name: str) -> Image.Image:
     if isinstance(source, Packed):
         try:
             source = source.read()

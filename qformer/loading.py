@@ -37,6 +37,7 @@ from qformer.checkpoints import (
 from qformer.config import InitSource, LanguageConfig, QFormerConfig, RunConfig, VisionConfig
 from qformer.errors import ConfigError, reason
 from qformer.nn.qformer import QFormer, QFormerConnector, QFormerSize
+from qformer.processes import ALONE, Processes
 from qformer.starting import Source
 from qformer.text import Profile
 from qformer.untokenized import MissingTokenizer
@@ -189,6 +190,7 @@ def load(
     revision: str | None = None,
     strict: bool = True,
     report: Callable[[str], None] | None = None,
+    processes: Processes = ALONE,
 ) -> VLM:
     """A saved adapter, a run's best or last checkpoint, or a published model or adapter, between its towers.
 
@@ -208,6 +210,8 @@ def load(
             otherwise what is missing or depends on its width (the norm behind it, the keys and values of the
             cross-attentions) is made anew, the rest kept.
         report: is given what was loaded from where, and what was made anew; by default it goes to standard error.
+        processes: those that load it together, each a part of the LLM's blocks where `language.shard` is set; alone, a
+            process holds all of it.
 
     Raises:
         ConfigError: nothing to load there, files that are broken, weights that do not fit, no such device, or another
@@ -225,10 +229,16 @@ def load(
     elif _is_published(path):
         published = read_transformers(path, str(source))
     else:
-        model = _load_saved(path, named, strict, say)
-        return model.to(device).eval() if device else model.eval()
-    model = _load_published(published, named, instruction_tokenizer, strict, say)
-    return model.to(device).eval() if device else model.eval()
+        return _settled(_load_saved(path, named, strict, say), device, processes)
+    return _settled(_load_published(published, named, instruction_tokenizer, strict, say), device, processes)
+
+
+def _settled(model: VLM, device: str | torch.device | None, processes: Processes) -> VLM:
+    if processes.count > 1:
+        model.settle(torch.device(device or "cpu"), processes)
+    elif device:
+        model.to(device)
+    return model.eval()
 
 
 def _check_device(device: str | torch.device | None) -> None:

@@ -13,6 +13,7 @@ from qformer.exporting import LAVIS_FILE, to_lavis
 from qformer.origin import origin
 from qformer.processes import ALONE, Processes, joined
 from qformer.report import write_report
+from qformer.rollcall import roll_call
 
 METRICS_FILE, SETTINGS_FILE = "metrics.jsonl", "config.yaml"
 """Are in every run directory."""
@@ -152,7 +153,7 @@ def score(
     else:
         device = device or best_device()
         named = {"vision": vision, "language": language, "instruction_tokenizer": instruction_tokenizer}
-        model = loading.load(source, **named, device=device, report=say)
+        model = loading.load(source, **named, device=device, report=say, processes=processes)
         run = run_directory(Path(source))
     if kept is not None:
         speaks = model.language.profile.encoder_decoder
@@ -186,22 +187,25 @@ def score(
         )
 
     try:
-        if prompt_sweep:
-            if model.filler is not None:
-                say(model.filler.told())
+        with roll_call(processes):
+            if prompt_sweep:
+                if model.filler is not None:
+                    say(model.filler.told())
 
-            def one(chosen: Mapping[str, cards.TaskCard], wordings: Mapping[str, str], where: Path) -> dict[str, Any]:
-                return scored(chosen, wordings, where, shuffled=False, finish=False, say=_silent)
+                def one(
+                    chosen: Mapping[str, cards.TaskCard], wordings: Mapping[str, str], where: Path
+                ) -> dict[str, Any]:
+                    return scored(chosen, wordings, where, shuffled=False, finish=False, say=_silent)
 
-            found = sweep.sweep(chosen, one, output, processes)
-            say(as_text(sweep.table(found)))
-            return found
-        results = scored(chosen, None, output, shuffled=shuffled, say=say)
-        if table is not None:
-            beside, left_out = published.compared(results, table, row)
-            for line in (*left_out, *([as_text(beside)] if beside.rows else []), *published.remarks(table, row)):
-                say(line)
-        return results
+                found = sweep.sweep(chosen, one, output, processes)
+                say(as_text(sweep.table(found)))
+                return found
+            results = scored(chosen, None, output, shuffled=shuffled, say=say)
+            if table is not None:
+                beside, left_out = published.compared(results, table, row)
+                for line in (*left_out, *([as_text(beside)] if beside.rows else []), *published.remarks(table, row)):
+                    say(line)
+            return results
     finally:
         if processes.first and run is not None and (run / METRICS_FILE).exists() and output == run / "eval":
             say(f"report: {write_report(run)}")

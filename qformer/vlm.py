@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from qformer import __version__, config, exporting, features, modelcard, starting, weights
 from qformer.assemble import Assembler, Item
+from qformer.backbones import sharding
 from qformer.backbones.language import LanguageTower
 from qformer.backbones.vision import FrozenTower, OwnTower, VisionSettings
 from qformer.cards import Decoding
@@ -31,6 +32,7 @@ from qformer.images import ImageTransform
 from qformer.nn.qformer import QFormerConnector
 from qformer.nn.tokens import Tokens
 from qformer.objectives import AnswerLikelihood, Objective
+from qformer.processes import ALONE, Processes
 from qformer.sample import Batch, Row, Sample, Slot, Video
 from qformer.text import Joiner, Rendered
 from qformer.untokenized import MissingTokenizer
@@ -176,6 +178,34 @@ class VLM(nn.Module):
         lengths = torch.tensor([len(each) for each in instructions], device=self.device)
         return ids, torch.arange(longest, device=self.device) < lengths[:, None]
 
+    # -- several processes --------------------------------------------------------------------------------------------
+
+    def settle(self, device: torch.device, processes: Processes = ALONE) -> VLM:
+        """Put it all on a device; with `language.shard` of the LLM's blocks only this process's part.
+
+        All processes have to call this.  DDP then leaves the LLM alone: what it would copy to all is in parts.
+
+        Raises:
+            ConfigError: `language.shard` with one process, or with an LLM that cannot be cut into parts.
+        """
+        if not self.settings.language.shard or self.language is None:
+            return self.to(device)
+        if processes.count == 1:
+            raise ConfigError(
+                "language.shard is true, and there is one process, which would hold the whole LLM; start several "
+                "(torchrun --nproc_per_node N -m qformer …), or set it to false."
+            )
+        self.vision.to(device)
+        self.connector.to(device)
+        sharding.shard(self.language, device)
+        named = (*self.named_parameters(), *self.named_buffers())
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in named if name.startswith("language.")]
+        return self
+
+    def together(self) -> AbstractContextManager[None]:
+        """Where processes that share the LLM ask it unlike things: see `LanguageTower.together`."""
+        return nullcontext() if self.language is None else self.language.together()
+
     # -- answering ----------------------------------------------------------------------------------------------------
 
     def joiner(self) -> Joiner:
@@ -204,7 +234,7 @@ class VLM(nn.Module):
             return None
         return features.filler(self.settings, self.vision, training=False, say=_to_stderr)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def answer(
         self, samples: Sequence[Sample], instructions: Sequence[str | Rendered], decoding: Decoding
     ) -> list[str]:
@@ -212,7 +242,7 @@ class VLM(nn.Module):
         batch = self._asked(samples, instructions)
         return self.language.generate(*self.seen(batch), **dataclasses.asdict(decoding))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def rank_samples(
         self,
         samples: Sequence[Sample],
@@ -225,7 +255,7 @@ class VLM(nn.Module):
         batch = self._asked(samples, instructions)
         return self.language.rank(*self.seen(batch), candidates, normalize=normalize, end=end)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(self, images: Sequence[Any], prompts: Sequence[str], **decoding: Any) -> list[str]:
         """One answer per prompt.  `images`: a path or PIL image per prompt, or a list of them.
 
@@ -244,7 +274,7 @@ class VLM(nn.Module):
         batch = self._prompts(pictures, prompts)
         return self.language.generate(*self.seen(batch), **dataclasses.asdict(settings))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def rank(
         self,
         images: Sequence[Any],

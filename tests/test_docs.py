@@ -23,7 +23,8 @@ from tests import fixtures, world
 from tests.published import put_in_cache, tiny_published
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/reproducing.md")]
+NAMES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/reproducing.md", "docs/many_gpus.md")
+DOCUMENTS = [ROOT / name for name in NAMES]
 
 
 def blocks(document: Path, language: str) -> list[str]:
@@ -188,6 +189,15 @@ def test_the_start_in_the_readme_is_made_of_both_stages(hub: Path, tmp_path: Pat
         stage = made[0 if re.search("word_|position_|text_feed", name) else 1]
         assert torch.equal(tensor, stage.state_dict()[name]), name
     assert "blip2_pretrained.pth: qformer.word_embeddings" in told[0]
+
+
+def test_the_launch_lines_for_many_gpus_are_understood() -> None:
+    lines = re.findall(r"-m qformer (.+)$", (ROOT / "docs/many_gpus.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(lines) == 5
+    for line in map(shlex.split, lines):
+        options = cli.parser().parse_args(line)
+        if options.command == "train" and options.config != "my-run.yaml":
+            assert config.load(options.config, options.changes).language.shard == ("language.shard=true" in line)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -90,6 +90,28 @@ def test_records_are_the_same_from_files_a_new_index_and_one_that_was_there(tmp_
     assert [name.rpartition(".")[2] for name in files(tmp_path / FOLDER)] == ["arrow", "json"]
 
 
+def test_content_is_told_alike_from_memory_and_from_an_index_however_it_is_cut(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    write(tmp_path)
+    plain = opened(tmp_path, None).rows.content
+    built, found = (opened(tmp_path, Index(tmp_path, always=True)).rows for _ in range(2))
+    assert built.content == found.content == pickle.loads(pickle.dumps(found)).content == plain
+    manifest = next((tmp_path / FOLDER).glob("*.json"))
+    assert json.loads(manifest.read_text())["rows"] == plain
+    older = {name: value for name, value in json.loads(manifest.read_text()).items() if name != "rows"}
+    manifest.write_text(json.dumps(older))  # as those before it had no such word
+    assert opened(tmp_path, Index(tmp_path)).rows.content == plain
+    monkeypatch.setattr(module, "BATCH", 64)
+    many = opened(tmp_path, None).rows
+    assert len(many._rows.chunks) > 1 and many.content == plain
+    lines = (tmp_path / "records.jsonl").read_text()
+    (tmp_path / "records.jsonl").write_text(lines.replace("a", "e", 1))
+    assert opened(tmp_path, None).rows.content != plain
+    entries = [(b"1", b"23", None), (b"12", b"3", None)]
+    assert len({module.in_memory([each]).content for each in entries} | {module.in_memory([]).content}) == 3
+
+
 def test_a_root_moves_together_with_its_index(tmp_path: Path) -> None:
     write(tmp_path / "one")
     opened(tmp_path / "one", Index(tmp_path / "one", always=True))

@@ -20,7 +20,7 @@ LAYERS = {
     3: ("images", "videos", "features", "backbones"),
     4: (
         "assemble", "vlm", "objectives", "weights", "loading", "checkpoints", "exporting", "modelcard", "starting",
-        "plugging", "processes",
+        "plugging", "processes", "rollcall",
     ),
     5: ("data",),
     6: ("train", "evaluate"),

@@ -1,6 +1,7 @@
 """Training: any split of a step gives one gradient, a run can be killed anywhere, and monitors disturb nothing."""
 
 import dataclasses
+import errno
 import json
 import os
 import random
@@ -15,13 +16,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from qformer import cards, loading, vlm
+from qformer import cards, images, loading, vlm
 from qformer.backbones.language import DecoderOnly
 from qformer.config import TrainConfig
 from qformer.data.batch import StepMaker, mixture_of, open_sources
 from qformer.errors import ConfigError, DataError, TrainingError
 from qformer.sample import row_length
-from qformer.train import checkpoint, loop, monitors, optim
+from qformer.train import checkpoint, lock, loop, monitors, optim
 from qformer.train.step import NotFiniteError, train_step
 from tests import world
 
@@ -402,6 +403,31 @@ def test_the_first_value_that_is_not_finite_stops_the_run_and_is_saved(make, mon
     assert saved["step"] == 1 and len(saved["samples"]) == 6
 
 
+def test_a_value_that_is_not_finite_leaves_the_checkpoint_before_it_good(make, monkeypatch):
+    """NaN at the fourth step: its samples are named, and without it the run goes on as if it had never been."""
+    changes = ("train.steps=6", "train.checkpoint_every=1", "qformer.dropout=0.1")
+    whole = run(make(*changes, name="whole"))
+    settings = make(*changes)
+    forward = vlm.VLM.forward
+    passes = []
+
+    def spoiled(self, batch):
+        sums = forward(self, batch)
+        passes.append(batch.samples)
+        return {part: total * float("nan") if len(passes) == 4 else total for part, total in sums.items()}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vlm.VLM, "forward", spoiled)
+        with pytest.raises(NotFiniteError, match="at step 4, with the samples") as caught:
+            run(settings)
+    assert caught.value.samples == passes[3]
+    assert json.loads((settings.directory / "not_finite.json").read_text())["samples"] == list(passes[3])
+    assert loading.checkpoints(settings.directory)[-1].name == "step-3"
+    assert all(tensor.isfinite().all() for tensor in weights_of(loading.last_checkpoint(settings.directory)).values())
+    run(settings)
+    assert same(weights_of(whole), weights_of(settings.directory))
+
+
 def test_a_full_disk_leaves_earlier_checkpoints_whole(make, monkeypatch):
     directory = run(make("train.steps=2"))
     before = weights_of(directory)
@@ -448,6 +474,20 @@ def test_the_summary_of_broken_records_is_of_all_processes_and_all_starts(make, 
     assert after[: len(before)] == before and len({json.loads(line)["step"] for line in after}) == len(after)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in the file system")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_takes_for_ever_is_a_broken_record(make, data, monkeypatch, workers):
+    monkeypatch.setattr(images, "PATIENCE", 0.3)
+    (data / "pictures" / "3.png").unlink()
+    os.mkfifo(data / "pictures" / "3.png")
+    changes = ("train.steps=8", f"data.workers={workers}")
+    with pytest.raises(DataError, match=r"3\.png is not open after 0\.3 seconds; check the file, and the disk"):
+        run(make(*changes, name="strict"))
+    directory = run(make(*changes, "data.on_error=skip", name="lenient"))
+    [line, *_] = [json.loads(line) for line in (directory / "broken.jsonl").read_text().splitlines()]
+    assert line["record"] == 4 and "is not open after" in line["reason"]
+
+
 def test_a_run_that_met_a_broken_record_may_go_on_without_it(make, data):
     run(make("train.steps=2"))
     (data / "pictures" / "3.png").write_bytes(b"no picture")
@@ -461,6 +501,7 @@ def test_a_run_that_met_a_broken_record_may_go_on_without_it(make, data):
     [
         (lambda data: append(data / "records.jsonl", LINE), "records"),
         (lambda data: replace(data / "colours.yaml", "template: instruction}", "template: vqa}"), "card"),
+        (lambda data: replace(data / "records.jsonl", "it is green", "it is white"), "content"),
     ],
 )
 def test_a_run_does_not_go_on_with_other_records_or_another_card(make, data, spoil, sentence):
@@ -468,6 +509,57 @@ def test_a_run_does_not_go_on_with_other_records_or_another_card(make, data, spo
     spoil(data)
     with pytest.raises(ConfigError, match=rf"other data: {sentence} of 'colours' was .* and is"):
         run(make("train.steps=2"))
+
+
+@pytest.mark.parametrize("index", [False, True])
+def test_data_are_known_again_by_content_whatever_file_holds_them(make, data, tmp_path, index):
+    """A replaced file is noticed though it is of the same size and time, a copied one is the same."""
+    changes = (f"data.index={tmp_path / 'index'}",) if index else ()
+    directory = run(make("train.steps=1", *changes))
+    described = json.loads((directory / "data.json").read_text())["colours"]
+    state = (data / "records.jsonl").stat()
+    copy = data / "copy.jsonl"
+    copy.write_bytes((data / "records.jsonl").read_bytes())
+    os.replace(copy, data / "records.jsonl")
+    run(make("train.steps=2"))  # from another place than before: in memory, or still in memory
+    assert json.loads((directory / "data.json").read_text())["colours"] == described
+    replace(data / "records.jsonl", "it is green", "it is white")
+    os.utime(data / "records.jsonl", ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert (data / "records.jsonl").stat().st_size == state.st_size
+    with pytest.raises(ConfigError, match=rf"content of 'colours' was {described['content']} and is [0-9a-f]{{16}}"):
+        run(make("train.steps=3", *changes))
+
+
+def test_a_run_from_before_contents_were_noted_goes_on(make):
+    directory = run(make("train.steps=1"))
+    told = json.loads((directory / "data.json").read_text())
+    del told["colours"]["content"]
+    (directory / "data.json").write_text(json.dumps(told))
+    run(make("train.steps=2"))
+    assert "content" in json.loads((directory / "data.json").read_text())["colours"]
+
+
+def test_a_run_directory_takes_one_run_at_a_time(make, monkeypatch):
+    settings = make("train.steps=2")
+    with lock.locked(settings.directory):
+        with pytest.raises(TrainingError, match=rf"another run is writing there \(process {os.getpid()} on .*\); wait"):
+            run(settings)
+        assert not (settings.directory / "checkpoints").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(settings)
+    run(settings)  # whatever ended the one before
+
+
+def test_where_the_file_system_has_no_locks_a_run_goes_without(make, monkeypatch):
+    import fcntl
+
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    assert run(make("train.steps=1"))
 
 
 @pytest.mark.parametrize("place", ["file", "file/below"])
@@ -590,57 +682,6 @@ def test_the_gap_is_measured_with_other_samples_pictures():
 
 
 # -- processes --------------------------------------------------------------------------------------------------------
-
-TWO_PROCESSES = """
-import sys, torch
-from accelerate import Accelerator
-from qformer import config, loading
-from qformer.train.step import train_step
-from tests.test_train import maker_of
-
-settings = config.load(sys.argv[1])
-accelerator = Accelerator(cpu=True)
-assert accelerator.num_processes == int(sys.argv[3]), accelerator.num_processes
-model = loading.build(settings, report=lambda _: None)
-model.train()
-wrapped = accelerator.prepare_model(model)
-maker = maker_of(settings, model, batch_size=7, rank=accelerator.process_index, ranks=accelerator.num_processes,
-                 micro_batch_tokens=60)
-optimizer = torch.optim.SGD(model.trainable().values(), lr=0.0)
-kept = {}
-optimizer.register_step_pre_hook(
-    lambda *_: kept.update({n: p.grad.clone() for n, p in model.trainable().items() if p.grad is not None}))
-data = maker[0]
-dummy = maker.assembler.dummy(model.vision.settings.size)
-report = train_step(wrapped, model.objective, data.batches, dummy, optimizer, accelerator, None)
-names = [name for batch in data.batches for name in batch.samples]
-torch.save({"gradients": kept, "loss": report.loss, "counts": report.counts, "names": names,
-            "passes": len(data.batches)}, f"{sys.argv[2]}.{accelerator.process_index}")
-"""
-
-
-def test_two_processes_equal_one(make, tmp_path):
-    """gloo under torchrun, with unequal token counts and unequal numbers of micro-batches."""
-    make(name="pair")
-    script = tmp_path / "step.py"
-    script.write_text(TWO_PROCESSES)
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    for ranks in (1, 2):
-        launch = ["torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={29400 + os.getpid() % 500}"]
-        given = [script, tmp_path / "pair.yaml", tmp_path / f"out{ranks}", ranks]
-        command = [sys.executable, "-m", *launch, *map(str, given)]
-        subprocess.run(command, check=True, env=environment, capture_output=True)
-    one = torch.load(tmp_path / "out1.0", weights_only=True)
-    pair = [torch.load(tmp_path / f"out2.{rank}", weights_only=True) for rank in (0, 1)]
-    assert sorted(pair[0]["names"] + pair[1]["names"]) == sorted(one["names"])
-    assert len(pair[0]["names"]) != len(pair[1]["names"]) and pair[0]["passes"] != pair[1]["passes"]
-    assert pair[0]["counts"] == pair[1]["counts"] == one["counts"]
-    assert pair[0]["loss"] == pytest.approx(one["loss"], rel=1e-5)
-    for name, expected in one["gradients"].items():
-        if not name.endswith("key.bias"):
-            for rank in pair:
-                assert (rank["gradients"][name] - expected).norm() <= 1e-4 * expected.norm(), name
-
 
 TRAIN = """
 import os, sys

@@ -11,7 +11,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, partial
 from itertools import chain
 from typing import Any
@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qformer.backbones import inside, packing, ranking
 from qformer.backbones.ranking import Group
+from qformer.backbones.sharding import Shards
 from qformer.cards import Decoding
 from qformer.config import LanguageConfig
 from qformer.errors import ConfigError, DataError, reason
@@ -72,6 +73,8 @@ class LanguageTower(nn.Module, ABC):
         self.checkpointing, self.packing = gradient_checkpointing, packing
         self.truncations = Truncations()
         """Counts every text that is cut for this LLM, candidates among them."""
+        self.shards: Shards | None = None
+        """The processes that hold its blocks in parts, see `qformer.backbones.sharding`; None: each holds all."""
         model.requires_grad_(False)
         _forget_generation_defaults(model, tokenizer)
         if gradient_checkpointing:
@@ -142,6 +145,14 @@ class LanguageTower(nn.Module, ABC):
     def fingerprint(self) -> Tensor:
         """64 fixed embedding rows (64, L) in float32 that tell this LLM from others."""
         return fingerprint(self._embeddings.weight)
+
+    def together(self) -> AbstractContextManager[None]:
+        """Where processes that hold the LLM in parts ask it unlike things, or unlike often; alone it is nothing."""
+        return nullcontext() if self.shards is None else self.shards.together()
+
+    def know_itself(self) -> None:
+        """Find out now what is else found out when it is first asked for, on all processes together."""
+        _ = self.packs, self.ranks
 
     # -- rows as tensors ----------------------------------------------------------------------------------------------
 
@@ -306,6 +317,8 @@ class LanguageTower(nn.Module, ABC):
         else:
             values["early_stopping"] = False
         fixed = {"use_cache": True, "num_return_sequences": 1, "no_repeat_ngram_size": 0}
+        if self.shards is not None:
+            fixed["synced_gpus"] = False  # `together` does it, for batches of unlike number too
         known = self.profile.pad < self._embeddings.weight.shape[0]  # some tokenizers add a mark the model lacks
         pad = self.profile.pad if known else self._ends[0]
         return {**values, **fixed, "pad_token_id": pad, "eos_token_id": self._ends}
@@ -368,6 +381,11 @@ class DecoderOnly(LanguageTower):
     def packs(self) -> str | None:
         """How rows to be scored share tensor rows, see `qformer.backbones.packing`; None: they are padded."""
         return self._packs if self.packing else None
+
+    def know_itself(self) -> None:
+        """As `LanguageTower.know_itself`."""
+        super().know_itself()
+        _ = self._head_stands_alone
 
     @cached_property
     @torch.no_grad()

@@ -34,11 +34,12 @@ class Source:
     records: Records
 
     def described(self) -> dict[str, Any]:
-        """Hashes of the card's section and of its templates, and the number of records."""
+        """Hashes of the card's section and of its templates, the number of records, and a hash of what is in them."""
         return {
             "card": f"{keyed.keyed_hash(json.dumps(asdict(self.section), sort_keys=True)):016x}",
             "templates": f"{keyed.keyed_hash(json.dumps(self.templates.templates)):016x}",
             "records": len(self.records),
+            "content": self.records.rows.content,
         }
 
 

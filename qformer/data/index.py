@@ -29,6 +29,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import orjson
 import pyarrow
 
@@ -59,12 +60,13 @@ SCHEMA = pyarrow.schema([("key", pyarrow.binary()), ("row", pyarrow.binary())])
 class Rows:
     """Keys and rows of one set, in an Arrow file that is memory-mapped or in memory; no object stands for a record."""
 
-    def __init__(self, source: Path | pyarrow.Buffer, broken: Mapping[int, str]):
+    def __init__(self, source: Path | pyarrow.Buffer, broken: Mapping[int, str], content: str | None = None):
         """Open the rows.
 
         Args:
             source: the Arrow file, or its bytes.
             broken: errors of records by their place.
+            content: see the property, where it is known.
 
         Raises:
             OSError, ValueError: no such file, or not whole.
@@ -72,10 +74,28 @@ class Rows:
         self.source, self.broken = source, dict(broken)
         opened = pyarrow.memory_map(str(source)) if isinstance(source, Path) else pyarrow.BufferReader(source)
         table = pyarrow.ipc.open_file(opened, options=pyarrow.ipc.IpcReadOptions(use_threads=False)).read_all()
-        self._keys, self._rows = table["key"], table["row"]
+        self._keys, self._rows, self._content = table["key"], table["row"], content
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Rows, (self.source, self.broken)
+        return Rows, (self.source, self.broken, self._content)
+
+    @property
+    def content(self) -> str:
+        """A hash of all keys and rows, whatever file they came from and however they lie."""
+        if self._content is None:
+            whole = hashlib.blake2b(digest_size=8)
+            for column in (self._keys, self._rows):
+                chunks = [chunk for chunk in column.chunks if len(chunk)]
+                ends = [
+                    numpy.frombuffer(chunk.buffers()[1], numpy.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+                    for chunk in chunks
+                ]
+                for each in ends:  # first the lengths of all, then the bytes of all
+                    whole.update(numpy.diff(each).tobytes())
+                for chunk, each in zip(chunks, ends, strict=True):
+                    whole.update((chunk.buffers()[2] or b"")[int(each[0]) : int(each[-1])])
+            self._content = whole.hexdigest()
+        return self._content
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -223,7 +243,8 @@ def _find(folder: Path, stem: str, records: Records, sources: _Sources) -> Rows 
         file = folder / told["file"]
         if file.stat().st_size != told["size"]:
             return None
-        rows = Rows(file, {place: _with_paths(words, records) for place, words in told["broken"]})
+        broken = {place: _with_paths(words, records) for place, words in told["broken"]}
+        rows = Rows(file, broken, told.get("rows"))
     except (OSError, ValueError, KeyError, TypeError):  # not there, or not whole
         return None
     if touched:
@@ -241,6 +262,7 @@ def _build(folder: Path, stem: str, records: Records, sources: _Sources) -> Rows
             broken = _pack(records.entries(), sink)
         if sources.now() != sources.state:
             raise DataError(f"{records.file}: it was written to while it was read; start again when it is whole.")
+    rows = Rows(file, broken)
     told = {
         "format": FORMAT,
         "code": _code(type(records)),
@@ -248,13 +270,14 @@ def _build(folder: Path, stem: str, records: Records, sources: _Sources) -> Rows
         "content": sources.content,
         "file": file.name,
         "size": file.stat().st_size,
+        "rows": rows.content,
         "broken": [[place, _without_paths(words, records)] for place, words in broken.items()],
     }
     _write(folder / f"{stem}.json", json.dumps(told))
     for older in folder.glob(f"{stem}-*.arrow"):
         if older != file:
             older.unlink(missing_ok=True)
-    return Rows(file, broken)
+    return rows
 
 
 def _pack(entries: Iterable[Entry], sink: Any) -> dict[int, str]:

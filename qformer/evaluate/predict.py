@@ -8,6 +8,7 @@ import hashlib
 import heapq
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -130,6 +131,10 @@ def predict(
     answers: dict[int, Answer | DataError] = {}
 
     def ask() -> None:
+        with getattr(model, "together", nullcontext)():  # processes that hold an LLM in parts have unlike batches
+            ask_own()
+
+    def ask_own() -> None:
         asked = 0
         for start in range(0, len(questions), batch_size):
             batch = questions[start : start + batch_size]

@@ -26,7 +26,7 @@ BEST_FILE = "validation.json"
 FREE = {
     "name", "output", "data.root", "data.index", "data.workers", "data.max_pixels", "data.on_error",
     "train.steps", "train.log_every", "train.monitor_every", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.log_with", "validation.batch_size", "evaluate", "vision.cache",
+    "train.log_with", "validation.batch_size", "evaluate", "vision.cache", "language.shard",
 }  # fmt: skip
 """Settings that may change when a run goes on: how long, how it is reported, where things are."""
 PATHS = {"vision.name", "vision.checkpoint", "language.name", "qformer.init", "qformer.tokenizer"}
@@ -173,7 +173,7 @@ def same_data(file: Path, now: Mapping[str, Mapping[str, Any]]) -> None:
         raise ConfigError(f"{file}: it is not valid JSON ({error}); start a new run with another output.") from None
     for task, described in now.items():
         for what, value in described.items():
-            old = before.get(task, {}).get(what)
+            old = before[task].get(what, value) if task in before else None  # older runs do not tell the content
             if old != value:
                 raise ConfigError(
                     f"{file}: this run cannot go on with other data: {what} of '{task}' was {old} and is {value}. Put "

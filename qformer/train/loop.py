@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,8 +22,10 @@ from qformer.data.index import Index
 from qformer.data.proof import LabelProof, lossy_targets
 from qformer.errors import ConfigError, TrainingError, did_you_mean
 from qformer.processes import PATIENCE, Processes, in_turn
+from qformer.rollcall import roll_call
 from qformer.sample import Batch, row_length
 from qformer.train import caching, checkpoint, monitors
+from qformer.train.lock import locked
 from qformer.train.optim import learning_rate, optimizer_for
 from qformer.train.step import NotFiniteError, StepReport, train_step
 
@@ -64,13 +66,29 @@ def train(
 
     Raises:
         ConfigError, DataError: the settings or the data are at fault.  TrainingError: a value that is not finite,
-            labels that do not decode, a checkpoint that cannot be written.
+            labels that do not decode, a checkpoint that cannot be written, another run in the same directory, another
+            process that is gone.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers fork after the tokenizers were used
-    run = settings.directory
-    _check_place(run)
+    _check_place(settings.directory)
     check_trackers(settings.train.log_with)
-    _join_processes(patient=validate is not None)
+    _check_engine()
+    state = _join_processes(patient=validate is not None)
+    processes = Processes(state.process_index, state.num_processes)
+    with roll_call(processes), ExitStack() as held:
+        return _train(settings, validate, say, quiet, processes, held)
+
+
+def _train(
+    settings: RunConfig,
+    validate: Validate | None,
+    say: Callable[[str], None],
+    quiet: bool,
+    processes: Processes,
+    held: ExitStack,
+) -> Path:
+    """As `train`; the processes are joined, and `held` keeps the run directory's lock to the end."""
+    run = settings.directory
     task_cards, multipliers = cards.mixture(settings.data)
     index = Index(Path(settings.data.root), settings.data.index, say=say)
     sources = _in_turn(
@@ -78,6 +96,7 @@ def train(
     )
     mixture = mixture_of(sources, settings.data, multipliers, settings.seed)
     described = {key: source.described() for key, source in sources.items()}
+    processes.agreed(lambda: held.enter_context(locked(run)) if processes.first else None)
     last = loading.checkpoints(run)[-1:]
     if (run / CONFIG_FILE).exists() and last:
         checkpoint.same_run(run / CONFIG_FILE, settings)
@@ -93,12 +112,12 @@ def train(
     )
     first_process = accelerator.is_main_process
     say = say if first_process else lambda _: None
-    model = loading.build(settings, report=say).to(accelerator.device)
+    model = loading.build(settings, report=say).settle(accelerator.device, processes)
     model.train_only(settings.train.only)
     model.train()
     optimizer = optimizer_for(model.trainable(), settings.train)
     start = checkpoint.restore(last[0], model, optimizer) if last else 0
-    wrapped = accelerator.prepare_model(model)
+    wrapped = accelerator.prepare_model(model, device_placement=False)
     kept = caching.opened(settings, model, say)
     maker = StepMaker(
         mixture,
@@ -169,10 +188,11 @@ def train(
             done = step + 1
             seconds, began = time.perf_counter() - began, time.perf_counter()
             values: dict[str, Any] = {}
-            if settings.train.monitor_every and done % settings.train.monitor_every == 0 and data.batches:
-                reading = monitors.readings(model, max(data.batches, key=lambda batch: batch.pictures))
-                values |= reading
-                for warning in alarm(reading):
+            if settings.train.monitor_every and done % settings.train.monitor_every == 0:
+                with model.together():
+                    if data.batches:
+                        values |= monitors.readings(model, max(data.batches, key=lambda batch: batch.pictures))
+                for warning in alarm(values) if values else ():
                     say(f"step {done}: {warning}")
                 began = time.perf_counter()
             cut = int(accelerator.reduce(torch.tensor(data.truncations.texts, device=accelerator.device), "sum"))
@@ -205,9 +225,23 @@ def train(
     return run
 
 
-def _join_processes(*, patient: bool) -> None:
+def _check_engine() -> None:
+    """Refuse engines of accelerate that would wrap the whole model, optimizer and all, in their own way.
+
+    Raises:
+        ConfigError: accelerate was configured to use one.
+    """
+    for name, variable in (("FSDP", "ACCELERATE_USE_FSDP"), ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED")):
+        if os.environ.get(variable, "false").lower() in ("true", "1"):
+            raise ConfigError(
+                f"accelerate is configured to use {name}, under which this trains nothing; configure it for several "
+                f"GPUs alone (--multi_gpu), and set language.shard: true to hold the LLM in parts."
+            )
+
+
+def _join_processes(*, patient: bool) -> PartialState:
     """Joined before anything else, since their patience cannot be changed later: they may wait for a validation."""
-    PartialState(cpu=not torch.cuda.is_available(), **({"timeout": PATIENCE} if patient else {}))
+    return PartialState(cpu=not torch.cuda.is_available(), **({"timeout": PATIENCE} if patient else {}))
 
 
 def _in_turn(work: Callable[[], Value]) -> Value:
@@ -323,7 +357,9 @@ def _one_step(
             wrapped, model.objective, data.batches, dummy, optimizer, accelerator, settings.train.max_norm
         )
     except NotFiniteError as error:
-        where = _module_not_finite(model, data.batches) or error.where
+        # An LLM in parts answers to all processes alone, and the others have no cause to run theirs again.
+        found = None if settings.language.shard else _module_not_finite(model, data.batches)
+        where = found or error.where
         record = {"step": step + 1, "where": where, "samples": error.samples}
         with weights.whole_file(settings.directory / "not_finite.json") as file:
             file.write_text(json.dumps(record, indent=2), encoding="utf-8")
