@@ -411,9 +411,7 @@ def test_a_truncated_file_is_named(source: Path, tmp_path: Path) -> None:
 
 def test_a_mislabelled_file_is_named(source: Path, tmp_path: Path) -> None:
     (tmp_path / "text.pth").write_text("Not found\n")
-    with pytest.raises(
-        ConfigError, match=r"text\.pth: no tensors can be read from it safely \(it is no file of torch's\)"
-    ):
+    with pytest.raises(ConfigError, match=r"text\.pth: no tensors can be read .* \(it is no file of torch's\)"):
         loaded(tmp_path / "text.pth")
     with pytest.raises(ConfigError, match=r"enc\.pth: it holds no Q-Former; it looks like an image encoder"):
         loaded(write(tmp_path / "enc.pth", {"patch_embed.proj.weight": torch.ones(1)}))
