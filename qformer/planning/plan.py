@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from qformer import cards, dryrun, loading
+from qformer import cards, dryrun, hub, loading
 from qformer.backbones import blueprints, ranking
 from qformer.backbones.blueprints import language_parameters
 from qformer.cards import TaskCard
@@ -102,8 +102,9 @@ def plan(
         DataError: a set without a published size is not there.
     """
     check(settings, gpu, gpus, efficiency)
-    found = sizes(settings)
-    data = look(settings, found, gpus)
+    with hub.asked_if_there():
+        found = sizes(settings)
+        data = look(settings, found, gpus)
     yield _head(settings, gpu, gpus)
     yield _parameters(settings, found)
     yield from _rows(data)
