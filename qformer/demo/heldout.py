@@ -230,7 +230,7 @@ def meme(scene: Scene, text: str) -> Image.Image:
 def _vizwiz(root: Path, seed: int, pictures: int, advance: Callable[[int], None]) -> None:
     made = _made(seed, VIZWIZ, pictures)
     asked = {scene.number: ask for scene, ask in _asked(made, BLIND_FORMS, 1, "vizwiz")}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for scene in made:
         if (ask := asked.get(scene.number)) is not None:
             dice = Dice("vizwiz", seed, scene.number)
