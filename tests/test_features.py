@@ -402,8 +402,13 @@ def test_killed_in_the_midst_of_writing_no_file_is_half_there(tmp_path):
     for _ in range(2):
         child = os.fork()
         if not child:
-            for number in range(1 << 30):
-                cache.write(f"{number % 97:02x}{number % 97}", values + number % 97)
+            end, number = time.monotonic() + 5, 0
+            try:
+                while time.monotonic() < end:
+                    cache.write(f"{number:02x}{number}", values + number)
+                    number = (number + 1) % 97
+            finally:
+                os._exit(1)
         children.append(child)
     time.sleep(0.5)
     for child in children:
