@@ -134,7 +134,8 @@ class Batch:
     @property
     def opened(self) -> list[int]:
         """The numbers of the pictures that `pixels` holds."""
-        return [number for number in range(self.pictures) if number not in set(self.featured)]
+        known = set(self.featured)
+        return [number for number in range(self.pictures) if number not in known]
 
 
 def row_length(row: Row, soft_tokens: int) -> int:

@@ -402,8 +402,13 @@ def test_killed_in_the_midst_of_writing_no_file_is_half_there(tmp_path):
     for _ in range(2):
         child = os.fork()
         if not child:
-            for number in range(1 << 30):
-                cache.write(f"{number % 97:02x}{number % 97}", values + number % 97)
+            end, number = time.monotonic() + 5, 0
+            try:
+                while time.monotonic() < end:
+                    cache.write(f"{number:02x}{number}", values + number)
+                    number = (number + 1) % 97
+            finally:
+                os._exit(1)
         children.append(child)
     time.sleep(0.5)
     for child in children:
@@ -460,15 +465,17 @@ def test_a_folder_that_cannot_be_is_refused(make, tmp_path):
         run(make(cache="file"))
 
 
-def test_size_cost_and_what_was_done_are_said(make, tmp_path):
+def test_size_cost_and_what_was_done_are_said(make, data, tmp_path):
     said = []
-    settings = make("train.steps=8", "validation.tasks=[]", cache="kept")
+    validated = (f"validation.tasks=[{data / 'colours.yaml'}]", "validation.limit=7")
+    settings = make("train.steps=8", *validated, cache="kept")
     loop.train(settings, say=said.append, quiet=True)
     told = [line for line in said if "vision.cache" in line]
     assert "kept in" in told[0] and "1.6 KB a picture; 0 are there already, and" in told[0]
     assert told[1] == "vision.cache: 24 pictures are drawn in this run, whose features take 39.2 KB"
-    assert "(8 pictures)" in told[2] and ("each is seen 2.0 times" in told[2] or "does not pay here" in told[2])
-    assert told[3] == "vision.cache: features were read 32 times and made for 24 pictures"
+    assert told[2] == "vision.cache: up to 7 of the validation's samples come on top, as it meets them"
+    assert "(8 pictures)" in told[3] and ("each is seen 2.0 times" in told[3] or "does not pay here" in told[3])
+    assert told[4] == "vision.cache: features were read 32 times and made for 24 pictures"
     assert len(cached_files(tmp_path / "kept")) == 24
     [file, *_] = cached_files(tmp_path / "kept")
     file.write_bytes(b"")

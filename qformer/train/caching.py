@@ -30,7 +30,7 @@ from qformer.vlm import VLM
 MEASURED = 8
 """Pictures that are opened, encoded, written and read to see whether the cache pays."""
 MOST_RECORDS = 1_000_000
-"""Records that are looked at to count a run's pictures: half a minute; of a larger run not all are."""
+"""Records that are looked at to count a run's pictures; of a larger run not all are."""
 
 
 def opened(settings: RunConfig, model: VLM, say: Callable[[str], None]) -> Filler | None:
