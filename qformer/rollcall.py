@@ -141,13 +141,14 @@ class RollCall:
                 for a, b, past in zip(heard or now, now, since, strict=True)
             ]
             heard = now
-            late = [
-                (number, told)
-                for number, told, past in zip(self.others, now, since, strict=True)
-                if told != LEFT and time.monotonic() - past > (self.alarmed if told.startswith(LEFT) else self.silence)
-            ]
+            late = any(
+                told != LEFT and time.monotonic() - past > (self.alarmed if told.startswith(LEFT) else self.silence)
+                for told, past in zip(now, since, strict=True)
+            )
             if late:
-                return self._last(self.missing() or self._gone([number for number, _ in late]))
+                if missing := self.missing():
+                    return self._last(missing)
+                since = [time.monotonic()] * len(self.others)  # this one itself was stopped for a while
 
     def _last(self, sentence: str, code: int = 1, why: str | None = None) -> None:
         """Say it, and end this process wherever it is; `why`: what the others are told, if not the same."""
