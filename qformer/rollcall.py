@@ -61,7 +61,7 @@ class RollCall:
         self.processes, self.store = processes, store
         self.beat, self.silence, self.alarmed, self.end, self.write = beat, silence, alarmed, end, write
         self.others = [number for number in range(processes.count) if number != processes.index]
-        self.counted = 0
+        self.counted, self.left, self.telling = 0, False, threading.Lock()
         self.ending = threading.Lock()
         """Held by whoever says the last sentence: the thread, or what this process itself raises."""
         self.signals, self.wake = os.pipe()
@@ -93,7 +93,9 @@ class RollCall:
         store goes with it.
         """
         with suppress(RuntimeError):
-            self.store.set(str(self.processes.index), LEFT + why)
+            with self.telling:
+                self.left = True
+                self.store.set(str(self.processes.index), LEFT + why)
             if self.processes.first:
                 latest = time.monotonic() + 2 * self.alarmed
                 while time.monotonic() < latest and not all(each.startswith(LEFT) for each in self._heard()):
@@ -141,13 +143,14 @@ class RollCall:
                 for a, b, past in zip(heard or now, now, since, strict=True)
             ]
             heard = now
-            late = [
-                (number, told)
-                for number, told, past in zip(self.others, now, since, strict=True)
-                if told != LEFT and time.monotonic() - past > (self.alarmed if told.startswith(LEFT) else self.silence)
-            ]
+            late = any(
+                told != LEFT and time.monotonic() - past > (self.alarmed if told.startswith(LEFT) else self.silence)
+                for told, past in zip(now, since, strict=True)
+            )
             if late:
-                return self._last(self.missing() or self._gone([number for number, _ in late]))
+                if missing := self.missing():
+                    return self._last(missing)
+                since = [time.monotonic()] * len(self.others)  # this one itself was stopped for a while
 
     def _last(self, sentence: str, code: int = 1, why: str | None = None) -> None:
         """Say it, and end this process wherever it is; `why`: what the others are told, if not the same."""
@@ -159,8 +162,10 @@ class RollCall:
         self.end(code)
 
     def _beat(self) -> None:
-        self.counted += 1
-        self.store.set(str(self.processes.index), str(self.counted))
+        with self.telling:
+            self.counted += 1
+            if not self.left:  # what was said last stays
+                self.store.set(str(self.processes.index), str(self.counted))
 
     def _heard(self) -> list[str]:
         return [told.decode() for told in self.store.multi_get([str(number) for number in self.others])]
