@@ -436,6 +436,11 @@ def test_a_library_that_is_not_there_is_left_out(monkeypatch: pytest.MonkeyPatch
     assert set(run._libraries()) == {"qformer", "python", "numpy"}
 
 
+def test_what_decodes_videos_and_reads_mirrors_is_among_the_libraries() -> None:
+    assert {"av", "datasets"} <= set(run.LIBRARIES)
+    assert {name for name in run.LIBRARIES if name in ("av", "datasets")} <= set(run._libraries())
+
+
 # -- with what stands around it ---------------------------------------------------------------------------------------
 
 
