@@ -72,6 +72,14 @@ def test_two_runs_are_compared_sample_by_sample(tmp_path: Path) -> None:
     assert "-26.7 (" in as_text(compare.tables(compare.compare(other, one)[0], "a", "b")[0])
 
 
+def test_a_difference_that_there_is_not_has_no_sign(tmp_path: Path) -> None:
+    one = scored(tmp_path, "one", 3)
+    found, _ = compare.compare(one, one)
+    nothing = {"colours": {**found["colours"], "difference": None, "interval": [None, None]}}
+    [table] = map(as_text, compare.tables(nothing, "one", "other"))
+    assert "–" in table and "+–" not in table
+
+
 def test_a_run_is_no_better_than_itself(tmp_path: Path) -> None:
     one = scored(tmp_path, "one", 3)
     result = compare.compare(one, one)[0]["colours"]

@@ -173,6 +173,15 @@ def test_vqa_normalisers_differ_as_their_originals_do(rule: str, text: str, trut
 def test_vqa_accuracy_wants_several_annotators() -> None:
     with pytest.raises(DataError, match=r"set, sample '0': 1 reference answers, and vqa_accuracy needs at least 4"):
         scored("vqa_accuracy", "red", ["red"])
+    with pytest.raises(DataError, match="3 reference answers, and vqa_accuracy needs at least 4"):
+        scored("vqa_accuracy", "red", ["red"] * 3)
+    assert scored("vqa_accuracy", "red", ["red"] * 4) == 1.0
+
+
+def test_three_annotators_do_where_none_is_left_out() -> None:
+    with pytest.raises(DataError, match="2 reference answers, and vqa_accuracy needs at least 3"):
+        scored("vqa_accuracy", "red", ["red"] * 2, leave_one_out=False)
+    assert scored("vqa_accuracy", "red", ["red"] * 3, leave_one_out=False) == 1.0
 
 
 def plain_vqa_accuracy(said: str, truths: Sequence[str], rule: str) -> float:

@@ -203,12 +203,13 @@ def _table(found: Mapping[str, Mapping[str, Any]], one: str, other: str, where: 
             each["one"]["recipe"] if each["same_recipe"] else f"{each['one']['recipe']} / {each['other']['recipe']}"
         )
         difference = in_words({"score": each["difference"], "interval": each["interval"]}, percent)
+        sign = "" if each["difference"] is None or difference.startswith("-") else "+"
         shown.add_row(
             each["task"],
             each["metric"],
             in_words({**each["one"], **plain}, percent),
             in_words({**each["other"], **plain}, percent),
-            difference if difference.startswith("-") else f"+{difference}",
+            sign + difference,
             *(f"{count:,}" for count in each["better"]),
             samples_in_words(each),
             recipe,

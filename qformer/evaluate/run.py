@@ -517,8 +517,8 @@ def _lines(asked: Answered, scores: Sequence[float | None], root: Path) -> list[
             line["type"] = each.kind
         if answer.candidates:
             line["candidates"] = dict(zip(answer.candidates, answer.likelihoods, strict=True))
-        if len(answer.candidates) < len(each.candidates):
-            line["ranked"] = len(each.candidates)  # those above are the likeliest of so many
+        if len(line.get("candidates", ())) < len(each.candidates):
+            line["ranked"] = len(each.candidates)  # those above, each named once, are the likeliest of so many
         lines.append(line)
     for line, answer in zip(lines, asked.blind):
         line["shuffled_prediction"] = answer.text
