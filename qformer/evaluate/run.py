@@ -401,8 +401,14 @@ def _scored(
         )
         frequent = marked(outcome_of(said))
     if metric.scored and section.answer == "rank":
-        unreachable = baselines.unreachable(samples, [each.candidates for each in asked.questions])
-        chance = {"score": _chance(asked.questions, outcome_of, ranked=metric.ranked), "interval": [None, None]}
+        if metric.ranked:  # all candidates as likely, the truth always among them
+            choices = [each.candidates for each in asked.questions]
+            reached = outcome_of([Answer(each[0], each, (0.0,) * len(each)) for each in choices]).score
+            unreachable = 0.0
+        else:
+            read = metric.reads(task.options) if metric.reads is not None else None
+            reached, unreachable = baselines.blindly(asked.questions, outcome_of, read)
+        chance = {"score": reached, "interval": [None, None]}
     settings = recipe(
         task.card,
         template=task.templates.templates[0],
@@ -465,26 +471,6 @@ def _sound(answer: Answer | DataError) -> Answer:
     if isinstance(answer, DataError):
         raise answer
     return answer
-
-
-def _chance(
-    questions: Sequence[Question],
-    score: Callable[[Sequence[Answer], Sequence[Sample]], Outcome],
-    *,
-    ranked: bool,
-) -> float | None:
-    """What choosing blindly among each question's candidates reaches on average."""
-    if ranked:
-        alike = [Answer(each.candidates[0], each.candidates, (0.0,) * len(each.candidates)) for each in questions]
-        return score(alike, [each.sample for each in questions]).score
-    groups: dict[tuple[tuple[str, ...], tuple[str, ...]], list[Question]] = {}
-    for each in questions:
-        groups.setdefault((each.candidates, each.sample.references), []).append(each)
-    total = 0.0
-    for (candidates, _), group in groups.items():
-        outcome = score([Answer(candidate) for candidate in candidates], [group[0].sample] * len(candidates))
-        total += len(group) * sum(outcome.scores) / len(candidates)
-    return total / len(questions)
 
 
 def _by_type(outcome: Outcome, kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
