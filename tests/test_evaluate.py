@@ -14,6 +14,7 @@ from rich.console import Console
 
 from qformer import cards
 from qformer.cards import Decoding, TaskCard
+from qformer.data import records
 from qformer.errors import ConfigError, DataError
 from qformer.evaluate import run
 from qformer.evaluate.outcome import Answer
@@ -146,6 +147,27 @@ def test_candidates_of_the_card_are_the_same_for_all(tmp_path: Path) -> None:
     lines = predictions(tmp_path)
     assert all(list(line["candidates"]) == ["blue", "red"] for line in lines)
     assert {line["prediction"] for line in lines if line["references"] == ["green"]} == {"blue"}  # the first of equals
+
+
+def test_a_vocabulary_that_questions_share_is_looked_through_once() -> None:
+    looked: list[str] = []
+
+    class Word(str):
+        def strip(self, *given: Any) -> str:
+            looked.append(f"strip {self}")
+            return super().strip(*given)
+
+        def encode(self, *given: Any) -> bytes:
+            looked.append(f"encode {self}")
+            return super().encode(*given)
+
+    given = cards.EvalCard("jsonl", {}, "instruction", "test", "rank", "accuracy")
+    words = (Word("shared one"), Word("shared two"))
+    for number in range(3):
+        sample = Sample(str(number), "set", (), {"instruction": "q"}, references=("a",), candidates=words)
+        assert records._encodable(sample) is sample
+        question(given, Templates("t", 1, "", ["{instruction}"]), sample)
+    assert sorted(looked) == [f"{what} {word}" for what in ("encode", "strip") for word in words]
 
 
 def test_of_many_candidates_the_likeliest_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -431,8 +453,8 @@ def test_a_broken_question_costs_its_batch_no_other_answer(tmp_path: Path) -> No
     chosen = world(tmp_path, count=6, _2={"image": "broken.png"})
     card = chosen["colours"].eval
     assert card is not None
-    records = run.open_records(card, tmp_path, chosen["colours"])
-    questions = [question(card, run.load_templates("instruction"), records[place]) for place in range(6)]
+    opened = run.open_records(card, tmp_path, chosen["colours"])
+    questions = [question(card, run.load_templates("instruction"), opened[place]) for place in range(6)]
     done: list[int] = []
     answers = predict(Namer(), card, questions, batch_size=4, on_error="skip", advance=done.append)
     assert [isinstance(answer, DataError) for answer in answers] == [place == 2 for place in range(6)]

@@ -170,6 +170,32 @@ def test_of_an_answer_the_kept_candidates_and_what_was_cut_come_back(tmp_path: P
     assert again.kept("4", ()) is None
 
 
+def test_processes_give_each_other_what_they_lack_and_no_more(tmp_path: Path) -> None:
+    """Two disks with an answer in common."""
+    for disk, questions in enumerate((["1", "2"], ["2", "3"])):
+        answers = [Answer(f"answer {question}") for question in questions]
+        Unfinished(tmp_path / str(disk), "t", {}).add(questions, [()] * 2, answers)
+
+    def taken_up(processes: Processes) -> tuple[dict[str, Any], list[Any]]:
+        given: list[Any] = []
+
+        class Listening(Threads):
+            def gathered(self, values: Sequence[Any]) -> list[Any]:
+                given.extend(values)
+                return super().gathered(values)
+
+        assert isinstance(processes, Threads)
+        listening = Listening(processes.index, processes.count, processes.meeting, processes.table)
+        kept = Unfinished(tmp_path / str(processes.index), "t", {}, processes.index)
+        assert kept.take_up(listening) == 3
+        return kept.found, given
+
+    (one, told), (other, _) = together(2, taken_up)
+    assert {name: entry["text"] for name, entry in one.items()} == {name: f"answer {name}" for name in "123"}
+    assert one == other
+    assert told == [{"1", "2"}, {"1": one["1"]}]
+
+
 def test_what_was_cut_before_an_interruption_is_counted_after_it(tmp_path: Path) -> None:
     class Cutting(Namer):
         def look(self, samples: Sequence[Sample], instructions: Sequence[Rendered]) -> list[str]:

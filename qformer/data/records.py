@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -231,10 +232,18 @@ class Records(ABC):
 def _encodable(sample: Sample) -> Sample:
     """The sample, if its words can be written down: JSON may hold halves of characters, which no tokenizer takes."""
     said = (word for turn in sample.turns for word in (turn.instruction, turn.answer))
-    for word in (sample.id, *sample.references, *sample.candidates, *said, *sample.fields.values()):
+    for word in (sample.id, *sample.references, *said, *sample.fields.values()):
         if isinstance(word, str):
             word.encode()
+    _encode(sample.candidates)
     return sample
+
+
+@functools.lru_cache(8)
+def _encode(words: tuple[str, ...]) -> None:
+    """Once: thousands of records share a vocabulary of thousands."""
+    for word in words:
+        word.encode()
 
 
 def _printable(value: Any) -> str:

@@ -74,6 +74,12 @@ def _of_candidates(candidates: tuple[str, ...]) -> str:
     return fingerprint(candidates)
 
 
+@functools.lru_cache(256)
+def _first_empty(candidates: tuple[str, ...]) -> int:
+    """The number of the first candidate without words; 0 where each has some."""
+    return next((number for number, each in enumerate(candidates, start=1) if not each.strip()), 0)
+
+
 def question(card: EvalCard, templates: Templates, sample: Sample) -> Question:
     """A sample as it is asked.
 
@@ -86,8 +92,7 @@ def question(card: EvalCard, templates: Templates, sample: Sample) -> Question:
     candidates = candidates_of(card, sample) if card.answer == "rank" else ()
     if card.answer == "rank" and not candidates:
         raise DataError(f"{where}: eval.answer is 'rank', and neither the record nor the card gives candidates.")
-    if "" in map(str.strip, candidates):
-        number = [candidate.strip() for candidate in candidates].index("") + 1
+    if number := _first_empty(candidates):
         raise DataError(f"{where}: candidate {number} of {len(candidates)} is empty; mend or remove it.")
     kind = card.question_type
     if kind is not None and kind not in sample.fields:
