@@ -348,6 +348,28 @@ def test_a_set_of_broken_records_cannot_be_scored(tmp_path: Path) -> None:
         scores(tmp_path, cards=chosen, on_error="skip")
 
 
+def test_a_set_that_broken_records_leave_without_a_score_is_written_and_told(tmp_path: Path) -> None:
+    """The only red picture is broken, and of the others AUROC has one class."""
+    section = (
+        'answer: rank, metric: auroc, candidates: ["red", "green", "blue"], '
+        'metric_options: {positive: ["red"], negative: ["green", "blue"]}'
+    )
+    chosen = world(tmp_path, section, count=6, _0={"image": "broken.png"}, _1={"image": "broken.png"})
+    said: list[str] = []
+    result = scores(tmp_path, cards=chosen, on_error="skip", say=said.append)
+    assert (result["score"], result["interval"], result["samples"]) == (None, [None, None], 4)
+    assert "colours: the 4 samples that are left have no auroc; mend the broken records." in said
+    assert len(predictions(tmp_path)) == 4
+
+
+def test_one_picture_that_is_left_has_no_shuffled_baseline(tmp_path: Path) -> None:
+    chosen = world(tmp_path, count=4, _0={"image": "broken.png"}, _1={"image": "broken.png"})
+    said: list[str] = []
+    result = scores(tmp_path, cards=chosen, on_error="skip", say=said.append)
+    assert (result["score"], result["samples"], result["shuffled"]) == (1.0, 2, None)
+    assert "colours: all samples that are left are about one picture, so there is none to shuffle." in said
+
+
 def test_a_picture_that_breaks_between_the_passes_ends_the_scoring(tmp_path: Path) -> None:
     class Forgetful(Namer):
         def look(self, samples: Sequence[Sample], instructions: Sequence[Rendered]) -> list[str]:

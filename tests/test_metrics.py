@@ -607,9 +607,10 @@ def test_auroc_of_a_constant_answer_is_a_half() -> None:
 
 
 @pytest.mark.parametrize(("word", "shown"), [("yes", "yes, true"), ("no", "no, false")])
-def test_auroc_of_one_class_is_refused(word: str, shown: str) -> None:
+def test_one_class_has_no_auroc_and_is_refused_before_anything_is_asked(word: str, shown: str) -> None:
     with pytest.raises(DataError, match=rf"set: all 2 samples are of one class \({shown}\), and AUROC needs both"):
-        metrics.auroc([ranked(0, 0, 0, 0)] * 2, [sample(word)] * 2, GROUPS)
+        METRICS["auroc"].fits_together([sample(word)] * 2, GROUPS)
+    assert metrics.auroc([ranked(0, 0, 0, 0)] * 2, [sample(word)] * 2, GROUPS).score is None
 
 
 def test_auroc_refuses_a_truth_of_no_group() -> None:

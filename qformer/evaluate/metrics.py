@@ -270,12 +270,11 @@ def _has_words(sample: Sample, candidates: Sequence[str], options: Mapping[str, 
 
 def auroc(answers: Sequence[Answer], samples: Sequence[Sample], options: Mapping[str, Any]) -> Outcome:
     """Area under the ROC curve of log Σ p(positive words) − log Σ p(negative words); with `pool: best` each side is its
-    likeliest word's.
+    likeliest word's.  None where all samples are of one class.
 
     A sample's own number is 1 where that difference has the sign of its class; their mean stands beside, and that of
     each class.
     """
-    _both_classes(samples, options)
     labels = np.array([_label(sample, options) for sample in samples])
     margins = np.array([_margin(answer, options) for answer in answers])
     steps, level = np.unique(margins, return_inverse=True)

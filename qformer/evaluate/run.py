@@ -163,6 +163,8 @@ def score(
             results[key] = processes.told(scored)
             if asked.broken:
                 notes.append(_left_out(key, asked.broken, directory / f"{name}.broken.jsonl"))
+            if blind and not asked.blind:
+                notes.append(f"{key}: all samples that are left are about one picture, so there is none to shuffle.")
             notes += _remarks(key, results[key], directory / f"{name}.submission.json")
     if finish:
         for key, result in results.items():  # on the disk of every machine
@@ -212,6 +214,9 @@ def _remarks(key: str, result: Mapping[str, Any], submitted: Path) -> list[str]:
         )
     if result["empty"]:
         said.append(f"{key}: {result['empty']:,} of {result['samples']:,} answers hold no word.")
+    if result["score"] is None and METRICS[result["metric"]].scored:
+        left = f"the {result['samples']:,} samples that are left"
+        said.append(f"{key}: {left} have no {result['metric']}; mend the broken records.")
     if result["unreachable"]:
         share = f"{100 * result['unreachable']:.1f} % of {result['samples']:,}"
         said.append(f"{key}: {share} truths are not among the candidates, and count as wrong.")
@@ -367,7 +372,10 @@ def _answered(model: Model, task: Task, places: Sequence[int], how: Asking) -> A
     if not found.questions:
         raise DataError(f"{key}: all of the {len(places)} records asked for are broken. {found.broken[0]['error']}")
     if how.shuffled:
-        swapped = baselines.shuffled_pictures(found.samples, how.seed, key)
+        try:
+            swapped = baselines.shuffled_pictures(found.samples, how.seed, key)
+        except DataError:  # it could be done before broken records were left out
+            return found
         blind = [
             dataclasses.replace(each, sample=dataclasses.replace(each.sample, images=images))
             for each, images in zip(found.questions, swapped, strict=True)
