@@ -273,6 +273,20 @@ def test_what_was_cut_is_in_the_score_file_and_said(tmp_path: Path) -> None:
     assert scores(tmp_path)["truncations"] == 0
 
 
+@pytest.mark.parametrize("batch_size", [1, 4, 60])
+def test_what_was_cut_is_counted_once_where_a_batch_is_asked_again(tmp_path: Path, batch_size: int) -> None:
+    """A broken picture makes its batch fail after texts were cut, and be asked one by one."""
+
+    class Cutting(Namer):
+        def look(self, samples: Sequence[Sample], instructions: Sequence[Rendered]) -> list[str]:
+            self.language.truncations.instructions += sum(each.id in ("r1", "r4", "r9") for each in samples)
+            return super().look(samples, instructions)
+
+    chosen = world(tmp_path, count=12, _6={"image": "broken.png"}, _9={"image": "broken.png"})
+    given = {"cards": chosen, "on_error": "skip", "batch_size": batch_size, "shuffled": False}
+    assert scores(tmp_path, Cutting(), **given)["truncations"] == 2
+
+
 def test_a_part_is_a_function_of_seed_and_card() -> None:
     assert run.subset(100, 10, 0, "a") == run.subset(100, 10, 0, "a")
     assert run.subset(100, 10, 0, "a") != run.subset(100, 10, 1, "a") != run.subset(100, 10, 1, "b")

@@ -159,12 +159,9 @@ def _batch(
     on_error: Literal["fail", "skip"],
     unfinished: Unfinished | None,
 ) -> list[Answer | DataError]:
-    before = model.language.truncations.texts
-    answers = _whole(model, card, batch) if on_error == "fail" else list(_what_can_be(model, card, batch))
-    cut = model.language.truncations.texts - before
+    ask = _whole if on_error == "fail" else _what_can_be
+    answers: list[Answer | DataError] = [*ask(model, card, batch)]
     sound = [place for place, answer in enumerate(answers) if isinstance(answer, Answer)]
-    if cut and sound:
-        answers[sound[0]] = dataclasses.replace(answers[sound[0]], cut=cut)  # type: ignore[type-var]
     if unfinished is not None and sound:
         unfinished.add(
             [batch[place].key for place in sound],
@@ -186,7 +183,13 @@ def _what_can_be(model: Model, card: EvalCard, batch: Sequence[Question]) -> Ite
                 yield from _what_can_be(model, card, [each])
 
 
-def _whole(model: Model, card: EvalCard, batch: Sequence[Question]) -> list[Answer | DataError]:
+def _whole(model: Model, card: EvalCard, batch: Sequence[Question]) -> list[Answer]:
+    before = model.language.truncations.texts
+    first, *others = _answers(model, card, batch)
+    return [dataclasses.replace(first, cut=model.language.truncations.texts - before), *others]
+
+
+def _answers(model: Model, card: EvalCard, batch: Sequence[Question]) -> list[Answer]:
     samples = [each.sample for each in batch]
     rendered = [each.rendered for each in batch]
     if card.answer == "generate":
