@@ -18,7 +18,7 @@ from qformer.errors import ConfigError, DataError
 from qformer.evaluate import compare, habits, published, sweep
 from qformer.evaluate.outcome import averaged
 from qformer.evaluate.run import as_text, score, tables
-from qformer.processes import ALONE
+from qformer.processes import ALONE, Processes
 from qformer.sample import Sample
 from qformer.text import Rendered, load_templates
 from tests.test_evaluate import RANK, Namer, world
@@ -307,16 +307,17 @@ def swept(root: Path, **options: Any) -> dict[str, dict[str, Any]]:
         'name: "words"\nversion: 1\nsource: "a test"\n'
         'templates: ["W {instruction}", "Q {instruction}", "Z {instruction}", "V {instruction}"]\n'
     )
-    world(root, "answer: generate, metric: exact_match")
+    world(root, "answer: generate, metric: exact_match", **options.get("records", {}))
     card = root / "colours.yaml"
     card.write_text(card.read_text().replace("template: instruction", f"template: {root / 'words.yaml'}"))
     chosen = cards.load_all([str(card)], "eval")
 
     def one(given: Any, wordings: Any, directory: Path) -> dict[str, dict[str, Any]]:
         keep = {"quiet": True, "say": lambda line: None, "finish": False, "shuffled": False, "origin": {"adapter": 1}}
+        keep |= options.get("given", {})
         return score(options.get("model") or Particular(), given, root, directory=directory, wordings=wordings, **keep)
 
-    return sweep.sweep(chosen, one, root / "eval", ALONE)
+    return sweep.sweep(chosen, one, root / "eval", options.get("processes", ALONE))
 
 
 def test_a_sweep_scores_each_listed_prompt_and_names_best_median_and_worst(tmp_path: Path) -> None:
@@ -332,6 +333,24 @@ def test_a_sweep_scores_each_listed_prompt_and_names_best_median_and_worst(tmp_p
     shown = as_text(sweep.table({"colours": content}))
     for words in ("own, best", "median", "worst", "W {instruction}", content["prompts"][2]["recipe"]):
         assert words in shown
+
+
+def test_a_sweep_that_leaves_broken_records_out_keeps_no_answers_on_any_machine(tmp_path: Path) -> None:
+    records = {"_3": {"image": "broken.png"}}
+    content = swept(tmp_path, records=records, given={"on_error": "skip"})["colours"]
+    assert content["partial"] and [each["samples"] for each in content["prompts"]] == [59] * 4
+    assert not list((tmp_path / "eval").rglob(".unfinished"))
+    assert (tmp_path / "eval" / "prompts" / "colours.partial.json").exists()
+
+    class Second(Processes):
+        """Of two machines the second, on whose disk something was kept too."""
+
+        first = False
+
+    left = tmp_path / "eval" / "prompts" / "0" / ".unfinished" / "colours-0a" / "1.jsonl"
+    left.parent.mkdir(parents=True)
+    swept(tmp_path, records=records, given={"on_error": "skip"}, processes=Second())
+    assert not left.parent.exists()
 
 
 def test_the_report_has_the_prompts(tmp_path: Path) -> None:

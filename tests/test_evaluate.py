@@ -89,8 +89,8 @@ def scores(root: Path, model: Any = None, section: str = RANK, **options: Any) -
     return score(model or Namer(), chosen, root, **given)["colours"]
 
 
-def predictions(root: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (root / "eval" / "colours.predictions.jsonl").read_text().splitlines()]
+def predictions(root: Path, name: str = "colours") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (root / "eval" / f"{name}.predictions.jsonl").read_text().splitlines()]
 
 
 # -- what comes out ---------------------------------------------------------------------------------------------------
@@ -339,14 +339,27 @@ def test_broken_records_can_be_left_out(tmp_path: Path) -> None:
     said: list[str] = []
     result = scores(tmp_path, cards=chosen, on_error="skip", say=said.append)
     assert (result["score"], result["samples"], result["broken"], result["partial"]) == (1.0, 57, 3, True)
-    broken = [json.loads(line) for line in (tmp_path / "eval" / "colours.broken.jsonl").read_text().splitlines()]
+    lines = (tmp_path / "eval" / "colours.partial.broken.jsonl").read_text().splitlines()
+    broken = [json.loads(line) for line in lines]
     assert [(each["record"], each["id"]) for each in broken] == [(4, "r3"), (9, None), (10, None)]
     assert "line 9: 'target' is empty" in broken[1]["error"]
     assert "neither the record nor the card gives candidates" in broken[2]["error"]
     assert "colours: 3 broken records left out (numbers 4, 9, 10);" in said[0]
-    assert [line["record"] for line in predictions(tmp_path)] == [n for n in range(60) if n not in (3, 8, 9)]
-    scores(tmp_path)
-    assert not (tmp_path / "eval" / "colours.broken.jsonl").exists()  # none are left out this time
+    assert [line["record"] for line in predictions(tmp_path, "colours.partial")] == [
+        n for n in range(60) if n not in (3, 8, 9)
+    ]
+    scores(tmp_path)  # none are left out this time
+    assert sorted(file.name for file in (tmp_path / "eval").iterdir()) == ["colours.json", "colours.predictions.jsonl"]
+
+
+def test_what_broken_records_left_takes_the_place_of_no_whole_score(tmp_path: Path) -> None:
+    whole = scores(tmp_path)
+    chosen = world(tmp_path, _3={"image": "broken.png"})
+    scores(tmp_path, cards=chosen, on_error="skip", origin={"adapter": "a"})
+    assert json.loads((tmp_path / "eval" / "colours.json").read_text()) == whole
+    assert json.loads((tmp_path / "eval" / "colours.partial.json").read_text())["samples"] == 59
+    assert len(predictions(tmp_path)) == 60 and len(predictions(tmp_path, "colours.partial")) == 59
+    assert not (tmp_path / "eval" / ".unfinished").exists()
 
 
 def test_a_long_list_of_broken_records_is_cut(tmp_path: Path) -> None:
@@ -373,7 +386,7 @@ def test_a_set_that_broken_records_leave_without_a_score_is_written_and_told(tmp
     result = scores(tmp_path, cards=chosen, on_error="skip", say=said.append)
     assert (result["score"], result["interval"], result["samples"]) == (None, [None, None], 4)
     assert "colours: the 4 samples that are left have no auroc; mend the broken records." in said
-    assert len(predictions(tmp_path)) == 4
+    assert len(predictions(tmp_path, "colours.partial")) == 4
 
 
 def test_one_picture_that_is_left_has_no_shuffled_baseline(tmp_path: Path) -> None:

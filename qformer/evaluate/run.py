@@ -104,8 +104,8 @@ def score(
 
     Writes `TASK.json` (score, interval, baselines, recipe) and `TASK.predictions.jsonl` for each card as it is done,
     `TASK.submission.json` where the card names the form of a test server's, and `TASK.broken.jsonl` where records were
-    left out; of a subset `TASK.partial.json` and so on, which never takes the place of a whole score.  Answers are kept
-    as they come: the same call goes on where it was interrupted.
+    left out; of a part of the set, chosen or what broken records left, `TASK.partial.json` and so on, which never takes
+    the place of a whole score.  Answers are kept as they come: the same call goes on where it was interrupted.
 
     Args:
         model: answers and ranks.
@@ -144,15 +144,18 @@ def score(
     with _progress(quiet or not processes.first) as track:
         for key, task in tasks.items():
             places = subset(len(task.records), limit, seed, key)
-            name = file_name(key, partial=len(places) < len(task.records))
             unfinished = None
             if origin is not None:
-                unfinished = Unfinished(directory, name, _decides(task, model, origin), processes.index)
+                kept_as = file_name(key, partial=len(places) < len(task.records))
+                unfinished = Unfinished(directory, kept_as, _decides(task, model, origin), processes.index)
                 if found := unfinished.take_up(processes):
                     say(f"{key}: goes on with {found:,} answers that an interrupted evaluation left.")
             blind = shuffled and METRICS[task.section.metric].scored
             ask = Asking(batch_size, blind, seed, on_error, track, processes, unfinished)
             asked = _answered(model, task, places, ask)
+            name = file_name(
+                key, partial=len(asked.places) < len(task.records)
+            )  # broken records may have been left out
 
             def scored(task: Task = task, asked: Answered = asked, name: str = name) -> dict[str, Any]:
                 result, outcome = _scored(task, asked, model.language.profile, seed, root, origin)
@@ -168,7 +171,7 @@ def score(
             notes += _remarks(key, results[key], directory / f"{name}.submission.json")
     if finish:
         for key, result in results.items():  # on the disk of every machine
-            forget(directory, file_name(key, partial=result["of"] > len(subset(result["of"], limit, seed, key))))
+            forget(directory, kept_under(key, result))
     for line in (*notes, *tables(results)):
         say(line)
     return results
@@ -190,6 +193,11 @@ class Asking:
 def file_name(key: str, *, partial: bool) -> str:
     """What the files of a card's score are called, without their endings."""
     return key.replace(":", ".") + (".partial" if partial else "")
+
+
+def kept_under(key: str, result: Mapping[str, Any]) -> str:
+    """The name that answers were kept under on the way to a score, when broken records were not known yet."""
+    return file_name(key, partial=result["samples"] + result["broken"] < result["of"])
 
 
 def _decides(task: Task, model: Model, origin: Mapping[str, Any]) -> dict[str, Any]:

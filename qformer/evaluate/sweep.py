@@ -12,7 +12,7 @@ from qformer.errors import ConfigError
 from qformer.evaluate.files import write_json
 from qformer.evaluate.kept import forget
 from qformer.evaluate.metrics import METRICS
-from qformer.evaluate.run import file_name, in_words, samples_in_words
+from qformer.evaluate.run import file_name, in_words, kept_under, samples_in_words
 from qformer.processes import Processes
 from qformer.text import load_templates
 
@@ -58,15 +58,15 @@ def sweep(
         for key, result in results.items():
             found[key].append({"prompt": chosen[key], **{name: result[name] for name in KEPT}})
     content = {key: {"task": key, **_summary(each)} for key, each in found.items()}
-    for key, each in content.items() if processes.first else ():
-        name = file_name(key, partial=each["partial"])
-        write_json(directory / FOLDER / f"{name}.json", each)
-        for number in range(len(each["prompts"])):
-            forget(directory / FOLDER / str(number), name)
+    for key, each in content.items():
+        if processes.first:
+            write_json(directory / FOLDER / f"{file_name(key, partial=each['partial'])}.json", each)
+        for number, one in enumerate(each["prompts"]):  # on the disk of every machine
+            forget(directory / FOLDER / str(number), kept_under(key, one))
     return content
 
 
-KEPT = ("score", "interval", "samples", "of", "partial", "recipe", "metric", "title")
+KEPT = ("score", "interval", "samples", "broken", "of", "partial", "recipe", "metric", "title")
 
 
 def _summary(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
