@@ -23,6 +23,8 @@ from qformer.text import Rendered, Templates, candidates_of, render_eval
 
 Advance = Callable[[int], None]
 """Is told how many more samples are done."""
+ROUND = 32
+"""Batches of each process after which all hear whether one has failed: the others stop then, and not at the end."""
 KEPT = 100
 """Likeliest candidates that an answer keeps, unless the metric needs all: thousands for each question fill memory."""
 
@@ -132,24 +134,29 @@ def predict(
     Raises:
         DataError: a picture is broken and `on_error` is "fail"; with "skip" the error stands in the answer's place.
     """
-    answers: dict[int, Answer | DataError] = {}
+    answers: dict[str, Answer | DataError] = {}
+    asked = 0
 
-    def ask() -> None:
-        asked = 0
-        for start in range(0, len(questions), batch_size):
+    def ask(starts: Sequence[int]) -> None:
+        nonlocal asked
+        for start in starts:
             batch = questions[start : start + batch_size]
             kept = [unfinished.kept(each.key, each.candidates) for each in batch] if unfinished else [None]
             if None not in kept:
                 if processes.first:
-                    answers.update(zip(range(start, start + len(batch)), kept))  # type: ignore[arg-type]
+                    answers.update(zip((each.key for each in batch), kept, strict=True))  # type: ignore[arg-type]
             else:
                 if processes.share(asked):
-                    answers.update(enumerate(_batch(model, card, batch, on_error, unfinished), start))
+                    given = _batch(model, card, batch, on_error, unfinished)
+                    answers.update(zip((each.key for each in batch), given, strict=True))
                 asked += 1
             advance(len(batch))
 
-    processes.agreed(ask)
-    return [answer for _, answer in sorted(processes.gathered(list(answers.items())), key=lambda pair: pair[0])]
+    starts = range(0, len(questions), batch_size)
+    for begin in range(0, len(starts), ROUND * processes.count):
+        processes.agreed(functools.partial(ask, starts[begin : begin + ROUND * processes.count]))
+    found = dict(processes.gathered(list(answers.items())))
+    return [found[each.key] for each in questions]
 
 
 def _batch(

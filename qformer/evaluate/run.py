@@ -29,7 +29,7 @@ from qformer.evaluate.kept import Unfinished, forget
 from qformer.evaluate.metrics import COUNTS, METRICS, bootstrap, checked_options
 from qformer.evaluate.outcome import Answer, Outcome
 from qformer.evaluate.predict import Model, Question, predict, question
-from qformer.evaluate.recipe import recipe, recipe_id
+from qformer.evaluate.recipe import fingerprint, recipe, recipe_id
 from qformer.processes import ALONE, Processes
 from qformer.sample import Packed, Sample, Video
 from qformer.text import Profile, Templates, load_templates
@@ -138,7 +138,9 @@ def score(
             raise ConfigError(f"evaluation: {name} is {value}; it must be at least 1.")
     say = say if processes.first else lambda line: None
     kept = Index(root, index, say=say)
-    tasks = processes.in_turn(lambda: {key: _open(card, root, kept, wordings) for key, card in cards.items()})
+    tasks = processes.agreed(
+        lambda: processes.in_turn(lambda: {key: _open(card, root, kept, wordings) for key, card in cards.items()})
+    )
     results: dict[str, dict[str, Any]] = {}
     notes: list[str] = []
     with _progress(quiet or not processes.first) as track:
@@ -339,23 +341,9 @@ def _open(card: TaskCard, root: Path, index: Index, wordings: Mapping[str, str] 
 
 def _answered(model: Model, task: Task, places: Sequence[int], how: Asking) -> Answered:
     """The records at some places, asked about their own pictures and then, if wanted, about others'."""
-    key, found, asked = task.card.key, Answered(), []
-    metric = METRICS[task.section.metric]
-    for place in places:
-        try:
-            each = question(task.section, task.templates, task.records[place])
-            metric.fits(each.sample, each.candidates, task.options)
-            asked.append((place, each))
-        except DataError as error:
-            if how.on_error == "fail":
-                raise
-            found.broken.append({"record": task.records.key(place), "id": None, "error": str(error)})
-
-    _check_submission(task, asked)
-    if asked:  # what cannot be scored fails before an hour of answering
-        metric.fits_together([each.sample for _, each in asked], task.options)
-    if how.shuffled:
-        baselines.shuffled_pictures([each.sample for _, each in asked], how.seed, key)
+    key, found = task.card.key, Answered()
+    asked = how.processes.agreed(lambda: _to_ask(task, places, how, found.broken))
+    _check_alike(task, asked, how.processes)
 
     def ask(questions: Sequence[Question], what: str) -> list[Answer | DataError]:
         return predict(
@@ -390,6 +378,46 @@ def _answered(model: Model, task: Task, places: Sequence[int], how: Asking) -> A
         ]
         found.blind = [_sound(answer) for answer in ask(blind, f"{key}, pictures shuffled")]
     return found
+
+
+def _to_ask(task: Task, places: Sequence[int], how: Asking, broken: list[dict[str, Any]]) -> list[tuple[int, Question]]:
+    """The questions of the records that are sound, by their places; the others are added to `broken`.
+
+    What cannot be scored, shuffled or submitted fails here, before an hour of answering.
+    """
+    metric, asked = METRICS[task.section.metric], []
+    for place in places:
+        try:
+            each = question(task.section, task.templates, task.records[place])
+            metric.fits(each.sample, each.candidates, task.options)
+            asked.append((place, each))
+        except DataError as error:
+            if how.on_error == "fail":
+                raise
+            broken.append({"record": task.records.key(place), "id": None, "error": str(error)})
+    samples = [each.sample for _, each in asked]
+    _check_submission(task, asked)
+    if samples:
+        metric.fits_together(samples, task.options)
+    if how.shuffled:
+        baselines.shuffled_pictures(samples, how.seed, task.card.key)
+    return asked
+
+
+def _check_alike(task: Task, asked: Sequence[tuple[int, Question]], processes: Processes) -> None:
+    """Refuse what not all processes would ask alike: their batches would not be of the same questions.
+
+    Raises:
+        DataError: a record is broken for one of them and not for another, or another record; says which.
+    """
+    if processes.count == 1 or len(set(processes.gathered([fingerprint(each.key for _, each in asked)]))) == 1:
+        return
+    found = processes.gathered([{each.key: (place, task.records.key(place)) for place, each in asked}])
+    alone = [record for theirs in found for name, record in theirs.items() if any(name not in each for each in found)]
+    which = f"record {min(alone, key=lambda record: record[0])[1]} is" if alone else "the order of its records is"
+    raise DataError(
+        f"{task.card.key}: {which} not the same for all processes; give every machine the same files of the set."
+    )
 
 
 def _scored(
