@@ -512,6 +512,7 @@ def test_fingerprints_tell_adapters_and_towers_apart(place: Path) -> None:
     model = loading.load(place / "run", report=str)
     before = traces.origin(model, step=7)
     assert (before["source"], before["checkpoint"], before["step"]) == (None, None, 7)
+    assert (before["qformer"]["instruction_limit"], before["max_pixels"]) == (128, 100_000_000)
     assert before == traces.origin(loading.load(place / "run" / "checkpoints" / "step-3", report=str), step=7)
     model.connector.projection.bias.data[0] += 1e-3
     after = traces.origin(model, step=7)

@@ -107,16 +107,25 @@ def interrupted(root: Path, where: str, batches: int, **options: Any) -> None:
     "change",
     [
         {"origin": {**ORIGIN, "adapter": "0b"}},
+        {"origin": {**ORIGIN, "qformer": {"instruction_limit": 64}}},
+        {"origin": {**ORIGIN, "max_pixels": 1000}},
+        {"origin": {**ORIGIN, "vision": {"fingerprint": None}}},
+        {"version": "0.0.0"},
         {"section": GENERATE},
         {"section": f"{RANK}, normalize: mean"},
         {"origin": None},
     ],
-    ids=["adapter", "way of answering", "normalize", "no origin"],
+    ids=["adapter", "Q-Former", "pixels", "unknown tower", "version", "way of answering", "normalize", "no origin"],
 )
-def test_answers_of_another_model_or_another_way_are_not_taken(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_answers_of_another_model_or_another_way_are_not_taken(
+    tmp_path: Path, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     world(tmp_path)
     interrupted(tmp_path, "eval", 3)
     model = Namer()
+    if "version" in change:
+        monkeypatch.setattr("qformer.evaluate.run.__version__", change["version"])
+        change = {}
     world(tmp_path, change.pop("section", RANK))
     scored(tmp_path, model, "eval", **change)
     assert sum(model.batches) == 120
@@ -149,6 +158,12 @@ def test_a_batch_that_was_kept_in_part_is_asked_whole(tmp_path: Path) -> None:
     scored(tmp_path, model, "eval")
     assert len(model.batches) == 17
     assert files(tmp_path / "eval") == files(tmp_path / "whole")
+
+
+def test_answers_of_a_tower_that_nothing_tells_apart_are_not_kept(tmp_path: Path) -> None:
+    world(tmp_path)
+    interrupted(tmp_path, "eval", 3, origin={**ORIGIN, "vision": {"fingerprint": None}})
+    assert not (tmp_path / "eval").exists()
 
 
 def test_a_disk_that_is_full_is_said(tmp_path: Path) -> None:

@@ -118,8 +118,8 @@ def score(
         seed: of subset, shuffling and bootstrap.
         on_error: what a broken record does.
         index: where annotations are kept once they were read, as `data.index`.
-        origin: what the model is, by `qformer.origin`; stands beside the scores.  Without it no answer is kept, since
-            nothing would say whose it is.
+        origin: what the model is, by `qformer.origin`; stands beside the scores.  Without it, or without a fingerprint
+            in it, no answer is kept, since nothing would say whose it is.
         wordings: by card, what is asked in place of the first of its templates.
         finish: whether the answers that are kept on the way are removed when all is scored.
         processes: those that share the work; all have to call this, and the first writes.
@@ -147,7 +147,7 @@ def score(
         for key, task in tasks.items():
             places = subset(len(task.records), limit, seed, key)
             unfinished = None
-            if origin is not None:
+            if origin is not None and not _unknown(origin):
                 kept_as = file_name(key, partial=len(places) < len(task.records))
                 unfinished = Unfinished(directory, kept_as, _decides(task, model, origin), processes.index)
                 if found := unfinished.take_up(processes):
@@ -210,8 +210,20 @@ def _decides(task: Task, model: Model, origin: Mapping[str, Any]) -> dict[str, A
         if section.answer == "rank"
         else dataclasses.asdict(section.decoding)
     )
-    whose = {name: value for name, value in origin.items() if name in ("adapter", "vision", "language")}
-    return {"answer": section.answer, "how": how, "model": whose, "profile": dataclasses.asdict(model.language.profile)}
+    whose = {name: value for name, value in origin.items() if name not in ("source", "checkpoint", "step")}
+    return {
+        "answer": section.answer,
+        "how": how,
+        "model": whose,
+        "profile": dataclasses.asdict(model.language.profile),
+        "version": __version__,
+    }
+
+
+def _unknown(origin: Mapping[str, Any]) -> bool:
+    """Whether a tower has nothing that would tell it from another one."""
+    towers = [origin.get(name) or {} for name in ("vision", "language")]
+    return any(tower.get("fingerprint", "") is None for tower in towers)
 
 
 def _remarks(key: str, result: Mapping[str, Any], submitted: Path) -> list[str]:
