@@ -230,7 +230,7 @@ def compare(
     from qformer.evaluate.run import as_text
 
     found, notes = paired.compare(_scores_of(Path(one)), _scores_of(Path(other)), tasks=list(tasks), despite=despite)
-    for line in (*notes, *map(as_text, paired.tables(found, str(one), str(other)))):
+    for line in (*notes, *map(as_text, paired.tables(found, str(one), str(other))), *paired.apart(found)):
         say(line)
     if output is not None:
         content = {"one": str(one), "other": str(other), "tasks": found}

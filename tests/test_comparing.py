@@ -80,6 +80,26 @@ def test_a_difference_that_there_is_not_has_no_sign(tmp_path: Path) -> None:
     assert "–" in table and "+–" not in table
 
 
+def test_what_runs_of_one_recipe_differ_in_is_listed(tmp_path: Path) -> None:
+    def whose(step: int, mode: str) -> dict[str, Any]:
+        vision = {"name": "v", "eval_transform": {"mode": mode}, "fingerprint": str(step)}
+        return {"source": str(step), "checkpoint": None, "step": step, "adapter": str(step), "vision": vision}
+
+    one = scored(tmp_path, "one", 3, origin=whose(1, "squash"))
+    other = scored(tmp_path, "other", 10, origin=whose(2, "crop"))
+    file = other / "colours.json"
+    result = json.loads(file.read_text())
+    file.write_text(json.dumps({**result, "libraries": {**result["libraries"], "torch": "0.1"}}))
+    torch = result["libraries"]["torch"]
+    found, _ = compare.compare(one, other)
+    listed = ["model.vision.eval_transform.mode is 'squash' and 'crop'", f"libraries.torch is '{torch}' and '0.1'"]
+    assert found["colours"]["same_recipe"] and found["colours"]["apart"] == listed
+    assert compare.apart(found) == [f"{each} (A and B; in no recipe)." for each in listed]
+    found["birds"] = {**found["colours"], "apart": listed[1:]}
+    assert compare.apart(found)[0] == f"colours: {listed[0]} (A and B; in no recipe)."
+    assert compare.apart({"colours": compare.compare(one, one)[0]["colours"]}) == []
+
+
 def test_a_run_is_no_better_than_itself(tmp_path: Path) -> None:
     one = scored(tmp_path, "one", 3)
     result = compare.compare(one, one)[0]["colours"]
@@ -540,6 +560,7 @@ def test_the_command_line_sweeps_decodes_and_compares(place: Path, capsys: pytes
     assert (asked["num_beams"], asked["repetition_penalty"], asked["max_new_tokens"]) == (5, 1.5, 9)
     assert cli.main(["eval", str(place / "run"), str(place / "again"), "--output", str(place / "compared")]) == 0
     said = capsys.readouterr().out
+    assert "in no recipe" not in said  # they are alike
     assert "B − A" in said and "scored in one of the two alone; left out" in said
     written = json.loads((place / "compared" / "comparison.json").read_text())
     assert written["tasks"]["colours.said"]["difference"] == 0.0

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+WHOSE = ("source", "checkpoint", "step", "adapter")
+"""What tells two models apart, of which every comparison is."""
+
+
 @dataclass(frozen=True)
 class Scored:
     """One card's score as a run has it on disk: the content of `TASK.json`, and the lines of its predictions."""
@@ -74,8 +78,8 @@ def compare(
         despite: whether scores of different recipes are compared, over the samples that both have.
 
     Returns:
-        By card: both scores, the difference (`other` minus `one`) with its interval, and how many samples either did
-        better; and in sentences what could not be compared.
+        By card: both scores, the difference (`other` minus `one`) with its interval, how many samples either did
+        better, and what else is not alike; and in sentences what could not be compared.
 
     Raises:
         ConfigError: the recipes of a card differ.  DataError: a directory holds no scores, or none that the other has,
@@ -151,7 +155,15 @@ def _pair(one: Scored, other: Scored, *, despite: bool) -> dict[str, Any]:
         "of": one.result["of"],
         "partial": len(both) < one.result["of"],
         "same_recipe": same,
+        "apart": list(differences(*map(_beside, (one.result, other.result)))),
     }
+
+
+def _beside(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What a score rests on besides its recipe and its weights: the model's settings, and the libraries."""
+    model = {name: value for name, value in (result.get("model") or {}).items() if name not in WHOSE}
+    towers = {name: {**model[name], "fingerprint": None} for name in ("vision", "language") if name in model}
+    return {"model": {**model, **towers}, "libraries": result.get("libraries") or {}}
 
 
 def paired_interval(
@@ -178,6 +190,18 @@ def differences(one: Any, other: Any, where: str = "") -> Iterator[str]:
 def _short(value: Any) -> str:
     text = repr(value) if isinstance(value, str) else "absent" if value is None else str(value)
     return text if len(text) <= 60 else text[:57] + "…"
+
+
+def apart(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What the two runs differ in besides recipes and weights, in sentences; with the cards where not all differ so."""
+    said: dict[str, list[str]] = {}
+    for name, each in found.items():
+        for difference in each["apart"]:
+            said.setdefault(difference, []).append(name)
+    return [
+        f"{', '.join(names) + ': ' if len(names) < len(found) else ''}{difference} (A and B; in no recipe)."
+        for difference, names in said.items()
+    ]
 
 
 def tables(found: Mapping[str, Mapping[str, Any]], one: str, other: str) -> list[Table]:
