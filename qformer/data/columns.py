@@ -7,11 +7,11 @@ import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from qformer.data import ocr
 from qformer.data.pictures import check_size
-from qformer.data.records import Records
+from qformer.data.records import Records, Settings
 from qformer.data.values import answers, chosen, shown, text
 from qformer.errors import ConfigError, DataError, did_you_mean
 from qformer.sample import Packed, Sample
@@ -52,10 +52,11 @@ class Columns(Records):
     roles = ("table",)
     optional = ("images", "ocr", "pictures")
     elsewhere = ("table", "pictures")
-    settings = (
-        "columns", "per", "repository", "revision", "configuration", "split", "form", "ocr_tokens", "drop", "keep",
-        "separator", "pictures",
-    )  # fmt: skip
+    settings: ClassVar[Settings] = {
+        "columns": None, "per": "row", "repository": None, "revision": None, "configuration": None, "split": "train",
+        "form": "direct_answer", "ocr_tokens": ocr.MOST, "drop": None, "keep": None, "separator": None,
+        "pictures": None,
+    }  # fmt: skip
 
     def _prepare(self) -> None:
         columns = self.options.get("columns")

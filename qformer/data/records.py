@@ -13,11 +13,12 @@ from qformer.cards import MEDIA
 from qformer.data.index import Entry, Index, encoded, in_memory
 from qformer.data.pictures import Pictures
 from qformer.errors import ConfigError, DataError, did_you_mean
-from qformer.sample import FRAMES, Packed, Sample, Video
+from qformer.sample import Packed, Sample, Video
 from qformer.videos import ENDINGS
 
 MISFORMED = (KeyError, TypeError, AttributeError, ValueError, IndexError, OverflowError, RecursionError)
 """What Python raises where a file or a record is of another form than its reader takes it for."""
+Settings = Mapping[str, Any]
 MOST_FRAMES = 1024
 """Frames of a video that can be looked at: at 32 soft tokens each, more positions than LLMs have."""
 
@@ -37,8 +38,8 @@ class Records(ABC):
     """Further names under `files`, which a card may leave out."""
     elsewhere: ClassVar[tuple[str, ...]] = ()
     """Roles whose file need not be under data.root."""
-    settings: ClassVar[tuple[str, ...]] = ()
-    """Names that `options` in a card may have."""
+    settings: ClassVar[Settings] = {}
+    """Names that `options` in a card may have, and what holds where a card has them not; None: nothing."""
     numbering: ClassVar[str] = "record"
     """What a record's key counts, in messages."""
 
@@ -80,7 +81,8 @@ class Records(ABC):
                 )
         self.files = {role: path for role, path in files.items() if isinstance(path, Path) and role not in MEDIA}
         self.pictures, self.videos = Pictures(files.get("images", ())), Pictures(files.get("videos", ()))
-        self.options, self.task, self.split = dict(options), task, split
+        defaults = {name: value for name, value in self.settings.items() if value is not None}
+        self.options, self.task, self.split = {**defaults, **options}, task, split
         self.file = self.files[self.roles[0]]
         self.broken: dict[int, DataError] = {}
         self._prepare()
@@ -180,7 +182,7 @@ class Records(ABC):
 
     def numbered(self, number: int) -> tuple[Path | Packed]:
         """COCO's picture of a number; option `image` is the pattern of its file name, or a list of patterns."""
-        patterns = self.options.get("image", "%012d.jpg")
+        patterns = self.options["image"]
         try:
             names = [pattern % number for pattern in ([patterns] if isinstance(patterns, str) else patterns)]
         except (TypeError, ValueError):
@@ -202,8 +204,8 @@ class Records(ABC):
         return (Video(found, self.frames()),)
 
     def option(self, name: str, known: Sequence[str]) -> str:
-        """An option that takes one of a few words, the first of them by default."""
-        value = self.options.get(name, known[0])
+        """An option that takes one of a few words."""
+        value = self.options[name]
         if value not in known:
             raise ConfigError(f"{self.task}: options.{name} is '{value}'; it takes {' or '.join(known)}.")
         return str(value)
@@ -213,17 +215,17 @@ class Records(ABC):
         return self.option("answers", ("given", "hidden")) == "hidden"
 
     def frames(self) -> int:
-        """The option `frames`: how many of each video are looked at; four, where it is not given."""
-        value = self.options.get("frames", FRAMES)
+        """The option `frames`: how many of each video are looked at."""
+        value = self.options["frames"]
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_FRAMES:
             raise ConfigError(
                 f"{self.task}: options.frames is {value!r}; it takes a whole number from 1 to {MOST_FRAMES}."
             )
         return value
 
-    def listed(self, name: str, otherwise: Sequence[Any]) -> Sequence[Any]:
+    def listed(self, name: str) -> Sequence[Any]:
         """An option that takes a list; in a text, any part of it would be found."""
-        value = self.options.get(name, otherwise)
+        value = self.options[name]
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{self.task}: options.{name} is '{value}'; it takes a list, even of one.")
         return value

@@ -67,8 +67,17 @@ class Question:
         pictures = [
             hashlib.sha256(each).hexdigest() if isinstance(each, bytes) else repr(each) for each in self.sample.images
         ]
-        words = dataclasses.asdict(self.rendered)
-        return fingerprint([self.sample.id, pictures, words, _of_candidates(self.candidates)])
+        return fingerprint([self.sample.id, pictures, self.words, self.choices])
+
+    @property
+    def words(self) -> dict[str, Any]:
+        """What is asked, as plain values."""
+        return dataclasses.asdict(self.rendered)
+
+    @property
+    def choices(self) -> str:
+        """A hash of the candidates."""
+        return _of_candidates(self.candidates)
 
 
 @functools.lru_cache(256)

@@ -470,8 +470,8 @@ def _scored(
         template=task.templates.templates[0],
         template_version=task.templates.version,
         profile=profile,
-        ids=[sample.id for sample in samples],
-        own_candidates=[each.candidates for each in asked.questions],
+        questions=asked.questions,
+        reader_options=task.records.options,
         metric_options=task.options,
         metric_version=metric.version,
     )
