@@ -100,6 +100,38 @@ def test_what_runs_of_one_recipe_differ_in_is_listed(tmp_path: Path) -> None:
     assert compare.apart({"colours": compare.compare(one, one)[0]["colours"]}) == []
 
 
+def test_variants_are_scored_on_the_same_part_and_compared_as_a_pair(tmp_path: Path) -> None:
+    def part(key: str, where: str, wrong: int, variant: str) -> dict[str, Any]:
+        world(tmp_path)
+        card = tmp_path / "colours.yaml"
+        card.write_text(card.read_text() + "variants: {short: {eval: {metric_options: {normaliser: lower}}}}\n")
+        chosen = cards.load_all([f"{card}{variant}"], "eval")
+        given = {"quiet": True, "say": lambda line: None, "limit": 20, "directory": tmp_path / where}
+        return score(Unsure(wrong), chosen, tmp_path, **given)[key]
+
+    one, other = part("colours", "one", 3, ""), part("colours:short", "other", 3, ":short")
+    assert one["recipe"] != other["recipe"]
+    for name in ("ids", "answers"):
+        assert one["recipe_settings"]["split"][name] == other["recipe_settings"]["split"][name]
+    assert [one[name] for name in ("score", "interval", "shuffled")] == [
+        other[name] for name in ("score", "interval", "shuffled")
+    ]
+    folders = tmp_path / "one", tmp_path / "other"
+    with pytest.raises(
+        DataError, match=r"no scored set in common; .* or name two that are to be compared, as gqa=gqa:"
+    ):
+        compare.compare(*folders)
+    with pytest.raises(ConfigError, match=r"different recipes.*card\.variant is '' and 'short'"):
+        compare.compare(*folders, tasks=["colours=colours:short"])
+    with pytest.raises(DataError, match=r"colours=colours:long: not scored in both"):
+        compare.compare(*folders, tasks=["colours=colours:long"])
+    found, _ = compare.compare(*folders, tasks=["colours=colours:short"], despite=True)
+    [(name, result)] = found.items()
+    assert (name, result["task"]) == ("colours=colours.short.partial", "colours=colours:short")
+    assert (result["samples"], result["difference"], result["interval"]) == (20, 0.0, [0.0, 0.0])
+    assert "colours=colours:short" in as_text(compare.tables(found, "one", "other")[0])
+
+
 def test_a_run_is_no_better_than_itself(tmp_path: Path) -> None:
     one = scored(tmp_path, "one", 3)
     result = compare.compare(one, one)[0]["colours"]

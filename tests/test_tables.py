@@ -79,7 +79,7 @@ class TestMirrors:
         table(root / "hub" / "VQAv2", **columns)
         table(root / "hub" / "VQAv2-validation", "validation", **columns)
         first, second = read(root, "vqav2:hub")
-        assert first.id == "vqav2:hub/train/42000"
+        assert first.id == "vqav2/train/42000"
         assert first.references == ("kite",) * 6 + ("drache",) * 4
         assert {first.fields[name] for name in ("question", "answer_type", "image_id")} == {"What is it?", "other", 42}
         assert read(root, "vqav2:hub", "eval")[1].references == ("yes",) * 10
@@ -122,7 +122,7 @@ class TestMirrors:
         first, second = read(root, "aokvqa:hub")
         assert (first.references, first.candidates) == (("cab", "driver's cab"), ("cab", "train"))
         assert second.references == ("he",)
-        assert [sample.id for sample in read(root, "aokvqa:hub", "eval")] == ["aokvqa:hub/val/q1"]
+        assert [sample.id for sample in read(root, "aokvqa:hub", "eval")] == ["aokvqa/val/q1"]
         options = {"columns": {"id": "question_id", "image": "image", "question": "question", "choices": "choices"}}
         options["columns"] |= {"right": "correct_choice_idx"}
         chosen = READERS["columns"]({"table": root / "hub" / "A-OKVQA"}, {**options, "form": "multiple_choice"}, "x")
@@ -187,7 +187,7 @@ class TestHeldOutMirrors:
             split=["train", "test", "val"], filename=["0.jpg", "1.jpg", "2.jpg"],
         )  # fmt: skip
         (sample,) = read(root, "flickr30k:hub", "eval")
-        assert (sample.id, sample.references) == ("flickr30k:hub/karpathy_test/1", ("Three.", "Four."))
+        assert (sample.id, sample.references) == ("flickr30k/karpathy_test/1", ("Three.", "Four."))
         assert load_image(sample.images[0], 1000, "here").getpixel((5, 5))[1] > 100  # type: ignore[arg-type, index]
 
     def test_gqa_whose_pictures_are_in_a_table_of_their_own(self, root: Path) -> None:

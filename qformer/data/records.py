@@ -173,8 +173,8 @@ class Records(ABC):
         """One record as a sample; may raise what Python raises at a missing or misformed field."""
 
     def id(self, key: Any) -> str:
-        """A name that is unique over all sets and splits."""
-        return f"{self.task}/{self.split}/{key}"
+        """A name that is unique over all sets and splits, and the same for all variants of a card."""
+        return f"{self.task.partition(':')[0]}/{self.split}/{key}"
 
     def image(self, *names: str) -> tuple[Path | Packed]:
         """The one picture of a record, under the first of its possible names that the role `images` has."""

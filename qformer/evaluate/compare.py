@@ -74,7 +74,8 @@ def compare(
     Args:
         one: a directory of scores.
         other: another.
-        tasks: cards' keys; by default all that both were scored on.
+        tasks: cards' keys, or two of them as `gqa=gqa:as_lavis`, the first of `one`; by default all that both were
+            scored on.
         despite: whether scores of different recipes are compared, over the samples that both have.
 
     Returns:
@@ -86,20 +87,33 @@ def compare(
             or broken ones.
     """
     mine, theirs = _score_files(one), _score_files(other)
-    shared = [name for name in mine if name in theirs and (not tasks or name[0] in tasks)]
-    missing = [key for key in tasks if key not in {name[0] for name in shared}]
+    asked = [
+        (task.partition("=")[0], task.rpartition("=")[2]) for task in tasks or dict.fromkeys(key for key, _ in mine)
+    ]
+    shared = [
+        ((first, partial), (second, partial))
+        for first, second in asked
+        for partial in (False, True)
+        if (first, partial) in mine and (second, partial) in theirs
+    ]
+    there = {(first, second) for (first, _), (second, _) in shared}
+    missing = [task for task, pair in zip(tasks, asked) if pair not in there]
     if missing:
         raise DataError(f"{', '.join(missing)}: not scored in both {one} and {other}; score it in both, alike.")
     if not shared:
-        raise DataError(f"{one} and {other}: they have no scored set in common; score both on the same tasks.")
+        raise DataError(
+            f"{one} and {other}: they have no scored set in common; score both on the same tasks, or name two "
+            f"that are to be compared, as gqa=gqa:as_lavis."
+        )
     notes = [
         f"{key}{' (a part of it)' if partial else ''}: scored in one of the two alone; left out."
         for key, partial in sorted(() if tasks else set(mine) ^ set(theirs))
     ]
     found = {}
-    for name in shared:
-        pair = Scored.read(mine[name]), Scored.read(theirs[name])
-        found[file_name(name[0], partial=name[1])] = _pair(*pair, despite=despite)
+    for name, other_name in shared:
+        pair = Scored.read(mine[name]), Scored.read(theirs[other_name])
+        key = "=".join(dict.fromkeys((name[0], other_name[0])))
+        found[file_name(key, partial=name[1])] = {**_pair(*pair, despite=despite), "task": key}
     return found, notes
 
 

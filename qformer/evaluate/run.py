@@ -145,7 +145,7 @@ def score(
     notes: list[str] = []
     with _progress(quiet or not processes.first) as track:
         for key, task in tasks.items():
-            places = subset(len(task.records), limit, seed, key)
+            places = subset(len(task.records), limit, seed, task.card.name)
             unfinished = None
             if origin is not None and not _unknown(origin):
                 kept_as = file_name(key, partial=len(places) < len(task.records))
@@ -381,7 +381,7 @@ def _answered(model: Model, task: Task, places: Sequence[int], how: Asking) -> A
         raise DataError(f"{key}: all of the {len(places)} records asked for are broken. {found.broken[0]['error']}")
     if how.shuffled:
         try:
-            swapped = baselines.shuffled_pictures(found.samples, how.seed, key)
+            swapped = baselines.shuffled_pictures(found.samples, how.seed, task.card.name)
         except DataError:  # it could be done before broken records were left out
             return found
         blind = [
@@ -412,7 +412,7 @@ def _to_ask(task: Task, places: Sequence[int], how: Asking, broken: list[dict[st
     if samples:
         metric.fits_together(samples, task.options)
     if how.shuffled:
-        baselines.shuffled_pictures(samples, how.seed, task.card.key)
+        baselines.shuffled_pictures(samples, how.seed, task.card.name)
     return asked
 
 
@@ -444,7 +444,7 @@ def _scored(
         return metric.score(answers, samples, task.options)
 
     def marked(outcome: Outcome) -> dict[str, Any]:
-        interval = bootstrap(outcome.scores, pictures, seed, key, value=outcome.value)
+        interval = bootstrap(outcome.scores, pictures, seed, task.card.name, value=outcome.value)
         return {"score": outcome.score, "interval": list(interval or (None, None))}
 
     kinds = [each.kind for each in asked.questions]
@@ -507,14 +507,14 @@ def _scored(
     return result, outcome
 
 
-def subset(size: int, limit: int | None, seed: int, key: str) -> list[int]:
+def subset(size: int, limit: int | None, seed: int, name: str) -> list[int]:
     """The places of the records that are scored: all of them, or `limit` that seed and card choose, in order.
 
-    A larger limit holds the records of a smaller one.
+    A larger limit holds the records of a smaller one, and variants of a card are scored on the same.
     """
     if limit is None or limit >= size:
         return list(range(size))
-    return sorted(keyed.permute(place, size, seed, key, "limit") for place in range(limit))
+    return sorted(keyed.permute(place, size, seed, name, "limit") for place in range(limit))
 
 
 def _left_out(key: str, broken: Sequence[Mapping[str, Any]], file: Path) -> str:
