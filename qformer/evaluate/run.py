@@ -573,7 +573,7 @@ def picture_name(picture: Path | bytes | Packed | Video, root: Path) -> str:
         return f"sha256:{hashlib.sha256(picture).hexdigest()[:16]}"
     if isinstance(picture, Video):
         picture = picture.path
-    path = picture.container / picture.name if isinstance(picture, Packed) else picture
+    path = picture.container / picture.identity if isinstance(picture, Packed) else picture
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 
