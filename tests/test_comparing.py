@@ -257,7 +257,7 @@ def test_a_part_is_never_in_one_table_with_a_whole(tmp_path: Path) -> None:
 def result(**changes: Any) -> dict[str, Any]:
     made = {
         "metric": "exact_match", "score": 0.5, "interval": [0.48, 0.52], "partial": False, "samples": 12578,
-        "of": 12578, "split": "testdev_balanced", "recipe": "abc",
+        "of": 12578, "published_size": None, "split": "testdev_balanced", "recipe": "abc",
     }  # fmt: skip
     return {**made, **changes}
 
@@ -288,6 +288,11 @@ def test_ours_stand_beside_published_scores_with_the_difference() -> None:
         ),
         ("gqa", {"metric": "cider"}, "gqa: its metric is cider, and what is published is exact_match"),
         ("gqa", {"score": None}, "gqa: it has no score"),
+        (
+            "vsr",
+            {"metric": "accuracy", "of": 616, "samples": 616, "published_size": 1222},
+            "vsr: its files hold 616 records and the published split 1,222, so its score does not stand beside",
+        ),
         ("textcaps", {}, "textcaps: nothing is published for it in the row 'vicuna7b'"),
     ],
 )

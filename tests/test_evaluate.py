@@ -287,6 +287,16 @@ def test_what_was_cut_is_counted_once_where_a_batch_is_asked_again(tmp_path: Pat
     assert scores(tmp_path, Cutting(), **given)["truncations"] == 2
 
 
+def test_files_of_another_size_than_the_published_split_are_told(tmp_path: Path) -> None:
+    said: list[str] = []
+    assert scores(tmp_path, section=f"{RANK}, size: 1222", say=said.append)["published_size"] == 1222
+    told = "not of the published split's size, so to be put beside nothing published: colours (60 for 1,222)."
+    assert told in said
+    said.clear()
+    scores(tmp_path, section=f"{RANK}, size: 60", say=said.append)
+    assert not [line for line in said if "published" in line]
+
+
 def test_a_part_is_a_function_of_seed_and_card() -> None:
     assert run.subset(100, 10, 0, "a") == run.subset(100, 10, 0, "a")
     assert run.subset(100, 10, 0, "a") != run.subset(100, 10, 1, "a") != run.subset(100, 10, 1, "b")

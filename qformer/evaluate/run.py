@@ -171,6 +171,7 @@ def score(
             if blind and not asked.blind:
                 notes.append(f"{key}: all samples that are left are about one picture, so there is none to shuffle.")
             notes += _remarks(key, results[key], directory / f"{name}.submission.json")
+    notes += _other_sizes(results)
     if finish:
         for key, result in results.items():  # on the disk of every machine
             forget(directory, kept_under(key, result))
@@ -250,6 +251,18 @@ def _remarks(key: str, result: Mapping[str, Any], submitted: Path) -> list[str]:
         numbers = ", ".join(f"{name} {beside_in_words(name, value)}" for name, value in result["beside"].items())
         said.append(f"{key}: {numbers}.")
     return said
+
+
+def _other_sizes(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A sentence about the sets whose files hold more or fewer records than the published split."""
+    sizes = [
+        f"{key} ({result['of']:,} for {result['published_size']:,})"
+        for key, result in results.items()
+        if result["published_size"] not in (None, result["of"])
+    ]
+    if not sizes:
+        return []
+    return [f"not of the published split's size, so to be put beside nothing published: {', '.join(sizes)}."]
 
 
 def _submitted(task: Task, asked: Answered) -> dict[str, str]:
