@@ -141,6 +141,7 @@ def score(
     if output is None:
         if isinstance(source, vlm.VLM):
             raise ConfigError("score: a loaded model has no directory of its own; give output.")
+        _check_own(source)
         output = run_directory(Path(source)) / "eval"
     output = Path(output)
     processes = joined() if processes is None else processes
@@ -242,6 +243,19 @@ def _scores_of(source: Path) -> Path:
     """Where a run's scores are; a directory of scores is its own."""
     inside = run_directory(source) / "eval"
     return inside if inside.is_dir() else source
+
+
+def _check_own(source: str | Path) -> None:
+    """Refuse, before anything is loaded, a source that scores would not lie beside: a folder made for them under the
+    name of a hub id would be taken for an adapter by the next call.
+    """
+    try:
+        loading.adapter_directory(Path(source))
+    except ConfigError:
+        raise ConfigError(
+            f"{source}: no adapter there; give a directory written by save() or a run directory with a checkpoint, or "
+            f"say with --output where the scores of a published model go."
+        ) from None
 
 
 def own_seed(run: Path | None) -> int:

@@ -641,6 +641,24 @@ def test_wrong_usage_is_one_sentence(
     assert message in said and said.startswith("qformer: ") and said.count("\n") == 1
 
 
+@pytest.mark.parametrize("source", ["Salesforce/instructblip-vicuna-7b", "x.pth", "published"])
+def test_scores_of_a_published_model_want_a_place_before_it_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    """A folder of scores under a hub id would be taken for an adapter by the next call."""
+    monkeypatch.setattr("qformer.evaluate.run.check", lambda *_: None)
+    monkeypatch.setattr("qformer.loading.load", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.pth").touch()
+    (tmp_path / "published").mkdir()
+    (tmp_path / "published" / "config.json").write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main(["eval", source, "--tasks", "gqa", "--data", "."]) == 2
+    said = capsys.readouterr().err
+    assert f"{source}: no adapter there" in said and "--output where the scores of a published model go" in said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_an_interrupted_evaluation_says_that_it_goes_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
