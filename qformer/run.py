@@ -156,6 +156,9 @@ def score(
         speaks = model.language.profile.encoder_decoder
         alike = [habits.with_habits(card, kept, encoder_decoder=speaks) for card in chosen.values()]
         chosen = {card.key: card for card in alike}
+    if prompt_sweep:
+        for line in sweep.check(chosen):  # the prompts may have become others
+            say(line)
     row = ""
     if table is not None:
         row = table.row((against or "").partition(":")[2], model.settings.language.name)
@@ -186,7 +189,7 @@ def score(
         if prompt_sweep:
 
             def one(chosen: Mapping[str, cards.TaskCard], wordings: Mapping[str, str], where: Path) -> dict[str, Any]:
-                return scored(chosen, wordings, where, shuffled=False, finish=False, say=_silent)
+                return scored(chosen, wordings, where, shuffled=False, finish=False, say=say)
 
             found = sweep.sweep(chosen, one, output, processes)
             say(as_text(sweep.table(found)))

@@ -439,7 +439,18 @@ def test_a_sweep_that_was_interrupted_goes_on(tmp_path: Path) -> None:
 def test_a_card_with_one_prompt_cannot_be_swept(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'colours': its template 'instruction' lists one prompt alone, so there is"):
         sweep.check(world(tmp_path))
-    sweep.check({**world(tmp_path), "gqa": cards.load("gqa")})
+    [said] = sweep.check({**world(tmp_path), "gqa": cards.load("gqa")})
+    assert said.startswith("the card 'colours': its template 'instruction' lists one prompt alone")
+    assert sweep.check({"gqa": cards.load("gqa")}) == []
+
+
+def test_a_sweep_says_what_a_person_should_know_of_each_score(tmp_path: Path) -> None:
+    said: list[str] = []
+    records = {"_3": {"image": "broken.png"}}
+    swept(tmp_path, records=records, given={"on_error": "skip", "say": said.append})
+    told = [line for line in said if line.startswith("colours: 1 broken records left out (numbers 4);")]
+    assert len(told) == 4 and "prompts/2/colours.partial.broken.jsonl" in told[2]
+    assert not [line for line in said if "Scores" in line]  # of which the sweep has a table of its own
 
 
 def test_a_sweep_without_a_score_names_none() -> None:
@@ -612,6 +623,14 @@ def test_the_command_line_sweeps_decodes_and_compares(place: Path, capsys: pytes
     assert cli.main(["eval", str(place / "run"), "--tasks", str(card), *common, "--prompt-sweep"]) == 0
     said = capsys.readouterr().out
     assert "Q: {instruction}" in said and "best" in said
+    asked = ["eval", str(place / "run"), "--tasks", f"{card},{task}", *common, "--prompt-sweep"]
+    assert cli.main(asked) == 0
+    assert "the card 'colours': its template 'instruction' lists one prompt alone" in capsys.readouterr().out
+    rules = place / "rules.yaml"
+    rules.write_text((resources.find("configs/decoding", "lavis", "file")).read_text().replace("rules:", "rules:\n"
+                     f'  - {{template: "{words}", asks: "instruction"}}', 1))  # fmt: skip
+    assert cli.main([*asked[:3], str(card), *asked[4:], "--decoding", str(rules)]) == 2
+    assert "'swept:as_lavis': its template 'instruction' lists one prompt alone" in capsys.readouterr().err
     assert (place / "run" / "eval" / "prompts" / "swept.json").exists()
 
 

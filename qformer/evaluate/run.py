@@ -121,7 +121,7 @@ def score(
         origin: what the model is, by `qformer.origin`; stands beside the scores.  Without it, or without a fingerprint
             in it, no answer is kept, since nothing would say whose it is.
         wordings: by card, what is asked in place of the first of its templates.
-        finish: whether the answers that are kept on the way are removed when all is scored.
+        finish: whether this is all: answers that are kept on the way are removed, and a table of scores is said.
         processes: those that share the work; all have to call this, and the first writes.
         say: is given every line meant for a person.
         quiet: no progress bars.
@@ -175,7 +175,7 @@ def score(
     if finish:
         for key, result in results.items():  # on the disk of every machine
             forget(directory, kept_under(key, result))
-    for line in (*notes, *tables(results)):
+    for line in (*notes, *(tables(results) if finish else ())):
         say(line)
     return results
 

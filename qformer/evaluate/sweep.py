@@ -31,19 +31,21 @@ def prompts(card: TaskCard) -> list[str]:
     return load_templates(card.eval.template).templates
 
 
-def check(cards: Mapping[str, TaskCard]) -> None:
-    """Refuse cards none of which has a choice of prompts.
+def check(cards: Mapping[str, TaskCard]) -> list[str]:
+    """Refuse cards none of which has a choice of prompts; a sentence about each that has none, if others have.
 
     Raises:
         ConfigError: each lists one alone.
     """
-    if all(len(prompts(card)) < 2 for card in cards.values()):
-        card = next(iter(cards.values()))
-        assert card.eval is not None, card.key
-        raise ConfigError(
-            f"the card '{card.key}': its template '{card.eval.template}' lists one prompt alone, so there is nothing "
-            f"to sweep; list others behind it in the template's file."
-        )
+    alone = [
+        f"the card '{card.key}': its template '{card.eval.template}' lists one prompt alone, so there is nothing to "
+        f"sweep; list others behind it in the template's file."
+        for card in cards.values()
+        if card.eval is not None and len(prompts(card)) < 2
+    ]
+    if len(alone) == len(cards):
+        raise ConfigError(alone[0])
+    return alone
 
 
 def sweep(
