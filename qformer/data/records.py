@@ -19,6 +19,7 @@ from qformer.videos import ENDINGS
 MISFORMED = (KeyError, TypeError, AttributeError, ValueError, IndexError, OverflowError, RecursionError)
 """What Python raises where a file or a record is of another form than its reader takes it for."""
 Settings = Mapping[str, Any]
+"""Names of options, with what holds where none is given."""
 MOST_FRAMES = 1024
 """Frames of a video that can be looked at: at 32 soft tokens each, more positions than LLMs have."""
 
