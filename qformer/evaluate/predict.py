@@ -7,7 +7,7 @@ import functools
 import hashlib
 import heapq
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -175,8 +175,10 @@ def _batch(
     on_error: Literal["fail", "skip"],
     unfinished: Unfinished | None,
 ) -> list[Answer | DataError]:
-    ask = _whole if on_error == "fail" else _what_can_be
-    answers: list[Answer | DataError] = [*ask(model, card, batch)]
+    given: Iterable[Answer | DataError] = (
+        _whole(model, card, batch) if on_error == "fail" else _what_can_be(model, card, batch)
+    )
+    answers = list(given)
     sound = [place for place, answer in enumerate(answers) if isinstance(answer, Answer)]
     if unfinished is not None and sound:
         unfinished.add(
