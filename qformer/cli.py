@@ -46,7 +46,8 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("eval", help="score a run or a saved adapter, or compare two scored runs")
     command.add_argument("source", nargs="+", help="a run directory or a saved adapter; two runs are compared")
     command.add_argument("--last", action="store_true", help="of a run its last checkpoint, not its best")
-    command.add_argument("--tasks", default="", help="cards, comma-separated; also held_in, held_out")
+    told = "cards, comma-separated; also held_in, held_out; of two runs also pairs, as gqa=gqa:as_lavis"
+    command.add_argument("--tasks", default="", help=told)
     command.add_argument("--data", help="the folder the cards' paths start from")
     command.add_argument("--limit", type=int, help="score a seeded subset of this many samples; marked as partial")
     command.add_argument("--seed", type=int, help="of subset, shuffling and intervals (the run's own, or 0)")

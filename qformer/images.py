@@ -132,7 +132,7 @@ def picture_key(source: Any, root: Path = Path()) -> str:
     if isinstance(source, Video):
         source = source.path
     if isinstance(source, Path | str | Packed):
-        path = source.container / source.name if isinstance(source, Packed) else Path(source)
+        path = source.container / source.identity if isinstance(source, Packed) else Path(source)
         return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(source)
     if isinstance(source, bytes):
         return hashlib.sha256(source).hexdigest()

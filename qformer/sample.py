@@ -27,6 +27,11 @@ class Packed(ABC):
     def __str__(self) -> str:
         return f"{self.container}/{self.name}"
 
+    @property
+    def identity(self) -> str:
+        """Tells the picture itself apart, where a container may hold it more than once."""
+        return self.name
+
     @abstractmethod
     def read(self) -> bytes:
         """The bytes of the picture's file.

@@ -173,6 +173,15 @@ def test_vqa_normalisers_differ_as_their_originals_do(rule: str, text: str, trut
 def test_vqa_accuracy_wants_several_annotators() -> None:
     with pytest.raises(DataError, match=r"set, sample '0': 1 reference answers, and vqa_accuracy needs at least 4"):
         scored("vqa_accuracy", "red", ["red"])
+    with pytest.raises(DataError, match="3 reference answers, and vqa_accuracy needs at least 4"):
+        scored("vqa_accuracy", "red", ["red"] * 3)
+    assert scored("vqa_accuracy", "red", ["red"] * 4) == 1.0
+
+
+def test_three_annotators_do_where_none_is_left_out() -> None:
+    with pytest.raises(DataError, match="2 reference answers, and vqa_accuracy needs at least 3"):
+        scored("vqa_accuracy", "red", ["red"] * 2, leave_one_out=False)
+    assert scored("vqa_accuracy", "red", ["red"] * 3, leave_one_out=False) == 1.0
 
 
 def plain_vqa_accuracy(said: str, truths: Sequence[str], rule: str) -> float:
@@ -598,9 +607,10 @@ def test_auroc_of_a_constant_answer_is_a_half() -> None:
 
 
 @pytest.mark.parametrize(("word", "shown"), [("yes", "yes, true"), ("no", "no, false")])
-def test_auroc_of_one_class_is_refused(word: str, shown: str) -> None:
+def test_one_class_has_no_auroc_and_is_refused_before_anything_is_asked(word: str, shown: str) -> None:
     with pytest.raises(DataError, match=rf"set: all 2 samples are of one class \({shown}\), and AUROC needs both"):
-        metrics.auroc([ranked(0, 0, 0, 0)] * 2, [sample(word)] * 2, GROUPS)
+        METRICS["auroc"].fits_together([sample(word)] * 2, GROUPS)
+    assert metrics.auroc([ranked(0, 0, 0, 0)] * 2, [sample(word)] * 2, GROUPS).score is None
 
 
 def test_auroc_refuses_a_truth_of_no_group() -> None:

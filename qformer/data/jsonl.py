@@ -6,12 +6,12 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from qformer.data.records import Records
+from qformer.data.records import Records, Settings
 from qformer.data.streams import iterate_lines
 from qformer.errors import ConfigError, DataError
-from qformer.sample import Packed, Sample, Turn, Video
+from qformer.sample import FRAMES, Packed, Sample, Turn, Video
 from qformer.videos import ENDINGS
 
 
@@ -26,7 +26,7 @@ class JsonLines(Records):
 
     name = "jsonl"
     roles = ("records", "images")
-    settings = ("kind", "frames")
+    settings: ClassVar[Settings] = {"kind": None, "frames": FRAMES}
     numbering = "line"
 
     def _prepare(self) -> None:

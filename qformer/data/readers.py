@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import urlparse
 
 from qformer.cards import MEDIA, EvalCard, TaskCard, TrainCard
@@ -19,7 +19,7 @@ from qformer.data.dialogs import VisDial
 from qformer.data.index import Index
 from qformer.data.jsonl import JsonLines
 from qformer.data.pictures import stands_for
-from qformer.data.records import Records
+from qformer.data.records import Records, Settings
 from qformer.data.scienceqa import ScienceQA
 from qformer.data.shards import Shards
 from qformer.data.streams import iterate_items, iterate_json, iterate_lines, join, read_json
@@ -37,7 +37,7 @@ class CocoCaptions(Records):
 
     name = "coco_captions"
     roles = ("captions", "images")
-    settings = ("per",)
+    settings: ClassVar[Settings] = {"per": "caption"}
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
         kept = ("id", "file_name", "domain")
@@ -76,13 +76,13 @@ class Karpathy(Records):
 
     name = "karpathy"
     roles = ("captions", "images")
-    settings = ("splits", "per")
+    settings: ClassVar[Settings] = {"splits": ["train", "restval"], "per": "caption"}
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
         yield from self.once(self._rows())
 
     def _rows(self) -> Iterator[tuple[Any, Any]]:
-        splits = self.listed("splits", ["train", "restval"])
+        splits = self.listed("splits")
         per_caption = self.option("per", ("caption", "image")) == "caption"
         for picture in iterate_json(self.file, "images"):
             if picture["split"] not in splits:
@@ -113,10 +113,10 @@ class CaptionList(Records):
 
     name = "caption_list"
     roles = ("captions", "images")
-    settings = ("image", "caption", "prefix")
+    settings: ClassVar[Settings] = {"image": "image", "caption": "caption", "prefix": ""}
 
     def _prepare(self) -> None:
-        self.fields = [str(self.options.get(name, name)) for name in ("image", "caption")]
+        self.fields = [str(self.options[name]) for name in ("image", "caption")]
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
         for place, row in enumerate(iterate_json(self.file)):
@@ -125,7 +125,7 @@ class CaptionList(Records):
     def _sample(self, key: Any, row: Any) -> Sample:
         image, caption = self.fields
         captions = answers(row[caption], f"'{caption}'") if isinstance(row[caption], list) else (words(row, caption),)
-        path, prefix = row[image], str(self.options.get("prefix", ""))
+        path, prefix = row[image], str(self.options["prefix"])
         if prefix and isinstance(path, str) and path.startswith(prefix):
             path = path.removeprefix(prefix).lstrip("/")
         elif isinstance(path, str) and path.startswith("/"):
@@ -148,7 +148,7 @@ class TextVQA(Records):
     name = "textvqa"
     roles = ("records", "images")
     optional = ("ocr",)
-    settings = ("per", "image", "ocr_tokens", "answers")
+    settings: ClassVar[Settings] = {"per": "caption", "image": "%s.jpg", "ocr_tokens": ocr.MOST, "answers": "given"}
 
     def _prepare(self) -> None:
         self.per = self.option("per", ("caption", "image", "question"))
@@ -197,7 +197,7 @@ class TextVQA(Records):
             said = answers(row["captions"], "'caption_str'")
         else:
             said = (words(row, "caption_str"),)
-        picture = self.image(_named(self.options, name, "%s.jpg", self.task))
+        picture = self.image(_named(self.options["image"], name, self.task))
         return Sample(self.id(key), self.task, picture, fields, references=said)
 
 
@@ -212,13 +212,13 @@ class VQA(Records):
     name = "vqa"
     roles = ("questions", "images")
     optional = ("annotations",)
-    settings = ("image", "answer", "per")
+    settings: ClassVar[Settings] = {"image": "%012d.jpg", "answer": "answer", "per": "question"}
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
         yield from self.once(_per_answer(self._rows(), self.option("per", ("question", "answer"))))
 
     def _rows(self) -> Iterator[tuple[Any, Any]]:
-        field = self.options.get("answer", "answer")
+        field = self.options["answer"]
 
         def annotations() -> Iterator[Any]:
             rows = iterate_json(self.files["annotations"], "annotations") if "annotations" in self.files else ()
@@ -263,7 +263,9 @@ class AOKVQA(Records):
 
     name = "aokvqa"
     roles = ("questions", "images")
-    settings = ("image", "form", "difficult", "per", "answers")
+    settings: ClassVar[Settings] = {
+        "image": "%012d.jpg", "form": "direct_answer", "difficult": "keep", "per": "question", "answers": "given",
+    }  # fmt: skip
 
     def _prepare(self) -> None:
         self.form = self.option("form", ("direct_answer", "multiple_choice"))
@@ -304,14 +306,14 @@ class OCRVQA(Records):
     name = "ocrvqa"
     roles = ("books", "images")
     optional = ("ocr",)
-    settings = ("splits", "ocr_tokens")
+    settings: ClassVar[Settings] = {"splits": [1], "ocr_tokens": ocr.MOST}
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
         written = ocr.read_side_file(self.files.get("ocr"), ocr.limit(self.options))
         yield from self.once(self._rows(written))
 
     def _rows(self, written: Mapping[str, str]) -> Iterator[tuple[Any, Any]]:
-        splits = self.listed("splits", [1])
+        splits = self.listed("splits")
         for name, book in iterate_items(self.file):
             if book["split"] not in splits:
                 continue
@@ -347,7 +349,7 @@ class LLaVA(Records):
 
     name = "llava"
     roles = ("conversations", "images")
-    settings = ("per", "image")
+    settings: ClassVar[Settings] = {"per": "dialogue", "image": None}
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
         per = self.option("per", ("dialogue", "turn", "first"))
@@ -406,7 +408,7 @@ class VSR(Records):
 
     name = "vsr"
     roles = ("statements", "images")
-    settings = ("words",)
+    settings: ClassVar[Settings] = {"words": None}
 
     def _prepare(self) -> None:
         _check_words(self.options.get("words"), self.task)
@@ -429,7 +431,7 @@ class HatefulMemes(Records):
 
     name = "hateful_memes"
     roles = ("records", "images")
-    settings = ("words",)
+    settings: ClassVar[Settings] = {"words": None}
 
     def _prepare(self) -> None:
         _check_words(self.options.get("words"), self.task)
@@ -453,7 +455,7 @@ class VizWiz(Records):
 
     name = "vizwiz"
     roles = ("questions", "images")
-    settings = ("answers",)
+    settings: ClassVar[Settings] = {"answers": "given"}
 
     def _prepare(self) -> None:
         self.hidden = self.answers_hidden()
@@ -486,14 +488,14 @@ class IconQA(Records):
 
     name = "iconqa"
     roles = ("problems", "splits", "images")
-    settings = ("split", "rank")
+    settings: ClassVar[Settings] = {"split": "choose_txt_test", "rank": "texts"}
 
     def _prepare(self) -> None:
         self.rank = self.option("rank", RANKS)
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
         problems, splits = read_json(self.file), read_json(self.files["splits"])
-        split = self.options.get("split", "choose_txt_test")
+        split = self.options["split"]
         if split not in splits:
             raise ConfigError(f"{self.files['splits']}: no split '{split}'.{did_you_mean(str(split), splits)}")
         yield from self.once((name, problems.get(str(name))) for name in splits[split])
@@ -606,9 +608,8 @@ def _per_answer(rows: Iterable[tuple[Any, Any]], per: str) -> Iterator[tuple[Any
             yield f"{key}/{place}", row | {"answers": [json.loads(answer)]}
 
 
-def _named(options: Mapping[str, Any], name: str, pattern: str, task: str) -> str:
-    """A picture's file name from its id."""
-    given = options.get("image", pattern)
+def _named(given: Any, name: str, task: str) -> str:
+    """A picture's file name from its id and option `image`."""
     if not isinstance(given, str) or given.count("%s") != 1:
         raise ConfigError(f"{task}: options.image is {given!r}; it takes a file name with %s in the place of the id.")
     return given.replace("%s", name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,11 +13,13 @@ from qformer.cards import MEDIA
 from qformer.data.index import Entry, Index, encoded, in_memory
 from qformer.data.pictures import Pictures
 from qformer.errors import ConfigError, DataError, did_you_mean
-from qformer.sample import FRAMES, Packed, Sample, Video
+from qformer.sample import Packed, Sample, Video
 from qformer.videos import ENDINGS
 
 MISFORMED = (KeyError, TypeError, AttributeError, ValueError, IndexError, OverflowError, RecursionError)
 """What Python raises where a file or a record is of another form than its reader takes it for."""
+Settings = Mapping[str, Any]
+"""Names of options, with what holds where none is given."""
 MOST_FRAMES = 1024
 """Frames of a video that can be looked at: at 32 soft tokens each, more positions than LLMs have."""
 
@@ -36,8 +39,8 @@ class Records(ABC):
     """Further names under `files`, which a card may leave out."""
     elsewhere: ClassVar[tuple[str, ...]] = ()
     """Roles whose file need not be under data.root."""
-    settings: ClassVar[tuple[str, ...]] = ()
-    """Names that `options` in a card may have."""
+    settings: ClassVar[Settings] = {}
+    """Names that `options` in a card may have, and what holds where a card has them not; None: nothing."""
     numbering: ClassVar[str] = "record"
     """What a record's key counts, in messages."""
 
@@ -79,7 +82,8 @@ class Records(ABC):
                 )
         self.files = {role: path for role, path in files.items() if isinstance(path, Path) and role not in MEDIA}
         self.pictures, self.videos = Pictures(files.get("images", ())), Pictures(files.get("videos", ()))
-        self.options, self.task, self.split = dict(options), task, split
+        defaults = {name: value for name, value in self.settings.items() if value is not None}
+        self.options, self.task, self.split = {**defaults, **options}, task, split
         self.file = self.files[self.roles[0]]
         self.broken: dict[int, DataError] = {}
         self._prepare()
@@ -170,8 +174,8 @@ class Records(ABC):
         """One record as a sample; may raise what Python raises at a missing or misformed field."""
 
     def id(self, key: Any) -> str:
-        """A name that is unique over all sets and splits."""
-        return f"{self.task}/{self.split}/{key}"
+        """A name that is unique over all sets and splits, and the same for all variants of a card."""
+        return f"{self.task.partition(':')[0]}/{self.split}/{key}"
 
     def image(self, *names: str) -> tuple[Path | Packed]:
         """The one picture of a record, under the first of its possible names that the role `images` has."""
@@ -179,7 +183,7 @@ class Records(ABC):
 
     def numbered(self, number: int) -> tuple[Path | Packed]:
         """COCO's picture of a number; option `image` is the pattern of its file name, or a list of patterns."""
-        patterns = self.options.get("image", "%012d.jpg")
+        patterns = self.options["image"]
         try:
             names = [pattern % number for pattern in ([patterns] if isinstance(patterns, str) else patterns)]
         except (TypeError, ValueError):
@@ -201,8 +205,8 @@ class Records(ABC):
         return (Video(found, self.frames()),)
 
     def option(self, name: str, known: Sequence[str]) -> str:
-        """An option that takes one of a few words, the first of them by default."""
-        value = self.options.get(name, known[0])
+        """An option that takes one of a few words."""
+        value = self.options[name]
         if value not in known:
             raise ConfigError(f"{self.task}: options.{name} is '{value}'; it takes {' or '.join(known)}.")
         return str(value)
@@ -212,17 +216,17 @@ class Records(ABC):
         return self.option("answers", ("given", "hidden")) == "hidden"
 
     def frames(self) -> int:
-        """The option `frames`: how many of each video are looked at; four, where it is not given."""
-        value = self.options.get("frames", FRAMES)
+        """The option `frames`: how many of each video are looked at."""
+        value = self.options["frames"]
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_FRAMES:
             raise ConfigError(
                 f"{self.task}: options.frames is {value!r}; it takes a whole number from 1 to {MOST_FRAMES}."
             )
         return value
 
-    def listed(self, name: str, otherwise: Sequence[Any]) -> Sequence[Any]:
+    def listed(self, name: str) -> Sequence[Any]:
         """An option that takes a list; in a text, any part of it would be found."""
-        value = self.options.get(name, otherwise)
+        value = self.options[name]
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{self.task}: options.{name} is '{value}'; it takes a list, even of one.")
         return value
@@ -231,10 +235,18 @@ class Records(ABC):
 def _encodable(sample: Sample) -> Sample:
     """The sample, if its words can be written down: JSON may hold halves of characters, which no tokenizer takes."""
     said = (word for turn in sample.turns for word in (turn.instruction, turn.answer))
-    for word in (sample.id, *sample.references, *sample.candidates, *said, *sample.fields.values()):
+    for word in (sample.id, *sample.references, *said, *sample.fields.values()):
         if isinstance(word, str):
             word.encode()
+    _encode(sample.candidates)
     return sample
+
+
+@functools.lru_cache(8)
+def _encode(words: tuple[str, ...]) -> None:
+    """Once: thousands of records share a vocabulary of thousands."""
+    for word in words:
+        word.encode()
 
 
 def _printable(value: Any) -> str:

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
-from qformer.data.records import Records
+from qformer.data.records import Records, Settings
 from qformer.data.streams import iterate_items, iterate_json, iterate_lines
 from qformer.data.values import answers, number, shown, words
 from qformer.errors import ConfigError, DataError
-from qformer.sample import Sample
+from qformer.sample import FRAMES, Sample
 from qformer.videos import ENDINGS
 
 ANSWERS = tuple(f"answer{place}" for place in range(1, 6))
@@ -31,7 +31,7 @@ class _Videos(Records):
     """
 
     optional: ClassVar[tuple[str, ...]] = ("vocabulary",)
-    settings: ClassVar[tuple[str, ...]] = ("frames", "most", "least")
+    settings: ClassVar[Settings] = {"frames": FRAMES, "most": None, "least": 1}
 
     def _prepare(self) -> None:
         self.frames()
@@ -55,11 +55,11 @@ class VideoQA(_Videos):
     name = "video_qa"
     roles = ("questions", "videos")
     optional = ("vocabulary", "mapping")
-    settings = ("video", "frames", "most", "least")
+    settings: ClassVar[Settings] = {**_Videos.settings, "video": "video%d"}
 
     def _prepare(self) -> None:
         super()._prepare()
-        self.named = self.options.get("video", "video%d")
+        self.named = self.options["video"]
         try:
             fits = isinstance(self.named, str) and bool(self.named % 1)
         except (TypeError, ValueError):

@@ -102,6 +102,11 @@ def compared(results: Mapping[str, Mapping[str, Any]], published: Published, row
                 f"{key}: {result['samples']:,} of {result['of']:,} samples were scored, and a part of a set does not "
                 f"stand beside a whole one; leave out --limit."
             )
+        elif result["published_size"] not in (None, result["of"]):
+            left_out.append(
+                f"{key}: its files hold {result['of']:,} records and the published split {result['published_size']:,}, "
+                f"so its score does not stand beside that of the split."
+            )
         elif result["score"] is None:
             left_out.append(f"{key}: it has no score.")
         else:
