@@ -155,6 +155,8 @@ def score(
         speaks = model.language.profile.encoder_decoder
         alike = [habits.with_habits(card, kept, encoder_decoder=speaks) for card in chosen.values()]
         chosen = {card.key: card for card in alike}
+        for line in habits.unlike(alike, kept):
+            say(line)
     row = ""
     if table is not None:
         row = table.row((against or "").partition(":")[2], model.settings.language.name)

@@ -20,7 +20,7 @@ from qformer.evaluate.outcome import averaged
 from qformer.evaluate.run import as_text, score, tables
 from qformer.processes import ALONE
 from qformer.sample import Sample
-from qformer.text import Rendered, load_templates
+from qformer.text import Rendered, load_templates, render_eval
 from tests.test_evaluate import RANK, Namer, world
 
 AUROC = (
@@ -403,9 +403,25 @@ def test_candidates_are_ranked_as_lavis_does() -> None:
     assert (vicuna.eval.normalize, vicuna.eval.end, vicuna.eval.preface) == ("sum", False, [])
     dialogue = lavis("visdial:caption").eval
     assert dialogue is not None and dialogue.template == "short_answer"
-    assert dialogue.preface == ['This image has the caption "{caption}".', "dialog history: {history}\n"]
+    fields = {"question": "Is it sunny?", "history": "Question: Who? Answer: A dog.", "caption": "a dog"}
+    sample = Sample("1", "visdial", (), fields)
+    assert render_eval(dialogue, load_templates(dialogue.template), sample).instruction == (
+        'This image has the caption "a dog". dialog history: Question: Who? Answer: A dog.\n'
+        "Question: Is it sunny? Short answer:"
+    )
     asked = load_templates(vicuna.eval.template).templates[0]
     assert asked.format(context="", question="Q?", options="(a) x").startswith("context: . Question: Q? Options: ")
+
+
+def test_what_lavis_would_not_rank_is_said() -> None:
+    names = ["msvd_qa", "msvd_qa:generated", "msrvtt_qa:top_4000", "scienceqa"]
+    assert habits.unlike(map(lavis, names), habits.load("lavis")) == [
+        "msvd_qa:as_lavis: its candidates are ranked, where lavis lets the model write; the card msvd_qa:generated does "
+        "so.",
+        "msrvtt_qa:top_4000+as_lavis: its candidates are ranked, where lavis lets the model write; the card "
+        "msrvtt_qa:generated does so.",
+    ]
+    assert all(f"{name}:generated" == cards.load(f"{name}:generated").key for name in habits.load("lavis").writes)
 
 
 @pytest.mark.parametrize("name", resources.names("tasks"))
