@@ -38,8 +38,11 @@ PADDING = 1 << 20
 """Pixels that a decoder may add to a frame's sides, for its own use."""
 LEAST_SHARE = 0.9
 """Of what a file's header says it holds; below, it was cut short.  Headers are often wrong by a frame or two."""
-ENDINGS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".ogv", ".gif")
-"""Of files that are videos wherever a name alone says which kind a file is."""
+ENDINGS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".ogv")
+"""Of files that are videos wherever a name alone says which kind a file is; a GIF may be a picture, and is taken for
+one there."""
+FILES = (*ENDINGS, ".gif")
+"""Endings under which a video is looked for."""
 STILLS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 """Endings of the files of a folder that are its frames."""
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegvideo,mpegts,asf,flv,ogg,gif,m4v,ivf"

@@ -416,9 +416,8 @@ def test_candidates_are_ranked_as_lavis_does() -> None:
 def test_what_lavis_would_not_rank_is_said() -> None:
     names = ["msvd_qa", "msvd_qa:generated", "msrvtt_qa:top_4000", "scienceqa"]
     assert habits.unlike(map(lavis, names), habits.load("lavis")) == [
-        "msvd_qa:as_lavis: its candidates are ranked, where lavis lets the model write; the card msvd_qa:generated does "
-        "so.",
-        "msrvtt_qa:top_4000+as_lavis: its candidates are ranked, where lavis lets the model write; the card "
+        "msvd_qa:as_lavis: its candidates are ranked, where lavis lets the model write; msvd_qa:generated does so.",
+        "msrvtt_qa:top_4000+as_lavis: its candidates are ranked, where lavis lets the model write; "
         "msrvtt_qa:generated does so.",
     ]
     assert all(f"{name}:generated" == cards.load(f"{name}:generated").key for name in habits.load("lavis").writes)

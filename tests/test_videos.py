@@ -134,6 +134,7 @@ def test_frames_of_a_folder_go_by_the_numbers_in_their_names(tmp_path: Path) -> 
 
 def test_a_path_is_known_as_a_video_by_ending_or_folder(tmp_path: Path) -> None:
     assert videos.is_video("a/b.MP4") and videos.is_video(tmp_path)
+    assert not videos.is_video("a.gif"), "it may be a picture"
     assert not videos.is_video("a.jpg") and not videos.is_video(tmp_path / "nothing")
 
 

@@ -16,7 +16,7 @@ from qformer.data.streams import iterate_items, iterate_json, iterate_lines
 from qformer.data.values import answers, number, shown, words
 from qformer.errors import ConfigError, DataError
 from qformer.sample import Sample
-from qformer.videos import ENDINGS
+from qformer.videos import FILES
 
 ANSWERS = tuple(f"answer{place}" for place in range(1, 6))
 """Columns of iVQA's five annotators."""
@@ -84,7 +84,7 @@ class VideoQA(_Videos):
     def _sample(self, key: Any, row: Any) -> Sample:
         if "video" in row:
             path = PurePosixPath(words(row, "video"))
-            names = [str(path), *([str(path.with_suffix(""))] if path.suffix in ENDINGS else ())]
+            names = [str(path), *([str(path.with_suffix(""))] if path.suffix in FILES else ())]
         else:
             names = [*([row["clip"]] if row.get("clip") else ()), self.named % number(row, "video_id")]
         question = words(row, "question")

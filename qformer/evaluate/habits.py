@@ -92,7 +92,7 @@ def with_habits(card: TaskCard, habits: Habits, *, encoder_decoder: bool) -> Tas
 def unlike(cards: Iterable[TaskCard], habits: Habits) -> list[str]:
     """In sentences, for which cards the other code would not rank."""
     return [
-        f"{card.key}: its candidates are ranked, where {habits.name} lets the model write; the card "
+        f"{card.key}: its candidates are ranked, where {habits.name} lets the model write; "
         f"{card.name}:generated does so."
         for card in cards
         if card.name in habits.writes and card.eval is not None and card.eval.answer == "rank"
