@@ -132,8 +132,26 @@ def test_the_table_lists_thirteen_held_in_sets_with_their_sizes_and_shares() -> 
     assert set(shown) == set(HELD_IN)
     assert shown == {name: (f"{size(name):,}", f"{share:.4f}") for name, share in A.items()}
     assert shown["coco_caption"] == ("566,747", "0.0923")
-    scienceqa = next(line for line in console.export_text(clear=False).splitlines() if "scienceqa" in line)
-    assert " 2,017 " in scienceqa  # held out: what is scored is counted, though it may be fine-tuned on
+
+
+def test_the_table_lists_thirteen_held_out_sets_with_what_is_scored_how_and_asked_in_which_words() -> None:
+    """ScienceQA may be fine-tuned on; what is counted is what is scored.  A preface stands before its prompt."""
+    columns = [list(column.cells) for column in listing.table().columns]
+    rows = {row[0]: row[1:] for row in zip(*columns, strict=True)}
+    assert len(rows) == 26
+    for name in HELD_OUT:
+        section = load(name).eval
+        assert section is not None
+        role, samples, share, reader, metric, prompt = rows[name]
+        assert (role, samples, share) == ("held-out", f"{section.size:,}", "")
+        assert (reader, metric) == (section.reader, section.metric)
+        assert prompt.endswith(text.load_templates(section.template).templates[0])
+    assert rows["scienceqa"][1] == "2,017"
+    question = "Question: {question} Short answer:"
+    assert rows["gqa"][-1] == question
+    assert rows["textvqa"][-1] == f"OCR tokens: {{ocr}}. {question}"
+    assert rows["visdial"][-1] == f"Dialog history: {{history}}\\n {question}"
+    assert rows["scienceqa"][-1] == "Context: {context} Question: {question} Options: {options}. Answer:"
 
 
 @pytest.mark.parametrize("name", HELD_IN)
