@@ -94,7 +94,7 @@ def frames(video: Video, max_pixels: int, where: str) -> Iterator[Image.Image]:
         if isinstance(video.path, Path) and os.path.isdir(video.path):
             yield from _of_folder(video.path, video, max_pixels, where)
         else:
-            yield from _of_file(video, max_pixels)
+            yield from _of_file(video, max_pixels, where)
     except _InsideError as error:
         raise DataError(str(error)) from None
     except DataError as error:
@@ -102,7 +102,7 @@ def frames(video: Video, max_pixels: int, where: str) -> Iterator[Image.Image]:
 
 
 class _InsideError(Exception):
-    """A frame's own error, a whole sentence already."""
+    """The error of a frame or of a file in an archive, a whole sentence already."""
 
 
 # -- a folder of frames -----------------------------------------------------------------------------------------------
@@ -148,10 +148,10 @@ def _by_number(name: str) -> tuple[list[tuple[int, int, str]], str]:
 # -- a file -----------------------------------------------------------------------------------------------------------
 
 
-def _of_file(video: Video, max_pixels: int) -> Iterator[Image.Image]:
+def _of_file(video: Video, max_pixels: int, where: str) -> Iterator[Image.Image]:
     clock = _Clock(PATIENCE)
     limit = min(max_pixels, MOST_PIXELS)
-    with _opened(video, limit, clock) as (container, stream):
+    with _opened(video, limit, clock, where) as (container, stream):
         times, keys, begin = _timetable(container, stream, clock)
         decoder = _Decoder(container, stream, begin, limit, clock)
         if None not in times and len(set(times)) == len(times):
@@ -187,12 +187,15 @@ class _Clock:
 
 
 @contextmanager
-def _opened(video: Video, limit: int, clock: _Clock) -> Iterator[tuple[Any, Any]]:
+def _opened(video: Video, limit: int, clock: _Clock, where: str) -> Iterator[tuple[Any, Any]]:
     """The container and its first video stream; whatever the library raises while it is open becomes a DataError."""
     av = _library()
     path = video.path
     if isinstance(path, Packed):
-        source: Any = io.BytesIO(path.read())
+        try:
+            source: Any = io.BytesIO(path.read())
+        except DataError as error:
+            raise _InsideError(f"{where}: {error}.") from None
     elif not os.path.lexists(path):
         raise DataError("is missing; check its name and its folder")
     elif not os.path.isfile(path):
