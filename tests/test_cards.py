@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from qformer import cards, listing, resources, text
 from qformer.data.readers import READERS
 from qformer.errors import ConfigError
+from qformer.evaluate.metrics import METRICS
 
 HELD_IN = [
     "aokvqa", "coco_caption", "llava_conversation", "llava_detail", "llava_reasoning", "ocrvqa", "okvqa", "textcaps",
@@ -174,6 +176,14 @@ def test_files_are_paths_and_pictures_may_lie_in_several(tmp_path: Path, files: 
     file.write_text(BASE + f"train: {{reader: jsonl, files: {files}, template: instruction}}\n")
     with pytest.raises(ConfigError, match=r"train\.files\.(records|images) is .*it takes a path, or as files\.images"):
         cards.load(str(file))
+
+
+def test_every_metric_is_some_cards_or_stands_beside_ciders() -> None:
+    sections = [section for name in with_variants() if (section := load(name).eval) is not None]
+    assert set(METRICS) - {section.metric for section in sections} == {"bleu4", "rouge_l"}
+    for name in ("coco_caption", "flickr30k", "nocaps", "textcaps"):
+        plain, meteor = load(name).eval, load(f"{name}:meteor").eval
+        assert plain is not None and meteor == dataclasses.replace(plain, metric="meteor")
 
 
 def test_null_takes_away_what_a_variants_reader_has_not() -> None:
