@@ -43,7 +43,8 @@ def published_shares(loaded: list[TaskCard]) -> dict[str, float]:
 def prompt(card: TaskCard) -> str:
     """The zero-shot prompt where the card is scored, else how many phrasings it is trained with."""
     if card.eval:
-        return text.load_templates(card.eval.template).templates[0]
+        whole = text.joined(*card.eval.preface, text.load_templates(card.eval.template).templates[0])
+        return whole.replace("\n", "\\n")
     assert card.train is not None
     count = len(text.load_templates(card.train.template).templates)
     return f"{count} phrasing{'s' if count > 1 else ''} ({card.train.template})"

@@ -160,6 +160,8 @@ def score(
         speaks = model.language.profile.encoder_decoder
         alike = [habits.with_habits(card, kept, encoder_decoder=speaks) for card in chosen.values()]
         chosen = {card.key: card for card in alike}
+        for line in habits.unlike(alike, kept):
+            say(line)
     if prompt_sweep:
         for line in sweep.check(chosen):  # the prompts may have become others
             say(line)

@@ -20,7 +20,7 @@ from qformer.evaluate.outcome import averaged
 from qformer.evaluate.run import as_text, score, tables
 from qformer.processes import ALONE, Processes
 from qformer.sample import Sample
-from qformer.text import Rendered, load_templates
+from qformer.text import Rendered, load_templates, render_eval
 from tests.test_evaluate import RANK, Namer, world
 
 AUROC = (
@@ -285,7 +285,30 @@ def test_ours_stand_beside_published_scores_with_the_difference() -> None:
         assert words in shown
     assert "60.5*" not in shown and not left_out
     assert published.remarks(paper, "vicuna7b")[1].startswith("* ")
-    assert len(published.remarks(dataclasses.replace(paper, rows={"x": published.PublishedRow("", {})}), "x")) == 1
+    assert published.remarks(paper, "vicuna7b")[2].startswith("Written down from the paper as its readers cite it;")
+    plain = dataclasses.replace(paper, rows={"x": published.PublishedRow("", {})}, note="")
+    assert len(published.remarks(plain, "x")) == 1
+
+
+def test_a_published_mean_stands_beside_ours_where_all_its_cards_were_scored_whole() -> None:
+    """By the ablations' table: COCO, OKVQA, A-OKVQA and TextCaps as one number, CIDEr times 100 as the rest."""
+    paper = published.load("paper")
+    ours = {
+        "coco_caption": result(metric="cider", score=1.4), "textcaps": result(metric="cider", score=1.2),
+        "okvqa": result(metric="vqa_accuracy", score=0.5), "aokvqa": result(metric="vqa_accuracy", score=0.6),
+    }  # fmt: skip
+    table, _ = published.compared(ours, paper, "vicuna7b_no_balancing")
+    [cells] = zip(*(column.cells for column in table.columns))
+    assert cells[:6] == ("held_in", "mean", "92.5", "98.8*", "-6.3", "50,312")
+    assert cells[7] == "mean over coco_caption, okvqa, aokvqa, textcaps"
+    for spoiled in ({**ours, "okvqa": result(partial=True)}, {**ours, "okvqa": result(score=None)}, {"gqa": result()}):
+        table, _ = published.compared(spoiled, paper, "vicuna7b_no_balancing")
+        assert "mean" not in [cell for column in table.columns for cell in column.cells]
+    means = {name: row.averages["held_in"] for name, row in paper.rows.items() if row.averages}
+    assert means == {
+        "flant5xl": 94.1, "flant5xl_no_instruction": 89.8, "flant5xl_no_balancing": 92.6,
+        "vicuna7b": 100.8, "vicuna7b_no_instruction": 98.9, "vicuna7b_no_balancing": 98.8,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -331,6 +354,7 @@ def test_published_tables_name_cards_and_metrics_that_there_are() -> None:
     for name in resources.names("configs/published"):
         table = published.load(name)
         assert len(table.source) > 20
+        assert all(cards.load(key).eval for keys in table.averages.values() for key in keys)
         for key, of in table.sets.items():
             section = cards.load(key).eval
             assert section is not None and set(of.metrics) <= set(METRICS), key
@@ -348,6 +372,9 @@ def test_a_published_table_that_contradicts_itself_is_refused(tmp_path: Path) ->
         'name: "m"\nversion: 1\ntitle: "t"\nsource: "s"\nsets: {}\nrows: {r: {title: "r", scores: {gqa: 1.0}}}\n'
     )
     with pytest.raises(ConfigError, match=r"mine\.yaml.*rows\.r names 'gqa', which `sets` or its scores do not"):
+        published.load(str(file))
+    file.write_text(file.read_text().replace("scores: {gqa: 1.0}", "scores: {}, averages: {all: 1.0}"))
+    with pytest.raises(ConfigError, match=r"rows\.r has a mean 'all', and `averages` does not say over which cards"):
         published.load(str(file))
 
 
@@ -508,9 +535,24 @@ def test_candidates_are_ranked_as_lavis_does() -> None:
     assert (vicuna.eval.normalize, vicuna.eval.end, vicuna.eval.preface) == ("sum", False, [])
     dialogue = lavis("visdial:caption").eval
     assert dialogue is not None and dialogue.template == "short_answer"
-    assert dialogue.preface == ['This image has the caption "{caption}".', "dialog history: {history}\n"]
+    fields = {"question": "Is it sunny?", "history": "Question: Who? Answer: A dog.", "caption": "a dog"}
+    sample = Sample("1", "visdial", (), fields)
+    assert render_eval(dialogue, load_templates(dialogue.template), sample).instruction == (
+        'This image has the caption "a dog". dialog history: Question: Who? Answer: A dog.\n'
+        "Question: Is it sunny? Short answer:"
+    )
     asked = load_templates(vicuna.eval.template).templates[0]
     assert asked.format(context="", question="Q?", options="(a) x").startswith("context: . Question: Q? Options: ")
+
+
+def test_what_lavis_would_not_rank_is_said() -> None:
+    names = ["msvd_qa", "msvd_qa:generated", "msrvtt_qa:top_4000", "scienceqa"]
+    assert habits.unlike(map(lavis, names), habits.load("lavis")) == [
+        "msvd_qa:as_lavis: its candidates are ranked, where lavis lets the model write; msvd_qa:generated does so.",
+        "msrvtt_qa:top_4000+as_lavis: its candidates are ranked, where lavis lets the model write; "
+        "msrvtt_qa:generated does so.",
+    ]
+    assert all(f"{name}:generated" == cards.load(f"{name}:generated").key for name in habits.load("lavis").writes)
 
 
 @pytest.mark.parametrize("name", resources.names("tasks"))

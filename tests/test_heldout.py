@@ -490,6 +490,21 @@ def test_ivqa_keeps_five_answers_and_finds_a_clip_by_either_name(tmp_path: Path)
         records[3]
 
 
+def test_of_a_video_with_several_clips_none_is_shown_for_another(tmp_path: Path) -> None:
+    """The whole video lies there too; two questions about one clip may have it, two clips may not."""
+    for name in ("abc.mp4", "abc_12_20.mp4", "def.mp4"):
+        (tmp_path / "videos").mkdir(exist_ok=True)
+        (tmp_path / "videos" / name).touch()
+    table = "video_id,start,end,question,answer1\n"
+    rows = "abc,12,20,Why?,a\nabc,30,40,Why?,a\ndef,1,2,Why?,a\ndef,1,2,Who?,a\n"
+    records = opened(tmp_path, "ivqa", {}, questions=table + rows)
+    found = [records[place].images[0].path.name for place in (0, 2, 3)]  # type: ignore[union-attr]
+    assert found == ["abc_12_20.mp4", "def.mp4", "def.mp4"]
+    assert [records[place].fields["image_id"] for place in (0, 3)] == ["abc_12_20", "def_1_2"]
+    with pytest.raises(DataError, match=r"record 1: there is no video 'abc_30_40' in .*videos, neither as a file"):
+        records[1]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -243,6 +245,13 @@ def test_vqa_accuracy_is_what_the_rules_say_on_a_thousand_answers(rule: str) -> 
         assert score == pytest.approx(plain_vqa_accuracy(said, truths, rule)), (said, truths)
         met += score > 0
     assert 100 < met < 1000
+
+
+def test_the_table_of_contractions_is_the_official_scorers() -> None:
+    """By the hash of its 120 pairs, taken from vqaEval.py itself; the rules above look words up in ours."""
+    pairs = json.dumps(sorted(normalise.CONTRACTIONS.items())).encode()
+    assert len(normalise.CONTRACTIONS) == 120
+    assert hashlib.sha256(pairs).hexdigest() == "3e5960526f62912d3b70896069c43c13d7c21be38d50ca28efbb9095b499454f"
 
 
 @pytest.mark.parametrize(("matches", "score"), [(0, 0.0), (1, 0.5), (2, 1.0), (5, 1.0)])

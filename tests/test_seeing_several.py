@@ -356,6 +356,18 @@ def test_records_of_videos_are_checked(data: Path, tmp_path: Path) -> None:
     assert "video" not in records[3].fields and records[3].fields["length"] == 3
 
 
+def test_a_still_gif_is_a_picture_wherever_it_is_not_called_a_video(tmp_path: Path) -> None:
+    from qformer.vlm import _as_video
+
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "cover.gif")
+    lines = [{"id": name, name: "cover.gif", "instruction": "what", "target": "red"} for name in ("image", "video")]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    records = JsonLines({"records": tmp_path / "r.jsonl", "images": tmp_path}, {}, "mine")
+    assert [sample.images for sample in records] == [(tmp_path / "cover.gif",), (Video(tmp_path / "cover.gif", 4),)]
+    assert _as_video(str(tmp_path / "cover.gif")) == str(tmp_path / "cover.gif")
+    assert gallery._shown("cover.gif", tmp_path).count("<img ") == 1
+
+
 # -- the frame embedding ----------------------------------------------------------------------------------------------
 
 

@@ -524,6 +524,7 @@ class TestChoices:
             assert text.prefaced(preface, absent, "What?") == "[A:B] What?"
         assert text.prefaced([], {"ocr": "a"}, "What?") == "What?"
         assert text.prefaced(["OCR tokens: {ocr}."], {}, "") == ""
+        assert text.prefaced(["{ocr}\n", "{ocr}:  "], {"ocr": "a"}, "What?") == "a\na:  What?"
 
     def test_thirty_words_are_kept_unless_the_card_says_otherwise(self, root: Path) -> None:
         words = [f"w{number}" for number in range(40)]

@@ -20,8 +20,9 @@ class JsonLines(Records):
 
     `{"id", "image" | "images" | "video", "instruction", "target": text or list, "candidates"?, "turns"?}`; `turns` is a
     list of `{"instruction", "answer"}` and stands for instruction and target.  Other keys become fields.  `video` is a
-    file or a folder of frames; among `images` there may be video files.  Option `kind`: a regular expression over the
-    id whose first group becomes the field `kind`; option `frames`: how many of each video are looked at (4).
+    file or a folder of frames; among `images` there may be video files, but a GIF is a picture there.  Option `kind`: a
+    regular expression over the id whose first group becomes the field `kind`; option `frames`: how many of each video
+    are looked at (4).
     """
 
     name = "jsonl"

@@ -14,7 +14,7 @@ from qformer.data.index import Entry, Index, encoded, in_memory
 from qformer.data.pictures import Pictures
 from qformer.errors import ConfigError, DataError, did_you_mean
 from qformer.sample import Packed, Sample, Video
-from qformer.videos import ENDINGS
+from qformer.videos import FILES
 
 MISFORMED = (KeyError, TypeError, AttributeError, ValueError, IndexError, OverflowError, RecursionError)
 """What Python raises where a file or a record is of another form than its reader takes it for."""
@@ -195,12 +195,12 @@ class Records(ABC):
 
     def video(self, *names: str) -> tuple[Video]:
         """The one video of a record: a file that has one of its possible names, or a folder of frames."""
-        found = self.videos.first(*(name + ending for name in names for ending in ("", *ENDINGS)))
+        found = self.videos.first(*(name + ending for name in names for ending in ("", *FILES)))
         if found is None:
             named = " or ".join(f"'{name}'" for name in names)
             raise DataError(
                 f"there is no video {named} in {' or '.join(map(str, self.videos.roots))}, neither as a file (with an "
-                f"ending like {ENDINGS[0]} or {ENDINGS[1]}) nor as a folder of frames"
+                f"ending like {FILES[0]} or {FILES[1]}) nor as a folder of frames"
             )
         return (Video(found, self.frames()),)
 

@@ -115,7 +115,7 @@ def score(
         root: the folder that the cards' paths start from.
         directory: where the files go; made if need be.
         limit: score a seeded subset of this many samples per set, and mark every score as partial.
-        batch_size: samples at a time; does not change results.
+        batch_size: samples at a time; in float32 the results do not depend on it.
         shuffled: whether each set is asked again with shuffled pictures.
         seed: of subset, shuffling and bootstrap.
         on_error: what a broken record does.
