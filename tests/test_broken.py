@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 import zipfile
 from collections import Counter
@@ -340,13 +341,43 @@ def test_a_second_record_of_an_id_is_listed(cases: dict[str, Case], tmp_path: Pa
     assert found.broken and all(DOUBLED[name] in message for message in found.broken)
 
 
+@pytest.mark.parametrize(
+    ("name", "role", "way", "other", "where"),
+    [
+        ("flickr30k", "captions", ("images", 1, "sentences"), {"raw": "Another."}, "among 'sentences'"),
+        ("iconqa", "problems", (), {"question": "Another?"}, "in the file"),
+        ("nocaps", "captions", ("annotations",), {"caption": "Another."}, "among 'annotations'"),
+        ("nocaps", "captions", ("images",), {"file_name": "0013ea2087020902.jpg"}, "among 'images'"),
+        ("scienceqa", "problems", (), {"question": "Another?"}, "in the file"),
+        ("textcaps:no_ocr", "records", ("data",), {"caption_str": "Another."}, "among 'data'"),
+        ("vqav2", "annotations", ("annotations",), {"answers": [{"answer": "another"}]}, "annotations.json"),
+        ("vqg_vqav2:per_answer", "annotations", ("annotations",), {"answers": []}, "annotations.json"),
+    ],
+)
+def test_of_what_records_are_made_of_the_first_of_an_id_counts_and_a_further_one_is_listed(
+    cases: dict[str, Case], tmp_path: Path, name: str, role: str, way: tuple[Any, ...], other: Any, where: str
+) -> None:
+    def double(raw: bytes) -> bytes:
+        content = parts = json.loads(raw)
+        for step in way:
+            parts = parts[step]
+        if isinstance(parts, list):
+            parts.append({**parts[0], **other})
+            return json.dumps(content).encode()
+        key, value = next(iter(parts.items()))  # written as text: Python's own parser would keep the later one alone
+        return raw.rstrip()[:-1] + b"," + json.dumps({key: {**value, **other}}).encode()[1:]
+
+    whole, found = outcome(cases[name]), spoilt(cases[name], tmp_path, double, role)
+    assert found.samples == whole.samples
+    assert len(found.broken) == 1
+    assert re.search(rf": it stands .*{where} more than once; the first is taken\.$", found.broken[0])
+
+
 @pytest.mark.parametrize("name", TEXT)
 @pytest.mark.parametrize("number", ["9" * 5000, "1e999", "-1", "NaN"])
 def test_a_number_out_of_all_bounds_is_no_traceback(
     cases: dict[str, Case], tmp_path: Path, name: str, number: str
 ) -> None:
-    import re
-
     case = cases[name]
     numbers = re.compile(rb"(?<=[ :\[])\d+(?=[,\n}\]])")
     found = spoilt(case, tmp_path, lambda raw: numbers.sub(number.encode(), raw))
