@@ -159,6 +159,22 @@ def test_which_of_several_answers_is_trained_on_is_a_variant(name: str, rule: st
     assert any(f"`{rule}`" in note for note in plain.notes)
 
 
+def test_the_table_says_what_its_samples_are() -> None:
+    assert listing.table().caption == "samples: S_d of sets that are trained on, what is scored of those held out"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("aokvqa", "since its questions are multiple-choice"),
+        ("ocrvqa", "full stop from TextVQA's zero-shot prompt"),
+        ("textcaps", "full stop from TextVQA's zero-shot prompt"),
+    ],
+)
+def test_a_card_says_what_speaks_against_its_choice(name: str, words: str) -> None:
+    assert sum(words in note for note in load(name).notes) == 1
+
+
 @pytest.mark.parametrize(
     "files", ["{records: r, images: []}", "{records: [r], images: i}", "{records: r, images: [1]}"]
 )
