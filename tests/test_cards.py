@@ -168,6 +168,32 @@ def test_every_held_in_card_has_its_forms_for_the_ablation_without_templates(nam
     assert named.preface[0].startswith("[") and ":" in named.preface[0] and named.preface[0].endswith("]")
 
 
+@pytest.mark.parametrize("name", ["vqav2", "okvqa", "aokvqa", "vqg_vqav2", "vqg_okvqa", "vqg_aokvqa"])
+@pytest.mark.parametrize("rule", ["sampled", "uniform_distinct"])
+def test_which_of_several_answers_is_trained_on_is_a_variant(name: str, rule: str) -> None:
+    card, plain = load(f"{name}:{rule}"), load(name)
+    assert card.train and plain.train and plain.train.answer == "most_frequent"
+    assert dataclasses.asdict(card.train) == {**dataclasses.asdict(plain.train), "answer": rule}
+    assert card.eval == plain.eval
+    assert any(f"`{rule}`" in note for note in plain.notes)
+
+
+def test_the_table_says_what_its_samples_are() -> None:
+    assert listing.table().caption == "samples: S_d of sets that are trained on, what is scored of those held out"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("aokvqa", "since its questions are multiple-choice"),
+        ("ocrvqa", "full stop from TextVQA's zero-shot prompt"),
+        ("textcaps", "full stop from TextVQA's zero-shot prompt"),
+    ],
+)
+def test_a_card_says_what_speaks_against_its_choice(name: str, words: str) -> None:
+    assert sum(words in note for note in load(name).notes) == 1
+
+
 @pytest.mark.parametrize(
     "files", ["{records: r, images: []}", "{records: [r], images: i}", "{records: r, images: [1]}"]
 )

@@ -41,19 +41,20 @@ class CocoCaptions(Records):
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
         kept = ("id", "file_name", "domain")
-        pictures = {
-            picture["id"]: {name: picture[name] for name in kept if name in picture}
+        shown = (
+            (picture["id"], {name: picture[name] for name in kept if name in picture})
             for picture in iterate_json(self.file, "images")
-        }
+        )
+        pictures = dict(self.first(shown, "among 'images'"))
         if self.option("per", ("caption", "image")) == "caption":
             rows = iterate_json(self.file, "annotations")
             yield from self.once((row["id"], [pictures.get(row["image_id"]), [row]]) for row in rows)
             return
         captions: dict[Any, list[Any]] = {name: [] for name in pictures}
-        for row in iterate_json(self.file, "annotations"):
+        annotations = ((row.get("id"), row) for row in iterate_json(self.file, "annotations"))
+        for _, row in self.first(annotations, "among 'annotations'"):
             captions.setdefault(row["image_id"], []).append(row)
-        for name, said in captions.items():
-            yield name, [pictures.get(name), said]
+        yield from self.once((name, [pictures.get(name), said]) for name, said in captions.items())
 
     def _sample(self, key: Any, row: Any) -> Sample:
         picture, annotations = row
@@ -89,12 +90,13 @@ class Karpathy(Records):
                 continue
             number = picture.get("cocoid", picture["imgid"])
             shown = {"filepath": picture.get("filepath") or "", "filename": picture["filename"], "image_id": number}
-            said = [{"raw": sentence.get("raw")} for sentence in picture["sentences"]]
+            sentences = picture["sentences"]
             if per_caption:
-                for sentence, kept in zip(picture["sentences"], said, strict=True):
-                    yield sentence["sentid"], [shown, [kept]]
+                for sentence in sentences:
+                    yield sentence["sentid"], [shown, [{"raw": sentence.get("raw")}]]
             else:
-                yield number, [shown, said]
+                said = ((sentence.get("sentid"), {"raw": sentence.get("raw")}) for sentence in sentences)
+                yield number, [shown, [raw for _, raw in self.first(said, "among 'sentences'")]]
 
     def _sample(self, key: Any, row: Any) -> Sample:
         picture, sentences = row
@@ -180,7 +182,7 @@ class TextVQA(Records):
 
     def _pictures(self, rows: Iterable[Any], written: Mapping[str, str]) -> Iterator[tuple[Any, Any]]:
         pictures: dict[Any, Any] = {}
-        for row in rows:
+        for _, row in self.first(((row.get("caption_id"), row) for row in rows), "among 'data'"):
             picture = pictures.setdefault(
                 row["image_id"], {"image_id": row["image_id"], "captions": []} | _ocr(written, row)
             )
@@ -224,8 +226,11 @@ class VQA(Records):
             rows = iterate_json(self.files["annotations"], "annotations") if "annotations" in self.files else ()
             return self.beside("annotations", (row for row in rows if "question_id" in row))
 
+        def further(name: Any) -> None:
+            self.twice(name, f"in {self.files['annotations']}")
+
         asked, annotated = 0, 0
-        for question, annotation in join(iterate_json(self.file, "questions"), annotations, "question_id"):
+        for question, annotation in join(iterate_json(self.file, "questions"), annotations, "question_id", further):
             row = {name: question[name] for name in ("question", "image_id") if name in question}
             row["annotated"] = annotation is not None
             if annotation is not None:
@@ -494,10 +499,12 @@ class IconQA(Records):
         self.rank = self.option("rank", RANKS)
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
-        problems, splits = read_json(self.file), read_json(self.files["splits"])
+        splits = read_json(self.files["splits"])
         split = self.options["split"]
         if split not in splits:
             raise ConfigError(f"{self.files['splits']}: no split '{split}'.{did_you_mean(str(split), splits)}")
+        wanted = {str(name) for name in splits[split]}
+        problems = dict(self.first((each for each in iterate_items(self.file) if each[0] in wanted), "in the file"))
         yield from self.once((name, problems.get(str(name))) for name in splits[split])
 
     def _sample(self, key: Any, row: Any) -> Sample:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from qformer.cards import MEDIA
 from qformer.data.index import Entry, Index, encoded, in_memory
 from qformer.data.pictures import Pictures
+from qformer.data.values import identifies, shown
 from qformer.errors import ConfigError, DataError, did_you_mean
 from qformer.sample import Packed, Sample, Video
 from qformer.videos import FILES
@@ -86,6 +87,7 @@ class Records(ABC):
         self.options, self.task, self.split = {**defaults, **options}, task, split
         self.file = self.files[self.roles[0]]
         self.broken: dict[int, DataError] = {}
+        self.surplus: list[Entry] = []
         self._prepare()
         self.rows = in_memory(self.entries()) if index is None else index.rows(self)
         self.broken = {place: DataError(words) for place, words in self.rows.broken.items()}
@@ -117,13 +119,37 @@ class Records(ABC):
         return DataError(f"{self.file}, {self.numbering} {_printable(key)}: {_printable(problem)}.")
 
     def once(self, pairs: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
-        """Keys and rows as they come; a record whose key an earlier one has is noted as broken."""
+        """Keys and rows as they come; a record whose key is none, or one that an earlier has, is noted as broken."""
         seen: set[Any] = set()
         for place, (key, row) in enumerate(pairs):
-            if key in seen:
+            if not identifies(key):
+                self.broken[place] = self.at_fault(key, f"its id is {shown(key)}; it must be text or a number")
+            elif key in seen:
                 self.broken[place] = self.at_fault(key, "an earlier record has the same id")
-            seen.add(key)
+            else:
+                seen.add(key)
             yield key, row
+
+    def first(self, parts: Iterable[tuple[Any, Any]], where: str) -> Iterator[tuple[Any, Any]]:
+        """Ids and parts of records as they come; one whose id an earlier part has is listed instead.
+
+        Args:
+            parts: what is no record by itself, as a caption where records are pictures; None for an id is none.
+            where: what messages say of the place where they stand.
+        """
+        seen: set[Any] = set()
+        for key, part in parts:
+            if key in seen:
+                self.twice(key, where)
+                continue
+            if key is not None:
+                seen.add(key)
+            yield key, part
+
+    def twice(self, key: Any, where: str) -> None:
+        """List a part of a record that is there more than once: behind the records, as a broken one."""
+        told = self.at_fault(key, f"it stands {where} more than once; the first is taken")
+        self.surplus.append((encoded(key), b"null", str(told)))
 
     def key(self, place: int) -> Any:
         """What messages call a record: its line, its number, or the file's own key."""
@@ -139,12 +165,12 @@ class Records(ABC):
         Raises:
             DataError: a file is not of the form expected.
         """
-        rows = self._read()
+        self.surplus, rows = [], self._read()
         for place in itertools.count():
             try:
                 key, row = next(rows)
             except StopIteration:
-                return
+                break
             except MISFORMED as error:
                 raise _misformed(self.file, error) from None
             except OSError as error:
@@ -154,6 +180,7 @@ class Records(ABC):
             except (TypeError, ValueError, RecursionError) as error:
                 raise self.at_fault(key, f"it holds what JSON cannot ({error})") from None
             yield *entry, str(self.broken[place]) if place in self.broken else None
+        yield from self.surplus
 
     def beside(self, role: str, rows: Iterable[Any]) -> Iterator[Any]:
         """What is read from another file than the first, so that an error names the right one."""

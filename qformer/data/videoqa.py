@@ -109,14 +109,17 @@ class IVQA(_Videos):
         for row in read_table(self.file):
             clips.setdefault(row.get("video_id"), set()).add((row.get("start"), row.get("end")))
         for place, row in enumerate(read_table(self.file)):
+            told = {name: row[name] for name in kept if name in row}
             alone = len(clips[row.get("video_id")]) == 1
-            yield place, {**{name: row[name] for name in kept if name in row}, "alone": alone}
+            yield place, {**told, "alone": alone, "short": None in row.values()}
 
     def _sample(self, key: Any, row: Any) -> Sample:
         name = words(row, "video_id")
         clip = [f"{name}_{row['start']}_{row['end']}"] if row.get("start") and row.get("end") else []
         names = [*clip, *([name] if row["alone"] or not clip else ())]
         fields = {"question": words(row, "question"), "image_id": names[0]}
+        if row["short"]:
+            raise DataError("it has fewer columns than the table's head; was the download cut short?")
         given = [row[column] for column in ANSWERS if row.get(column)]
         said = answers(given, " to ".join((ANSWERS[0], ANSWERS[-1])))
         return Sample(self.id(key), self.task, self.video(*names), fields, references=said, candidates=self.vocabulary)
