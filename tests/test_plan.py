@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -184,7 +185,7 @@ def test_rows_that_are_here_are_counted_in_their_own_tokens(run: RunConfig) -> N
     assert len(data.steps.steps) == run.train.steps and data.steps.samples == 6
     assert data.steps.mean("pictures") == data.steps.mean("reads") == 6
     mean = data.steps.mean("positions") / 6
-    assert 4 + 8 < mean < 4 + 30
+    assert 4 + 8 < mean < 4 + 60
     halves = plan.look(run, found, ranks=2)
     assert halves.steps.samples == 3 and halves.steps.mean("pictures") == 3
 
@@ -193,14 +194,15 @@ def test_without_a_tokenizer_letters_are_counted(run: RunConfig, monkeypatch: py
     def none(_: RunConfig) -> None:
         raise ConfigError("there is none.")
 
-    exact = plan.look(run, plan.sizes(run)).steps
     monkeypatch.setattr(plan, "joiner_of", none)
     data = plan.look(run, plan.sizes(run))
     assert data.untokenized == "there is none."
-    assert data.steps.mean("positions") == pytest.approx(exact.mean("positions"), rel=0.5)
-    assert data.steps.mean("trained") != exact.mean("trained")
-    text = shown(run, gpu="t4")
-    assert "Counted in letters, 4 a token: colours." in text and "No tokenizer can be had here: there is none." in text
+    lines = (Path(run.data.root) / "records.jsonl").read_text().splitlines()
+    targets = [json.loads(line)["target"] for line in lines]  # four steps of six are all of them
+    assert 4 * data.steps.mean("trained") == sum(len(target) // 4 + 1 for target in targets)
+    notes = str([*plan.rows(data)][1])
+    assert "Counted in letters, 4 a token: colours." in notes
+    assert "No tokenizer can be had here: there is none." in notes
 
 
 def test_draws_of_broken_records_have_no_rows(run: RunConfig, tmp_path: Path) -> None:
@@ -212,7 +214,8 @@ def test_draws_of_broken_records_have_no_rows(run: RunConfig, tmp_path: Path) ->
     lines = records.read_text().splitlines()
     (tmp_path / "r.jsonl").write_text("\n".join(['{"id": "x"}'] * 20 + lines[:4]))
     settings = dataclasses.replace(run, data=dataclasses.replace(run.data, tasks={str(card): 1.0}, on_error="skip"))
-    assert re.search(r"  \d+ draws were of broken records, which have no row\.", shown(settings, gpu="t4"))
+    notes = str([*plan.rows(plan.look(settings, plan.sizes(settings)))][1])
+    assert re.search(r"  \d+ draws were of broken records, which have no row\.", notes)
     (tmp_path / "r.jsonl").write_text("\n".join(['{"id": "x"}'] * 20))
     with pytest.raises(DataError, match=r"plan: all of the first 24 draws are of broken records; qformer data check"):
         plan.look(settings, plan.sizes(settings))
@@ -437,11 +440,10 @@ def test_a_run_that_does_not_fit_is_told_what_to_change(run: RunConfig, monkeypa
 
 
 def test_several_gpus_share_a_step(run: RunConfig) -> None:
-    one, two = (shown(run, gpu="t4", gpus=number) for number in (1, 2))
-    assert "on one t4" in one and "on 2 t4" in two
-    assert rows(one)["pictures encoded"] == ["6"] and rows(two)["pictures encoded"] == ["3"]
-    assert "Nor what travels between GPUs:" in two and "Nor what travels" not in one
-    assert re.search(r"memory: .* on each GPU", two)
+    text = shown(run, gpu="t4", gpus=2)
+    assert "on 2 t4" in text and rows(text)["pictures encoded"] == ["3"]
+    assert re.search(r"Nor what travels between GPUs: [\d.]+ [kM]B of gradients a step\.", text)
+    assert re.search(r"memory: [\d.]+ GB of 16 GB on each GPU", text)
 
 
 def test_this_machine_is_planned_where_no_gpu_is_named(

@@ -107,7 +107,7 @@ def plan(
         data = look(settings, found, gpus)
     yield _head(settings, gpu, gpus)
     yield _parameters(settings, found)
-    yield from _rows(data)
+    yield from rows(data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rates = speed_of(settings, found, data.steps, gpu, efficiency, device)
     on_cpu = gpu == HERE and device.type == "cpu"
@@ -319,7 +319,8 @@ def _parameters(settings: RunConfig, found: Sizes) -> Table:
     return shown
 
 
-def _rows(data: Data) -> Iterator[Text | Table]:
+def rows(data: Data) -> Iterator[Text | Table]:
+    """What a step is made of, and where that is known from."""
     steps = data.steps
     shown = _table("a step of one process", "what", "mean")
     for what, name in (

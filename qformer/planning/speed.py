@@ -27,7 +27,7 @@ from qformer.nn.losses import token_log_likelihood
 from qformer.nn.qformer import QFormer, QFormerConnector, QFormerSize
 from qformer.nn.tokens import Tokens
 from qformer.planning.shapes import MicroBatch
-from qformer.planning.trace import blocks_of, cut, materialised, run_language
+from qformer.planning.trace import blocks_of, cut, faked, materialised, run_language
 from qformer.planning.work import EncoderWork, LLMWork, former_step
 from qformer.train.optim import optimizer_for
 
@@ -215,7 +215,7 @@ def _language_rate(model: Any, work: LLMWork, micro: MicroBatch, watch: Stopwatc
     stacks = blocks_of(model)
     depths = [min(2, len(blocks)) for _, blocks in stacks]
     seconds = 0.0
-    with cut(model, stacks, depths):
+    with cut(model, stacks, depths), faked(model):
         lasts = [blocks[depth - 1] for (_, blocks), depth in zip(stacks, depths, strict=True)]
         found = _captured(lambda: forward(model, fewer), lasts)
     for (given, block), (_, blocks) in zip(found, stacks, strict=True):
@@ -296,11 +296,9 @@ def _adapter(
 
 
 def forward(model: Any, micro: MicroBatch) -> None:
-    """An LLM on the meta device through its blocks, with what a micro-batch gives it."""
-    device = torch.device("meta")
+    """An LLM through its blocks, with tensors such as a micro-batch gives it."""
     table = model.get_input_embeddings().weight
-    inputs = torch.empty(micro.rows, micro.span, table.shape[1], dtype=table.dtype, device=device)
-    run_language(model, inputs, micro)
+    run_language(model, torch.empty(micro.rows, micro.span, table.shape[1], dtype=table.dtype), micro)
 
 
 def _fewer(micro: MicroBatch, share: float) -> MicroBatch:

@@ -93,7 +93,7 @@ def _counting(autocast: torch.dtype | None) -> Iterator[LiveBytes]:
 
 
 @contextmanager
-def _faked(module: nn.Module) -> Iterator[None]:
+def faked(module: nn.Module) -> Iterator[None]:
     """A module on the meta device as if it were on the CPU, for a while."""
     with FakeTensorMode(allow_non_fake_inputs=True), materialised(module, torch.device("cpu")):
         yield
@@ -101,7 +101,7 @@ def _faked(module: nn.Module) -> Iterator[None]:
 
 def encoder_held(tower: Any, micro: MicroBatch, autocast: torch.dtype | None = None) -> Held:
     """What an encoder, on the meta device, holds while it makes its tokens; no gradient is kept."""
-    with _faked(tower), torch.no_grad(), _counting(autocast) as live:
+    with faked(tower), torch.no_grad(), _counting(autocast) as live:
         pixels = torch.empty(micro.pictures, 3, tower.settings.size, tower.settings.size)
         _, most = live.highest(lambda: tower(pixels).values)
     return Held(0, most)
@@ -170,7 +170,7 @@ def language_held(model: Any, micro: MicroBatch, queries: int, autocast: torch.d
     least = [1] * len(stacks)
 
     def at(depths: Sequence[int]) -> tuple[Held, Held]:
-        with cut(model, stacks, depths), _faked(model):
+        with cut(model, stacks, depths), faked(model):
             return _language_once(model, micro, queries, autocast)
 
     shallowest, head = at(least)
