@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from qformer import __version__
 from qformer.errors import ConfigError, QFormerError
@@ -363,7 +364,7 @@ def _tasks(options: argparse.Namespace) -> None:
     console.print(card_page(options.name) if options.name else table())
 
 
-def _towers(options: argparse.Namespace) -> dict[str, str | None]:
+def _towers(options: argparse.Namespace) -> dict[str, Any]:
     """What is loaded with an adapter, where the command says where it is."""
     return {name: getattr(options, name) for name in ("vision", "language", "instruction_tokenizer")}
 

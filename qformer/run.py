@@ -153,7 +153,9 @@ def score(
         model, run = source, None
     else:
         device = device or best_device()
-        named = {"vision": vision, "language": language, "instruction_tokenizer": instruction_tokenizer}
+        named: dict[str, Any] = {
+            "vision": vision, "language": language, "instruction_tokenizer": instruction_tokenizer,
+        }  # fmt: skip
         model = loading.load(source, **named, device=device, report=say, processes=processes)
         run = run_directory(Path(source))
     if kept is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
 import statistics
 import time
@@ -221,7 +222,8 @@ def _language_rate(model: Any, work: LLMWork, micro: MicroBatch, watch: Stopwatc
     for (given, block), (_, blocks) in zip(found, stacks, strict=True):
         chain = [_real(block, watch.device) for _ in range(_copies(block, len(blocks)))]
         args, kwargs = _filled(given, watch.device, like=work.width)
-        seconds += len(blocks) * watch.seconds(lambda c=chain, a=args, k=kwargs: _there_and_back(c, a, k)) / len(chain)
+        back = functools.partial(_there_and_back, chain, args, kwargs)
+        seconds += len(blocks) * watch.seconds(back) / len(chain)
     return work.step(fewer) / seconds
 
 

@@ -101,9 +101,9 @@ def _stack(module: nn.Module, attention: int, layers: int, head: nn.Module) -> S
         if each is head or not (isinstance(each, nn.Linear) or type(each).__name__ == "Conv1D"):
             continue
         if OF_SOURCE.search(name):
-            source += each.weight.numel()  # type: ignore[union-attr, operator]
+            source += each.weight.numel()
         else:
-            own += each.weight.numel()  # type: ignore[union-attr, operator]
+            own += each.weight.numel()
     return Stack(int(layers), own, attention, source)
 
 
