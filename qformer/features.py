@@ -104,7 +104,7 @@ class Cache:
 
 
 def _checksum(values: Tensor) -> str:
-    return f"{zlib.crc32(values.reshape(-1).view(torch.uint8).numpy()):08x}"
+    return f"{zlib.crc32(values.reshape(-1).view(torch.uint8).numpy().data):08x}"
 
 
 def whole_bytes(file: Path, content: bytes, aside: Path) -> None:
@@ -310,7 +310,7 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {type(module).__qualname__} {built}\n".encode())
     for name, tensor in _tensors(model):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
