@@ -28,6 +28,8 @@ SHARES = ("gqa", "vsr", "iconqa")
 COLUMNS = {**ROWS, "frequent": "most frequent answer", "whole": "fresh adapter, all steps"}
 SHOWN = ("frequent", "before", "warmup", "tuned", "fresh", "whole", "source")
 WANTED = 0.9
+UNSHUFFLED = "evaluate.shuffled=false"
+"""Shuffled pictures tell nothing of what is carried over, and cost as much as the scores."""
 
 Scores = dict[str, dict[str, float]]
 """By column and task."""
@@ -38,15 +40,20 @@ def measure(folder: Path, seed: int, options: argparse.Namespace) -> dict[str, S
     source, whole = folder / f"source-{seed}", folder / f"whole-{seed}"
     ending = ".partial.json" if options.limit else ".json"
     if not all((source / "eval" / f"{task}{ending}").exists() for task in TASKS):
-        demo(source, seed=seed, steps=options.steps, limit=options.limit)
+        demo(source, seed=seed, steps=options.steps, limit=options.limit, overrides=(UNSHUFFLED,))
     if not all((whole / "eval" / f"{task}{ending}").exists() for task in TASKS):
-        changes = (f"language.name={options.language}", f"data.root={source / 'data'}", f"name=whole-{seed}")
+        changes = (
+            f"language.name={options.language}",
+            f"data.root={source / 'data'}",
+            f"name=whole-{seed}",
+            UNSHUFFLED,
+        )
         pipeline.fit(demo_settings(whole, seed, options.steps, options.limit, changes))
     found = {}
     for start in options.starts:
         place = folder / f"{start}-{seed}"
         stages = Stages(start, options.warmup_steps, options.warmup_rate, options.tuning_steps, options.rate)
-        carry(source, options.language, stages, output=place, limit=options.limit)
+        carry(source, options.language, stages, output=place, limit=options.limit, overrides=(UNSHUFFLED,))
         rows = json.loads((place / PLUG_FILE).read_text(encoding="utf-8"))["rows"]
         scores: Scores = {name: {task: row["scores"][task]["score"] for task in TASKS} for name, row in rows.items()}
         scores["whole"], scores["frequent"] = {}, {}

@@ -98,6 +98,10 @@ class Published:
         projection = self.tensors.get("projection.weight")
         return None if projection is None else projection.shape[0]
 
+    def projection_in_lavis(self, *, encoder_decoder: bool) -> str:
+        """What LAVIS calls its projection: as the file has it, or as LAVIS' own model of the kind would."""
+        return self.projection or lavis_projection(encoder_decoder=encoder_decoder, blip2=self.form == "blip-2")
+
     @property
     def preset(self) -> str:
         """Which of the presets says what the weights do not."""
@@ -106,6 +110,13 @@ class Published:
         if self.projection == "t5_proj" and not self.size.instruction:
             return "lavis_t5_blip2"
         return PROJECTIONS.get(self.projection or "", "lavis")
+
+
+def lavis_projection(*, encoder_decoder: bool, blip2: bool = False) -> str:
+    """LAVIS' name of the projection to an LLM of a kind; transformers' BLIP-2 is LAVIS' with OPT or FlanT5."""
+    if encoder_decoder:
+        return "t5_proj"
+    return "opt_proj" if blip2 else "llm_proj"
 
 
 def published_name(name: str, form: Form, projection: str = "language_projection") -> str:

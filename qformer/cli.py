@@ -63,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--output", help="where scores go (default: eval/ in the run directory)")
     command.add_argument("--vision", help="where the image encoder is now, if it moved")
     command.add_argument("--language", help="where the LLM is now, if it moved")
+    command.add_argument("--instruction-tokenizer", help="what the Q-Former reads with, where the source lacks it")
     command.add_argument("--device", help="cpu, cuda, cuda:1 … (the accelerator, if there is one)")
 
     command = commands.add_parser("ask", help="one picture or video, one instruction, one answer")
@@ -75,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--beams", type=int, default=1)
     command.add_argument("--vision", help="where the image encoder is now, if it moved")
     command.add_argument("--language", help="where the LLM is now, if it moved")
+    command.add_argument("--instruction-tokenizer", help="what the Q-Former reads with, where the source lacks it")
     command.add_argument("--device", help="cpu, cuda, cuda:1 … (the accelerator, if there is one)")
 
     command = commands.add_parser("render", help="what the model would be shown, and which tokens are trained on")
@@ -100,6 +102,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--output", help="the run directory (beside the source's: NAME-on-LLM)")
     command.add_argument("--vision", help="where the image encoder is now, if it moved")
     command.add_argument("--own-language", help="where the source's own LLM is now, if it moved")
+    command.add_argument("--instruction-tokenizer", help="what the Q-Former reads with, where the source lacks it")
     command.add_argument(
         "--set", nargs="+", default=[], action="extend", metavar="key=value", help="settings to change"
     )
@@ -111,6 +114,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--to", required=True, choices=("transformers", "lavis"))
     command.add_argument("--vision", help="where the image encoder is now, if it moved")
     command.add_argument("--language", help="where the LLM is now, if it moved")
+    command.add_argument("--instruction-tokenizer", help="what the Q-Former reads with, where the source lacks it")
 
     command = commands.add_parser("data", help="what of the data sets is there, and putting it into the index")
     actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -245,8 +249,7 @@ def _eval(options: argparse.Namespace) -> None:
         on_error=options.on_error,
         index=options.index,
         output=options.output,
-        vision=options.vision,
-        language=options.language,
+        **_towers(options),
         device=options.device,
         decoding=options.decoding,
         prompt_sweep=options.prompt_sweep,
@@ -279,8 +282,7 @@ def _ask(options: argparse.Namespace) -> None:
     from qformer.loading import load
     from qformer.run import best_device
 
-    device = options.device or best_device()
-    model = load(_source(options), vision=options.vision, language=options.language, device=device)
+    model = load(_source(options), **_towers(options), device=options.device or best_device())
     [answer] = model.generate([picture], [options.instruction], **dataclasses.asdict(decoding))
     cut = model.language.truncations
     if cut.texts:
@@ -316,6 +318,7 @@ def _plug(options: argparse.Namespace) -> None:
         overrides=options.set,
         vision=options.vision,
         own_language=options.own_language,
+        instruction_tokenizer=options.instruction_tokenizer,
         say=_say,
     )
 
@@ -323,8 +326,7 @@ def _plug(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from qformer.run import export
 
-    towers = {"vision": options.vision, "language": options.language}
-    for line in export(_source(options), options.directory, options.to, **towers):
+    for line in export(_source(options), options.directory, options.to, **_towers(options)):
         _say(line)
 
 
@@ -336,6 +338,11 @@ def _tasks(options: argparse.Namespace) -> None:
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=bool(options.name))
     console.width = max(console.width, NARROWEST_TABLE)
     console.print(card_page(options.name) if options.name else table())
+
+
+def _towers(options: argparse.Namespace) -> dict[str, str | None]:
+    """What is loaded with an adapter, where the command says where it is."""
+    return {name: getattr(options, name) for name in ("vision", "language", "instruction_tokenizer")}
 
 
 def _source(options: argparse.Namespace) -> str:

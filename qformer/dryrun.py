@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from rich.table import Table
 from rich.text import Text
 
-from qformer import cards, config, loading, starting
+from qformer import cards, config, hub, loading, starting
 from qformer.backbones import blueprints
 from qformer.backbones.blueprints import Blueprint
 from qformer.cards import TaskCard
@@ -22,6 +22,7 @@ from qformer.data.batch import Source, items_of, open_sources
 from qformer.data.index import Index
 from qformer.data.mixture import Mixture
 from qformer.errors import ConfigError, DataError
+from qformer.evaluate.run import check
 from qformer.nn.qformer import QFormer, QFormerConnector, QFormerSize
 from qformer.render import block, joiner_of, words_of
 
@@ -36,16 +37,20 @@ OF_LANGUAGE_WIDTH = r"projection\."
 def dry_run(settings: RunConfig, samples: int = SAMPLES) -> Iterator[Text | Table]:
     """Blocks of text and tables, in the order in which they are to be read.
 
-    Data that are not there are listed, and the mixture is then reckoned with the published sizes; towers whose configs
-    cannot be had are named.
+    Data that are not there are listed, for training, validation and scores alike, and the mixture is then reckoned with
+    the published sizes; towers whose configs cannot be had are named.
 
     Raises:
         ConfigError: whatever of cards and settings a run would refuse.
         DataError: a set without a published size is not there.
     """
+    with hub.asked_if_there():
+        yield from _told(settings, samples)
+
+
+def _told(settings: RunConfig, samples: int) -> Iterator[Text | Table]:
     chosen, multipliers = cards.mixture(settings.data)
-    cards.validated(settings)
-    cards.load_all(settings.evaluate.tasks, "eval")
+    scored = {**cards.validated(settings), **cards.load_all(settings.evaluate.tasks, "eval")}
     yield _settings(settings)
     yield _parameters(settings)
     yield _start(settings)
@@ -56,7 +61,7 @@ def dry_run(settings: RunConfig, samples: int = SAMPLES) -> Iterator[Text | Tabl
     mixture = Mixture(shares, {**sizes, **here}, settings.seed)
     yield _mixture(mixture, sizes, multipliers, here, settings)
     yield from _samples(mixture, sources, settings, samples)
-    yield _end(missing, settings)
+    yield _end(missing, _unscorable(scored, Path(settings.data.root)), settings)
 
 
 def _settings(settings: RunConfig) -> Text:
@@ -182,6 +187,17 @@ def _opened(chosen: Mapping[str, TaskCard], settings: RunConfig) -> tuple[dict[s
     return sources, missing
 
 
+def _unscorable(scored: Mapping[str, TaskCard], root: Path) -> dict[str, DataError]:
+    """The sets to validate and to score on whose files are not there, and which."""
+    missing: dict[str, DataError] = {}
+    for key, card in scored.items():
+        try:
+            check({key: card}, root)
+        except DataError as error:
+            missing[key] = error
+    return missing
+
+
 def _size(card: TaskCard, sources: Mapping[str, Source], missing: Mapping[str, DataError]) -> int:
     """S_d: the published size, or the number of records that are there."""
     assert card.train is not None, card.key
@@ -240,14 +256,17 @@ def _samples(mixture: Mixture, sources: Mapping[str, Source], settings: RunConfi
                 yield Text(f"  broken: {error}\n")
 
 
-def _end(missing: Mapping[str, DataError], settings: RunConfig) -> Text:
-    shown = Text()
-    if missing:
+def _end(missing: Mapping[str, DataError], unscorable: Mapping[str, DataError], settings: RunConfig) -> Text:
+    shown, root = Text(), Path(settings.data.root)
+    if missing or unscorable:
         shown.append("data that are not there, or cannot be used\n", style="bold")
-        if not Path(settings.data.root).is_dir():
+        if not root.is_dir():
             shown.append(f"  data.root is '{settings.data.root}', and there is no such folder.\n")
-        for key, error in missing.items() if Path(settings.data.root).is_dir() else ():
-            shown.append(f"  {key}: {str(error).partition(' To download:')[0].removeprefix(f'{key}: ')}\n")
+        else:
+            for use, errors in (("", missing), (", to be scored", unscorable)):
+                for key, error in errors.items():
+                    said = str(error).partition(" To download:")[0].removeprefix(f"{key}: ")
+                    shown.append(f"  {key}{use}: {said}\n")
         shown.append(f"  qformer data check --data {settings.data.root} says what to download and where it goes.\n")
     shown.append("No weight was read.")
     return shown

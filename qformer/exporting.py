@@ -62,10 +62,12 @@ def to_lavis(
         What LAVIS will do otherwise, in sentences.
 
     Raises:
-        ConfigError: LAVIS has no such projection, or cannot have as many heads.
+        ConfigError: LAVIS has no such projection, or cannot have as many heads; or the file is there already.
     """
     if projection not in PROJECTIONS:
         raise ConfigError(f"export: '{projection}' is no projection of LAVIS; it has {', '.join(PROJECTIONS)}.")
+    if file.exists():
+        raise ConfigError(f"export: {file} is there already; give another directory, or remove it.")
     notes = []
     tensors = _without_frames(tensors, "LAVIS")
     renamed = renamed_for(tensors, "lavis", projection)
@@ -79,13 +81,6 @@ def to_lavis(
     with weights.whole_file(file) as work:
         torch.save({"model": {name: tensor.contiguous().clone() for name, tensor in renamed.items()}}, work)
     return tuple(notes)
-
-
-def lavis_projection(*, encoder_decoder: bool, instruction: bool) -> str:
-    """What LAVIS calls the projection to an LLM of a kind."""
-    if encoder_decoder:
-        return "t5_proj"
-    return "llm_proj" if instruction else "opt_proj"
 
 
 def to_transformers(model: VLM, directory: Path) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from qformer.checkpoints import (
     PICKLES,
     Published,
     is_transformers,
+    lavis_projection,
     own_names,
     place,
     published_size,
@@ -35,7 +36,6 @@ from qformer.checkpoints import (
 )
 from qformer.config import InitSource, LanguageConfig, QFormerConfig, RunConfig, VisionConfig
 from qformer.errors import ConfigError, reason
-from qformer.exporting import lavis_projection
 from qformer.nn.qformer import QFormer, QFormerConnector, QFormerSize
 from qformer.processes import ALONE, Processes
 from qformer.starting import Source
@@ -305,6 +305,7 @@ def _load_saved(path: Path, named: Named, strict: bool, say: Callable[[str], Non
     tokenizer = _own_tokenizer(directory) if size.instruction else None
     model = VLM(towers[0], connector, towers[1], tokenizer, settings)
     model.recipe = description.get("recipe", {})
+    model.lavis_projection = description.get("lavis_projection")
     if directory.parent.name == "checkpoints":
         model.run = directory.parent.parent
     return model
@@ -444,7 +445,9 @@ def _load_published(
         words = _published_tokenizer(published, tokenizer, read, named.revision)
         if not isinstance(words, MissingTokenizer):
             _check_reading(size, words, read)
-    return VLM(towers[0], connector, towers[1], words, settings)
+    model = VLM(towers[0], connector, towers[1], words, settings)
+    model.lavis_projection = published.projection_in_lavis(encoder_decoder=model.language.is_encoder_decoder)
+    return model
 
 
 def _published_settings(published: Published, named: Named, tokenizer: str | Path | None) -> RunConfig:
@@ -562,17 +565,19 @@ def read_adapter(source: str | Path) -> tuple[dict[str, Tensor], QFormerSize, st
     path = place(source)
     if path.is_file() or _is_published(path):
         published = read_lavis(path) if path.is_file() else read_transformers(path, str(source))
-        tensors, size, eps, given = dict(published.tensors), published.size, published.norm_eps, published.projection
+        tensors, size, eps = dict(published.tensors), published.size, published.norm_eps
         writes = published.directory is not None and inside.writes_apart(published.directory)
+        projection = published.projection_in_lavis(encoder_decoder=writes)
     else:
         directory = adapter_directory(path)
         description, size, profile = _described(directory / CONFIG_FILE)
-        (tensors, _), given = adapter_tensors(directory), None
-        eps, writes = description.get("norm_eps", 1e-5), profile.encoder_decoder
+        tensors, _ = adapter_tensors(directory)
+        eps = description.get("norm_eps", 1e-5)
+        projection = description.get("lavis_projection") or lavis_projection(encoder_decoder=profile.encoder_decoder)
     lacking = [name for name in own_names(size) if name not in tensors]
     if lacking:
         raise ConfigError(f"{source}: the adapter is not whole; missing: {weights.shortened(lacking)}.")
-    return tensors, size, given or lavis_projection(encoder_decoder=writes, instruction=size.instruction), eps
+    return tensors, size, projection, eps
 
 
 def _swapped(

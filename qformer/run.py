@@ -94,6 +94,7 @@ def score(
     output: str | Path | None = None,
     vision: str | None = None,
     language: str | None = None,
+    instruction_tokenizer: str | None = None,
     device: str | None = None,
     decoding: str | None = None,
     prompt_sweep: bool = False,
@@ -115,6 +116,7 @@ def score(
         seed: of subset, shuffling and intervals; by default the run's own, or 0 where there is no run.
         index: where annotations are kept once they were read, as `data.index`.
         output: where predictions and scores go; by default `eval/` in the run directory.
+        instruction_tokenizer: what the Q-Former reads with, where the source does not bring it.
         device: where the model is put; by default the accelerator, if there is one.
         decoding: ask and decode as another code base does ("lavis"), instead of as the cards say.
         prompt_sweep: score each card with each prompt that its template lists; returns those scores by card.
@@ -150,7 +152,8 @@ def score(
         model, run = source, None
     else:
         device = device or best_device()
-        model = loading.load(source, vision=vision, language=language, device=device, report=say, processes=processes)
+        named = {"vision": vision, "language": language, "instruction_tokenizer": instruction_tokenizer}
+        model = loading.load(source, **named, device=device, report=say, processes=processes)
         run = run_directory(Path(source))
     if kept is not None:
         speaks = model.language.profile.encoder_decoder
@@ -321,7 +324,7 @@ def export(source: str | Path, directory: str | Path, to: Literal["transformers"
         source: whatever `load` takes.
         directory: where it goes: a whole model (transformers), or `adapter.pth` in it (lavis), which takes no tower.
         to: the form.
-        towers: `vision` and `language` for `load`, where the towers are needed and are elsewhere.
+        towers: `vision`, `language` and `instruction_tokenizer` for `load`, where they are needed and are elsewhere.
 
     Returns:
         What was written, and what the other library will do otherwise, in sentences.

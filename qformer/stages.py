@@ -84,6 +84,7 @@ def carry(
     overrides: Sequence[str] = (),
     vision: str | None = None,
     own_language: str | None = None,
+    instruction_tokenizer: str | None = None,
     say: Callable[[str], None] = print,
     quiet: bool = False,
 ) -> Path:
@@ -103,6 +104,7 @@ def carry(
         overrides: `key=value` changes to the source's settings of data, training, evaluation, and to `language`.
         vision: where the image encoder is, if it moved.
         own_language: where the source's own LLM is, if it moved.
+        instruction_tokenizer: what the Q-Former reads with, where the source does not bring it.
         say: is given every line meant for a person.
         quiet: no progress bars.
 
@@ -144,6 +146,7 @@ def carry(
                 start=stages.start,
                 own_language=own_language,
                 vision=vision,
+                instruction_tokenizer=instruction_tokenizer,
                 seed=settings.seed,
                 report=lambda told: ledger.note(told=told),
             )
@@ -174,7 +177,8 @@ def carry(
     )
     for name in ROWS:
         if name in compared and name not in without:
-            towers = {"vision": vision, "language": own_language} if name == "source" else {}
+            named = {"vision": vision, "language": own_language, "instruction_tokenizer": instruction_tokenizer}
+            towers = named if name == "source" else {}
             where = (directory / "source" if name == "source" else Path(compared[name])) / "eval"
             _score(ledger, name, compared[name], settings, where, towers, say=say, quiet=quiet)
     if (directory / run.SETTINGS_FILE).exists():

@@ -38,6 +38,9 @@ def read_pickle(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such file.")
     try:
+        with path.open("rb") as file:
+            if file.read(2) not in (b"PK", b"\x80\x02"):
+                raise ValueError("it is no file of torch's")
         held = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
         raise ConfigError(

@@ -67,6 +67,8 @@ class VLM(nn.Module):
         self.objective: Objective = objective or AnswerLikelihood()
         self.recipe: dict[str, Any] = modelcard.trained(settings)
         """Data and recipe of its tuning, as the model card tells them; carried from save to load."""
+        self.lavis_projection: str | None = None
+        """LAVIS' name of the projection, where it was loaded with one; carried from save to load."""
         self.run: Path | None = None
         """The run it was loaded from; its scores go into the model card."""
 
@@ -390,6 +392,7 @@ class VLM(nn.Module):
             "max_pixels": self.settings.data.max_pixels,
             "size": dataclasses.asdict(self.connector.size),
             "norm_eps": self.connector.norm.eps,
+            "lavis_projection": self.lavis_projection,
             "profile": self.language.profile.as_dict(),
             "recipe": self.recipe,
         }

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import qformer
-from qformer import cli, loading, modelcard
+from qformer import cli, config, dryrun, hub, loading, modelcard
 from qformer.errors import ConfigError, DataError
 from tests import world
 from tests.published import put_in_cache, tiny_published
@@ -130,3 +130,50 @@ def test_the_export_command_writes_both_forms(tmp_path: Path, capsys: pytest.Cap
     assert (tmp_path / "whole" / "config.json").is_file() and (tmp_path / "lavis" / "adapter.pth").is_file()
     assert cli.main(["export", str(tmp_path / "nothing.pth"), str(tmp_path / "x"), "--to", "lavis"]) == 2
     assert "there is no such file or directory" in capsys.readouterr().err
+    assert cli.main(["export", source, str(tmp_path / "lavis"), "--to", "lavis"]) == 2
+    assert "adapter.pth is there already; give another directory, or remove it" in capsys.readouterr().err
+
+
+def test_a_file_of_lavis_is_exported_with_the_tokenizer_that_is_named(tmp_path: Path) -> None:
+    whole = tiny_published(tmp_path / "published", "llama")
+    assert cli.main(["export", str(whole), str(tmp_path / "lavis"), "--to", "lavis"]) == 0
+    towers = ["--vision", str(whole), "--language", str(world.towers(tmp_path / "towers", "llama")["language"])]
+    words = ["--instruction-tokenizer", str(whole / "qformer_tokenizer")]
+    file = str(tmp_path / "lavis" / "adapter.pth")
+    assert cli.main(["export", file, str(tmp_path / "back"), "--to", "transformers", *towers, *words]) == 0
+    assert (tmp_path / "back" / "qformer_tokenizer" / "tokenizer.json").is_file()
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names are then looked up in the cache alone, and afterwards all is as before."""
+    from huggingface_hub import constants
+
+    asked = []
+
+    class Session:
+        def head(self, url: str, timeout: float) -> None:
+            asked.append(url)
+            raise OSError("no route")
+
+    monkeypatch.setattr("huggingface_hub.utils.get_session", Session)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with hub.asked_if_there():
+        assert constants.HF_HUB_OFFLINE
+        with pytest.raises(ConfigError, match="someone/some-model: neither a path here nor a model"):
+            qformer.load("someone/some-model")
+    assert asked == [constants.ENDPOINT] and not constants.HF_HUB_OFFLINE
+
+    monkeypatch.setattr(Session, "head", lambda self, url, timeout: asked.append(url))
+    with hub.asked_if_there():
+        assert not constants.HF_HUB_OFFLINE
+
+
+def test_a_dry_run_asks_the_hub_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub import constants
+
+    asked = []
+    monkeypatch.setattr(hub, "reachable", lambda: bool(asked.append("hub")))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
+    *_, last = dryrun.dry_run(config.load("instructblip_vicuna7b", [f"data.root={tmp_path / 'none'}"]))
+    assert asked == ["hub"] and "No weight was read" in str(last)

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "qformer"
 LAYERS = {
-    0: ("errors", "resources"),
+    0: ("errors", "resources", "hub"),
     1: ("keyed", "config", "cards", "text", "sample", "untokenized", "presets"),
     2: ("nn", "tensorfiles"),
     3: ("images", "videos", "backbones"),

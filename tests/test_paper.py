@@ -240,6 +240,7 @@ def test_sets_that_are_there_are_shown_beside_those_that_are_not(
     assert table["okvqa"][2] == "0.0116" and table["okvqa"][3] == "3" and table["vqav2"][3] == "–"
     assert "okvqa, draw" in text and "vqav2, draw" not in text
     assert f"  vqav2: there is no '{part}/vqav2/v2_OpenEnded_mscoco_train2014_questions.json'" in text
+    assert f"  textcaps, to be scored: there is no '{part}/textcaps/" in text and "  okvqa, to be scored" not in text
     sizeless = tmp_path / "mine.yaml"
     sizeless.write_text(
         "name: mine\nversion: 1\ntrain: {reader: jsonl, files: {records: r, images: i}, template: instruction}\n"

@@ -216,13 +216,24 @@ def test_dropout_acts_in_training_only_and_follows_the_setting():
     assert torch.equal(dropping.eval()(tokens, text), plain.eval()(tokens, text))
 
 
-def test_the_last_block_computes_no_text_rows():
+def test_neither_padding_nor_the_last_blocks_text_is_computed():
+    """Three reads of five queries, with six, four and two words."""
     qformer = build()
-    shapes = []
+    computed = []
     for block in qformer.blocks:
-        block.self_attention.register_forward_hook(lambda _module, _inputs, output: shapes.append(output.shape[1]))
+        block.self_attention.register_forward_hook(lambda _module, _inputs, output: computed.append(output.shape))
     qformer(*inputs())
-    assert shapes == [11, 11, 11, 5]
+    assert computed == [(27, 12), (27, 12), (27, 12), (15, 12)]
+
+
+def test_reads_without_a_word_are_reads_without_an_instruction():
+    qformer = build()
+    tokens, (ids, mask) = inputs()
+    mask[1] = False
+    one = Tokens(tokens.values[1:2])
+    assert_close(qformer(tokens, (ids, mask))[1:2], qformer(one))
+    assert_close(qformer(one, (ids[1:2], mask[1:2])), qformer(one))
+    assert_close(qformer(one, (ids[1:2, :0], mask[1:2, :0])), qformer(one))
 
 
 def test_new_weights_follow_the_generator_and_are_bert_like():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -10,6 +12,58 @@ from qformer.nn.tokens import Tokens
 
 NORM_EPS = 1e-12
 """BERT's epsilon in every LayerNorm."""
+
+
+class Places(NamedTuple):
+    """Where the queries and words of N reads stand: in line, one below the other without padding, or in rows.
+
+    In line are first the N · Q queries, read by read, then all real words, M of them; in rows (N, Q + T) each read's
+    queries stand before its words, which are padded on the right.
+    """
+
+    reads: int
+    queries: int
+    words: int = 0
+    """T: of the longest instruction."""
+    mask: Tensor | None = None
+    """(N, Q + T) bool, True where a query or a real word stands; None: everywhere."""
+    real: Tensor | None = None
+    """(M,) the real words' numbers among the N · T; None: all are real."""
+
+    @classmethod
+    def of(cls, reads: int, queries: int, words: Tensor | None) -> Places:
+        """From the mask (N, T) of the words, True where real; None: there are none."""
+        if words is None:
+            return cls(reads, queries)
+        real = words.flatten().nonzero().squeeze(1)
+        if len(real) == words.numel():
+            return cls(reads, queries, words.shape[1])
+        mask = torch.cat([words.new_ones(reads, queries), words], dim=1)
+        return cls(reads, queries, words.shape[1], mask, real)
+
+    @property
+    def seen(self) -> int:
+        """N · Q: how many stand in line before the words."""
+        return self.reads * self.queries
+
+    def real_words(self, words: Tensor) -> Tensor:
+        """(N, T, D) -> (M, D)."""
+        return words.flatten(0, 1) if self.real is None else words.flatten(0, 1).index_select(0, self.real)
+
+    def in_rows(self, x: Tensor) -> Tensor:
+        """(N · Q + M, D) -> (N, Q + T, D), zeros where nothing stands."""
+        queries, words = x[: self.seen].unflatten(0, (self.reads, -1)), x[self.seen :]
+        if not self.words:
+            return queries
+        if self.real is not None:
+            words = words.new_zeros(self.reads * self.words, x.shape[1]).index_copy(0, self.real, words)
+        return torch.cat([queries, words.unflatten(0, (self.reads, -1))], dim=1)
+
+    def in_line(self, x: Tensor) -> Tensor:
+        """(N, Q + T, D) -> (N · Q + M, D)."""
+        if not self.words:
+            return x.flatten(0, 1)
+        return torch.cat([x[:, : self.queries].flatten(0, 1), self.real_words(x[:, self.queries :])])
 
 
 class Attention(nn.Module):
@@ -25,28 +79,23 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.dropout = nn.Dropout(dropout)
 
-    def attend(self, x: Tensor, source: Tensor, mask: Tensor | None, rows: Tensor | None = None) -> Tensor:
-        """Rows x (B, N, D), source (B, M, S), mask (B, M) bool or None -> (B, N, D).
-
-        With `rows` (B,) source and mask may be fewer: x's n-th row attends to source `rows[n]`, whose keys and values
-        are computed once for all rows that do.
-        """
-        key, value = self._split(self.key(source)), self._split(self.value(source))
-        if rows is not None:
-            key, value = key.index_select(0, rows), value.index_select(0, rows)
-            mask = None if mask is None else mask.index_select(0, rows)
+    def _context(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Projected rows (B, N, D) and (B, M, D), mask (B, M) bool or None -> (B, N, D), before the output layer."""
         context = F.scaled_dot_product_attention(
-            self._split(self.query(x)),
-            key,
-            value,
+            self._split(query),
+            self._split(key),
+            self._split(value),
             attn_mask=None if mask is None else mask[:, None, None, :],
             dropout_p=self.dropout.p if self.training else 0.0,
         )
-        context = context.transpose(1, 2).flatten(2)
+        return context.transpose(1, 2).flatten(2)
+
+    def _closed(self, x: Tensor, context: Tensor) -> Tensor:
+        """Output layer, residual and norm."""
         return self.norm(x + self.dropout(self.output(context)))
 
     def probabilities(self, x: Tensor, source: Tensor, mask: Tensor | None) -> Tensor:
-        """What `attend` weighs the source with, without dropout, for monitors: (B, heads, N, M) in float32 at least."""
+        """What the source is weighed with, without dropout, for monitors: (B, heads, N, M) in float32 at least."""
         query, key = self._split(self.query(x)), self._split(self.key(source))
         scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
@@ -60,19 +109,37 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
-    """Attention of a sequence to itself."""
+    """Attention of each read's queries and words to one another."""
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__(width, width, heads, dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, first: int | None = None) -> Tensor:
-        """Rows x (B, N, D), mask (B, N) bool or None -> (B, N, D), or (B, first, D): the first rows alone."""
-        return self.attend(x[:, :first], x, mask)
+    def forward(self, x: Tensor, places: Places, *, queries_only: bool = False) -> Tensor:
+        """In line x (N · Q + M, D), queries first, then the M real words -> the same, or queries alone (N · Q, D).
+
+        Projections and norm see no padding; keys, values and queries are laid out in rows for the product alone.
+        """
+        asking = x[: places.seen] if queries_only else x
+        query = self.query(asking)
+        context = self._context(
+            query.unflatten(0, (places.reads, -1)) if queries_only else places.in_rows(query),
+            places.in_rows(self.key(x)),
+            places.in_rows(self.value(x)),
+            places.mask,
+        )
+        return self._closed(asking, context.flatten(0, 1) if queries_only else places.in_line(context))
 
 
 class CrossAttention(Attention):
     """Attention of a sequence to an encoder's tokens."""
 
     def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
-        """Rows x (N, Q, D), tokens (B, P, V) of N reads -> (N, Q, D)."""
-        return self.attend(x, tokens.values, tokens.mask, tokens.pictures)
+        """Rows x (N, Q, D), tokens (B, P, V) of N reads -> (N, Q, D).
+
+        Keys and values of a picture are computed once for all reads that look at it.
+        """
+        key, value, mask = self.key(tokens.values), self.value(tokens.values), tokens.mask
+        if tokens.pictures is not None:
+            key, value = key.index_select(0, tokens.pictures), value.index_select(0, tokens.pictures)
+            mask = None if mask is None else mask.index_select(0, tokens.pictures)
+        return self._closed(x, self._context(self.query(x), key, value, mask))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qformer.errors import ConfigError
-from qformer.nn.attention import NORM_EPS, CrossAttention, SelfAttention
+from qformer.nn.attention import NORM_EPS, CrossAttention, Places, SelfAttention
 from qformer.nn.tokens import Tokens
 
 SPREAD = 0.02
@@ -68,7 +68,7 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, D)."""
+        """(..., D) -> (..., D)."""
         return self.norm(x + self.dropout(self.outer(F.gelu(self.inner(x)))))
 
 
@@ -90,16 +90,16 @@ class Block(nn.Module):
         if self.queries_only and self.text_feed_forward is not None:
             self.text_feed_forward.requires_grad_(False)
 
-    def forward(self, x: Tensor, queries: int, mask: Tensor | None, tokens: Tokens) -> Tensor:
-        """Rows x (B, Q + T, D), mask (B, Q + T) bool or None -> the same shape, or (B, Q, D) from the last block."""
-        x = self.self_attention(x, mask, first=queries if self.queries_only else None)
-        seen, text = x[:, :queries], x[:, queries:]
+    def forward(self, x: Tensor, places: Places, tokens: Tokens) -> Tensor:
+        """In line x (N · Q + M, D), queries then the M real words -> the same, or (N · Q, D) from the last block."""
+        x = self.self_attention(x, places, queries_only=self.queries_only)
+        seen, text = x[: places.seen], x[places.seen :]
         if self.cross_attention is not None:
-            seen = self.cross_attention(seen, tokens)
+            seen = self.cross_attention(seen.unflatten(0, (places.reads, -1)), tokens).flatten(0, 1)
         seen = self.query_feed_forward(seen)
-        if self.text_feed_forward is None or text.shape[1] == 0:
+        if self.text_feed_forward is None or len(text) == 0:
             return seen
-        return torch.cat([seen, self.text_feed_forward(text)], dim=1)
+        return torch.cat([seen, self.text_feed_forward(text)])
 
 
 class QFormer(nn.Module):
@@ -128,7 +128,7 @@ class QFormer(nn.Module):
     def forward(self, tokens: Tokens, instruction: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Query outputs (N, Q, D) of tokens (B, P, V), an instruction each: ids (N, T), mask (N, T), True where real.
 
-        Text is padded on the right: positions count from the row's first id.
+        Text is padded on the right: positions count from the row's first id.  Nothing is computed of the padding.
 
         Raises:
             ConfigError: tokens of another width, an instruction that is too long, or one for a Q-Former without text.
@@ -138,17 +138,14 @@ class QFormer(nn.Module):
                 f"the image tokens are {tokens.values.shape[-1]} wide and the Q-Former was built for "
                 f"{self.size.vision_width}; give it the encoder it was built for."
             )
-        queries = self.queries.expand(tokens.reads, -1, -1)
-        if instruction is None:
-            x, mask = queries, None
-        else:
-            ids, text_mask = instruction
-            x = torch.cat([queries, self._embed(ids)], dim=1)
-            mask = torch.cat([text_mask.new_ones(queries.shape[:2], dtype=torch.bool), text_mask.bool()], dim=1)
+        places = Places.of(tokens.reads, self.size.queries, None if instruction is None else instruction[1].bool())
+        x = self.queries.expand(tokens.reads, -1, -1).flatten(0, 1)
+        if instruction is not None:
+            x = torch.cat([x, places.real_words(self._embed(instruction[0]))])
         x = self.dropout(self.norm(x))
         for block in self.blocks:
-            x = block(x, self.size.queries, mask, tokens)
-        return x
+            x = block(x, places, tokens)
+        return x.unflatten(0, (tokens.reads, -1))
 
     @torch.no_grad()
     def look(self, tokens: Tokens, instruction: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:

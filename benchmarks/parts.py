@@ -1,0 +1,153 @@
+"""What each saving of a training step brings alone, and how far it is from the floor: `python benchmarks/parts.py`.
+
+On the rows and the models of `benchmarks/speed.py`.  Each saving is switched off by itself; steps with and without it
+are timed in turn, and their losses compared before.  The floor is what the step's floating-point operations would take
+at the speed of this machine's own large matrix products.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from unittest.mock import patch
+
+import speed
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from qformer.nn.attention import Places
+from qformer.sample import Batch
+from qformer.train.step import train_step
+from qformer.vlm import VLM
+
+SIDE = 2048
+"""Of the matrices whose product says how fast the machine is."""
+
+
+@contextmanager
+def padded_rows(model: VLM) -> Iterator[None]:
+    """Rows of the LLM padded to the longest instead of packed."""
+    with patch.object(model.language, "packing", False):
+        yield
+
+
+@contextmanager
+def padded_text(model: VLM) -> Iterator[None]:
+    """The Q-Former computes what instructions are padded with."""
+    of = Places.of
+
+    def padded(reads: int, queries: int, words: torch.Tensor | None) -> Places:
+        found = of(reads, queries, words)
+        return found._replace(real=None)
+
+    with patch.object(Places, "of", padded):
+        yield
+
+
+@contextmanager
+def whole_head(model: VLM) -> Iterator[None]:
+    """Logits at all positions of the LLM instead of those that predict."""
+    with patch.dict(vars(model.language), {"_head_stands_alone": False, "_keeps_positions": False}):
+        yield
+
+
+def a_picture_a_read(given: Batch) -> Batch:
+    """Every read with a copy of its picture."""
+    pictures = [read.picture for read in given.reads]
+    reads = tuple(dataclasses.replace(read, picture=number) for number, read in enumerate(given.reads))
+    return dataclasses.replace(given, pixels=given.pixels[pictures], reads=reads)
+
+
+Switch = Callable[[VLM], AbstractContextManager[None]]
+SAVINGS: dict[str, tuple[int, Switch | None]] = {
+    "rows packed, not padded": (14, padded_rows),
+    "output layer at predicting positions": (14, whole_head),
+    "instructions without padding in the Q-Former": (14, padded_text),
+    "each picture once, 14 rows on two": (2, None),
+}
+"""Pictures of the 14 rows, and what switches the saving off (None: a batch with copies)."""
+
+
+def table(both: speed.Both, repeats: int) -> Iterator[str]:
+    """A row a saving, and the floor."""
+    yield "| saving | with it (s) | without (s) | brings | range |"
+    yield "|---|---|---|---|---|"
+    for name, (pictures, off) in SAVINGS.items():
+        yield f"| {name} | {saved(both, speed.batch(speed.SHAPES, pictures), off, repeats)} |"
+    yield ""
+    yield floor(both, repeats)
+
+
+def saved(both: speed.Both, given: Batch, off: Switch | None, repeats: int) -> str:
+    """Seconds with and without a saving, and the ratio."""
+    plain = a_picture_a_read(given) if off is None else given
+    mine, _ = both.optimizers()
+    losses: dict[str, float] = {}
+
+    def step(batch: Batch, label: str) -> None:
+        report = train_step(both.ours, both.ours.objective, [batch], batch, mine, both.accelerator, None)
+        losses[label] = report.loss
+
+    def without() -> None:
+        with off(both.ours) if off else nullcontext():
+            step(plain, "without")
+
+    def saving() -> None:
+        step(given, "with")
+
+    without(), saving()
+    assert math.isclose(losses["with"], losses["without"], rel_tol=1e-5), losses
+    slow, fast = speed.in_turn(without, saving, repeats)
+    ratios = [a / b for a, b in zip(slow, fast, strict=True)]
+    return (
+        f"{statistics.median(fast):.2f} | {statistics.median(slow):.2f} | **{statistics.median(ratios):.2f}×** | "
+        f"{min(ratios):.2f}–{max(ratios):.2f}×"
+    )
+
+
+def floor(both: speed.Both, repeats: int) -> str:
+    """Seconds of a step beside those of its operations at the speed of large matrix products."""
+    given = speed.batch(speed.SHAPES, len(speed.SHAPES))
+    mine, _ = both.optimizers()
+    with FlopCounterMode(display=False) as counter:
+        train_step(both.ours, both.ours.objective, [given], given, mine, both.accelerator, None)
+    taken, seconds = counter.get_total_flops(), speed.step_time(both, given, repeats)
+    peak = matrix_speed(repeats)
+    return (
+        f"A step of 14 rows on 14 pictures makes {taken / 1e12:.2f} · 10¹² floating-point operations in products, "
+        f"{taken / peak:.2f} s at the {peak / 1e9:.0f} · 10⁹ a second of matrices of {SIDE} × {SIDE}, and takes "
+        f"{seconds:.2f} s: {seconds * peak / taken:.2f} times the floor."
+    )
+
+
+def matrix_speed(repeats: int) -> float:
+    """Operations a second of a large product, the median."""
+    first, second = torch.randn(2, SIDE, SIDE)
+    seconds = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        first @ second
+        seconds.append(time.perf_counter() - began)
+    return 2 * SIDE**3 / statistics.median(seconds[1:])
+
+
+def main() -> None:
+    """Print the table in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    print(speed.machine(options.repeats))
+    with tempfile.TemporaryDirectory() as folder:
+        for line in table(speed.Both(Path(folder)), options.repeats):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
