@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import speed
@@ -43,9 +44,8 @@ def padded_text(model: VLM) -> Iterator[None]:
     """The Q-Former computes what instructions are padded with."""
     of = Places.of
 
-    def padded(reads: int, queries: int, words: torch.Tensor | None) -> Places:
-        found = of(reads, queries, words)
-        return found._replace(real=None)
+    def padded(*given: Any) -> Places:
+        return of(*given)._replace(real=None)
 
     with patch.object(Places, "of", padded):
         yield

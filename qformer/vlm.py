@@ -162,19 +162,21 @@ class VLM(nn.Module):
                 f"leave it empty to train all of it."
             )
 
-    def _reads(self, batch: Batch) -> tuple[Tokens, tuple[Tensor, Tensor] | None]:
+    def _reads(self, batch: Batch) -> tuple[Tokens, tuple[Tensor, Tensor | None] | None]:
         pictures = [read.picture for read in batch.reads]
         tokens = self.tokens(batch)
         if pictures != list(range(batch.pictures)):
             tokens = tokens._replace(pictures=torch.tensor(pictures, device=self.device))
         return tokens, self._instructions([read.instruction for read in batch.reads])
 
-    def _instructions(self, instructions: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor] | None:
+    def _instructions(self, instructions: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor | None] | None:
         if self.instruction_tokenizer is None:
             return None
         longest = max(map(len, instructions))
         pad = self.instruction_tokenizer.pad_token_id
         ids = torch.tensor([[*each, *[pad] * (longest - len(each))] for each in instructions], device=self.device)
+        if all(len(each) == longest for each in instructions):
+            return ids, None
         lengths = torch.tensor([len(each) for each in instructions], device=self.device)
         return ids, torch.arange(longest, device=self.device) < lengths[:, None]
 

@@ -63,7 +63,9 @@ def same(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) 
 def lines(directory: Path) -> list[dict[str, Any]]:
     """What was measured, without the clock's readings."""
     told = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{name: value for name, value in line.items() if "per_second" not in name} for line in told]
+    return [
+        {name: value for name, value in line.items() if "per_second" not in name and name != "waited"} for line in told
+    ]
 
 
 def colours(settings: RunConfig) -> str:

@@ -67,7 +67,7 @@ def start(source: Path | str, **settings: object) -> tuple[QFormer, LoadReport]:
 
 def text_states(qformer: QFormer, ids: Tensor, mask: Tensor, token_type: Tensor) -> Tensor:
     """What the text half computes of the real words when there are no queries, with BERT's token type put back."""
-    places = Places.of(len(ids), 0, mask)
+    places = Places.of(len(ids), 0, (ids, mask))
     x = places.real_words(qformer.norm(qformer._embed(ids) + token_type))
     for block in qformer.blocks:
         x = block.text_feed_forward(block.self_attention(x, places))

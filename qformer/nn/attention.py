@@ -31,15 +31,18 @@ class Places(NamedTuple):
     """(M,) the real words' numbers among the N · T; None: all are real."""
 
     @classmethod
-    def of(cls, reads: int, queries: int, words: Tensor | None) -> Places:
-        """From the mask (N, T) of the words, True where real; None: there are none."""
-        if words is None:
+    def of(cls, reads: int, queries: int, instruction: tuple[Tensor, Tensor | None] | None) -> Places:
+        """From the ids (N, T) of the words and their mask, True where real; no mask: all are."""
+        if instruction is None:
             return cls(reads, queries)
+        (ids, words), longest = instruction, instruction[0].shape[1]
+        if words is None:
+            return cls(reads, queries, longest)
         real = words.flatten().nonzero().squeeze(1)
-        if len(real) == words.numel():
-            return cls(reads, queries, words.shape[1])
-        mask = torch.cat([words.new_ones(reads, queries), words], dim=1)
-        return cls(reads, queries, words.shape[1], mask, real)
+        if len(real) == ids.numel():
+            return cls(reads, queries, longest)
+        mask = torch.cat([words.new_ones(reads, queries, dtype=torch.bool), words.bool()], dim=1)
+        return cls(reads, queries, longest, mask, real)
 
     @property
     def seen(self) -> int:

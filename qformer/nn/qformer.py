@@ -125,10 +125,11 @@ class QFormer(nn.Module):
         self.blocks = nn.ModuleList(Block(size, number) for number in range(size.layers))
         self._draw(generator)
 
-    def forward(self, tokens: Tokens, instruction: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Query outputs (N, Q, D) of tokens (B, P, V), an instruction each: ids (N, T), mask (N, T), True where real.
+    def forward(self, tokens: Tokens, instruction: tuple[Tensor, Tensor | None] | None = None) -> Tensor:
+        """Query outputs (N, Q, D) of tokens (B, P, V), an instruction each: ids (N, T), mask (N, T) or None.
 
-        Text is padded on the right: positions count from the row's first id.  Nothing is computed of the padding.
+        The mask is True where an id is real, None where all are.  Text is padded on the right: positions count from the
+        row's first id, and nothing is computed of the padding.
 
         Raises:
             ConfigError: tokens of another width, an instruction that is too long, or one for a Q-Former without text.
@@ -138,7 +139,7 @@ class QFormer(nn.Module):
                 f"the image tokens are {tokens.values.shape[-1]} wide and the Q-Former was built for "
                 f"{self.size.vision_width}; give it the encoder it was built for."
             )
-        places = Places.of(tokens.reads, self.size.queries, None if instruction is None else instruction[1].bool())
+        places = Places.of(tokens.reads, self.size.queries, instruction)
         x = self.queries.expand(tokens.reads, -1, -1).flatten(0, 1)
         if instruction is not None:
             x = torch.cat([x, places.real_words(self._embed(instruction[0]))])
@@ -148,7 +149,7 @@ class QFormer(nn.Module):
         return x.unflatten(0, (tokens.reads, -1))
 
     @torch.no_grad()
-    def look(self, tokens: Tokens, instruction: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    def look(self, tokens: Tokens, instruction: tuple[Tensor, Tensor | None] | None = None) -> tuple[Tensor, Tensor]:
         """For monitors: `forward`'s query outputs (B, Q, D), and `attention_entropy` meant over cross-attentions."""
         entropies: list[Tensor] = []
 
@@ -224,7 +225,7 @@ class QFormerConnector(nn.Module):
         """The type of the weights."""
         return self.projection.weight.dtype
 
-    def forward(self, tokens: Tokens, instruction: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(self, tokens: Tokens, instruction: tuple[Tensor, Tensor | None] | None = None) -> Tensor:
         """Tokens (B, P, V) of N reads, instruction ids and mask (N, T) or None -> soft tokens (N, Q, L)."""
         return self.projection(self.qformer(self._normed(tokens), instruction))
 
@@ -245,7 +246,7 @@ class QFormerConnector(nn.Module):
         table = torch.cat([learned.new_zeros(1, learned.shape[1]), learned])
         return soft + F.linear(table[frames], self.projection.weight)[:, None].to(soft.dtype)
 
-    def look(self, tokens: Tokens, instruction: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    def look(self, tokens: Tokens, instruction: tuple[Tensor, Tensor | None] | None = None) -> tuple[Tensor, Tensor]:
         """For monitors: query outputs (B, Q, D) before the projection, and the mean entropy of their attention."""
         with torch.no_grad():
             return self.qformer.look(self._normed(tokens), instruction)

@@ -135,7 +135,7 @@ def _former_once(
             instruction = None
             if size.instruction and micro.instruction:
                 ids = torch.zeros(micro.reads, micro.instruction, dtype=torch.long)
-                instruction = ids, torch.ones_like(ids, dtype=torch.bool)
+                instruction = ids, None
             soft, forward = live.highest(lambda: connector(Tokens(values, pictures=pictures), instruction))
             kept = live.live
             del soft

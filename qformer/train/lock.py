@@ -20,11 +20,13 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 def locked(run: Path) -> Iterator[None]:
     """The run directory, made if need be, for this process alone.
 
-    The lock is the system's own and goes with the process, however it ends; the file that it is on stays.
+    The lock is the system's own and goes with the process, however it ends; the file that it is on stays, unless it
+    would be all that a new directory holds.
 
     Raises:
         TrainingError: another run has it, or the directory cannot be written.
     """
+    made = not run.exists()
     try:
         run.mkdir(parents=True, exist_ok=True)
         opened = (run / LOCK_FILE).open("a+", encoding="utf-8")
@@ -51,4 +53,9 @@ def locked(run: Path) -> Iterator[None]:
             opened.truncate(0)
             opened.write(f"process {os.getpid()} on {socket.gethostname()}")
             opened.flush()
-        yield
+        try:
+            yield
+        finally:
+            if made and [entry.name for entry in run.iterdir()] == [LOCK_FILE]:  # refused before anything was written
+                (run / LOCK_FILE).unlink()
+                run.rmdir()
