@@ -232,8 +232,9 @@ def test_every_held_in_set_has_stated_lengths() -> None:
     from qformer import cards
 
     stated = shapes.stated_lengths()
-    for name, card in cards.load_all(["held_in"], "train").items():
-        assert name in stated.sets and card.category in stated.categories
+    assert set(stated.sets) == set(config.load("instructblip_flant5xl").data.tasks)
+    for name in ("vqav2", "coco_caption", "llava_detail"):
+        assert cards.load(name).category in stated.categories
     for each in (*stated.sets.values(), *stated.categories.values(), stated.other):
         for three in (each.prompt, each.target, each.read or [1, 1, 1]):
             assert len(three) == 3 and sorted(three) == three and three[0] > 0
@@ -301,8 +302,8 @@ def test_an_encoder_decoders_stacks_are_told_apart() -> None:
     ]  # fmt: skip
     held = trace.language_held(model, BOTH, queries=4)
     assert [number for number, _ in held.blocks] == [3, 2] and held.kept > held.base.kept > 0
-    longer = trace.language_held(model, dataclasses.replace(BOTH, length=12), queries=4)
-    assert longer.blocks[0][1].kept == held.blocks[0][1].kept and longer.blocks[1][1].kept > held.blocks[1][1].kept
+    assert held.blocks[0][1].kept != held.blocks[1][1].kept
+    assert [len(blocks) for _, blocks in trace.blocks_of(model)] == [3, 2] and next(model.parameters()).is_meta
 
 
 GIVEN = Weights(vision=1000, blocks=8000, rest=500, trained=200, frozen=50)

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from qformer.nn.losses import token_log_likelihood
 from qformer.nn.qformer import QFormer, QFormerConnector, QFormerSize
 from qformer.nn.tokens import Tokens
 from qformer.planning.shapes import MicroBatch
-from qformer.planning.trace import blocks_of, cut, faked, materialised, run_language
+from qformer.planning.trace import blocks_of, computing, cut, faked, materialised, run_language
 from qformer.planning.work import EncoderWork, LLMWork, former_step
 from qformer.train.optim import optimizer_for
 
@@ -148,10 +147,9 @@ class Stopwatch:
         return MOST_WORK.get(self.device.type, MOST_WORK["cuda"])
 
     def _once(self, work: Callable[[], Any]) -> float:
-        computing = nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
         self._wait()
         began = self.clock()
-        with computing:
+        with computing(self.device.type, self.autocast):
             work()
         self._wait()
         return self.clock() - began
@@ -222,8 +220,7 @@ def _language_rate(model: Any, work: LLMWork, micro: MicroBatch, watch: Stopwatc
     for (given, block), (_, blocks) in zip(found, stacks, strict=True):
         chain = [_real(block, watch.device) for _ in range(_copies(block, len(blocks)))]
         args, kwargs = _filled(given, watch.device, like=work.width)
-        back = functools.partial(_there_and_back, chain, args, kwargs)
-        seconds += len(blocks) * watch.seconds(back) / len(chain)
+        seconds += len(blocks) * watch.seconds(partial(_there_and_back, chain, args, kwargs)) / len(chain)
     return work.step(fewer) / seconds
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -88,8 +88,13 @@ class Held:
 @contextmanager
 def _counting(autocast: torch.dtype | None) -> Iterator[LiveBytes]:
     """Counts from here on, in the precision of a run; fake tensors are made before, within the same mode."""
-    with nullcontext() if autocast is None else torch.autocast("cpu", autocast), LiveBytes() as live:
+    with computing("cpu", autocast), LiveBytes() as live:
         yield live
+
+
+def computing(device: str, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Products in this type of number, or in that of the weights."""
+    return nullcontext() if dtype is None else torch.autocast(device, dtype)
 
 
 @contextmanager
@@ -174,7 +179,8 @@ def language_held(model: Any, micro: MicroBatch, queries: int, autocast: torch.d
             return _language_once(model, micro, queries, autocast)
 
     shallowest, head = at(least)
-    base, blocks = shallowest, []
+    base = shallowest
+    blocks: list[tuple[int, Held]] = []
     for number, (_, stack) in enumerate(stacks):
         if len(stack) == 1:  # cannot be told from what is around it
             continue

@@ -100,10 +100,11 @@ def _stack(module: nn.Module, attention: int, layers: int, head: nn.Module) -> S
     for name, each in module.named_modules():
         if each is head or not (isinstance(each, nn.Linear) or type(each).__name__ == "Conv1D"):
             continue
+        matrix: Any = each.weight
         if OF_SOURCE.search(name):
-            source += each.weight.numel()
+            source += matrix.numel()
         else:
-            own += each.weight.numel()
+            own += matrix.numel()
     return Stack(int(layers), own, attention, source)
 
 
