@@ -2,10 +2,11 @@
 
     python benchmarks/scorers.py --lavis lavis/common/vqa_tools/vqa_eval.py --mmf mmf/utils/m4c_evaluators.py
     python benchmarks/scorers.py --lmms lmms_eval/tasks/_task_utils/vqa_eval_metric.py
+    python benchmarks/scorers.py --official PythonEvaluationTools/vqaEvaluation/vqaEval.py
 
-The files are parts of `salesforce-lavis` 1.0.2, `mmf` and `lmms-eval`, whose packages need not be installed: each is
-run alone.  The official scorer's steps are those of LAVIS's copy of it, put together as the official one does (both
-sides, where annotators differ).  Captions, ranks and AUROC are held to their scorers in tests/test_metrics.py.
+The files are parts of `salesforce-lavis` 1.0.2, `mmf`, `lmms-eval` and github.com/GT-Vision-Lab/VQA, of which nothing
+need be installed: each is run alone.  What was found is in benchmarks/scorers.md.  Captions, ranks and AUROC are held
+to their scorers in tests/test_metrics.py.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import argparse
 import contextlib
 import io
 import random
-import runpy
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from qformer.evaluate.metrics import METRICS
+from qformer.evaluate.normalise import CONTRACTIONS
 from qformer.evaluate.outcome import Answer
 from qformer.sample import Sample
 
@@ -49,22 +51,37 @@ def drawn(seed: int) -> list[tuple[str, list[str]]]:
 
 
 def module(file: Path) -> dict[str, Any]:
-    """What a file defines."""
+    """What a file defines; some versions of the official one print as Python 2 does."""
+    source = re.sub(r'\bprint "(.*)"', r'print("\1")', file.read_text(encoding="utf-8"))
+    names: dict[str, Any] = {"__name__": file.stem}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return runpy.run_path(str(file))
+        exec(compile(source, str(file), "exec"), names)
+    return names
 
 
-def by_lavis(file: Path) -> Accuracy:
+class Answers:
+    """What `VQAEval` is given: the answers by question, of which there is one."""
+
+    def __init__(self, content: Any = None) -> None:
+        self.qa = {0: content}
+
+    def getQuesIds(self) -> list[int]:
+        """The one question."""
+        return [0]
+
+
+def rule_of(file: Path) -> str:
+    """Which of our rules a version of the official scorer follows: earlier ones leave numbers and articles as they are
+    in the references, as LAVIS's copy does.
+    """
+    later = "processDigitArticle(ansDic" in file.read_text(encoding="utf-8")
+    return "official" if later else "lavis"
+
+
+def by_evaluation(file: Path) -> Accuracy:
     """Its whole evaluation, one question at a time."""
     make = module(file)["VQAEval"]
-
-    class Answers:
-        def __init__(self, content: Any) -> None:
-            self.qa = {0: content}
-
-        def getQuesIds(self) -> list[int]:
-            return [0]
 
     def accuracy(said: str, truths: Sequence[str]) -> float:
         answers = [{"answer": truth, "answer_id": number} for number, truth in enumerate(truths)]
@@ -83,9 +100,9 @@ def leave_one_out(said: str, truths: Sequence[str]) -> float:
     return sum(shares) / len(shares)
 
 
-def by_official_steps(file: Path) -> Accuracy:
-    """Both sides through the steps where annotators differ, as the official scorer puts them together."""
-    steps = module(file)["VQAEval"]()
+def by_steps(file: Path) -> Accuracy:
+    """Both sides through a file's steps where annotators differ, as the official scorer now puts them together."""
+    steps = module(file)["VQAEval"](Answers(), Answers())
 
     def accuracy(said: str, truths: Sequence[str]) -> float:
         words = [text.replace("\n", " ").replace("\t", " ").strip() for text in (said, *truths)]
@@ -105,17 +122,24 @@ def by_processor(file: Path) -> Accuracy:
 def main() -> int:
     """A line for each scorer; 1 where one differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("lavis", "mmf", "lmms"):
+    for name in ("official", "lavis", "mmf", "lmms"):
         parser.add_argument(f"--{name}", type=Path)
     options = parser.parse_args()
     scorers: list[tuple[str, str, Accuracy]] = []
-    if options.lavis:
-        scorers.append(("LAVIS", "lavis", by_lavis(options.lavis)))
-        scorers.append(("official steps", "official", by_official_steps(options.lavis)))
+    tables: dict[str, dict[str, str]] = {}
+    for name in ("official", "lavis"):
+        if file := getattr(options, name):
+            scorers.append((f"evaluation of {name}", rule_of(file), by_evaluation(file)))
+            scorers.append((f"steps of {name}", "official", by_steps(file)))
+            tables[name] = module(file)["VQAEval"](Answers(), Answers()).contractions
     for name in ("mmf", "lmms"):
         if file := getattr(options, name):
             scorers.append((f"EvalAI processor of {name}", "evalai", by_processor(file)))
+            tables[name] = module(file)["EvalAIAnswerProcessor"].CONTRACTIONS
     worst = 0
+    for name, table in tables.items():
+        worst = max(worst, len(table.items() ^ CONTRACTIONS.items()))
+        print(f"contractions of {name}: {len(table.items() & CONTRACTIONS.items())} of {len(table)} pairs are ours")
     for name, rule, accuracy in scorers:
         different = 0
         for said, truths in drawn(seed=len(name)):
@@ -127,7 +151,7 @@ def main() -> int:
                 different += 1
                 if different <= 3:
                     print(f"  {said!r} for {truths}: ours {ours:.3f}, theirs {theirs:.3f}")
-        print(f"{name}: {ANSWERS - different:,} of {ANSWERS:,} answers have the same score", flush=True)
+        print(f"{name}: {ANSWERS - different:,} of {ANSWERS:,} answers have the same score by '{rule}'", flush=True)
         worst = max(worst, different)
     return int(worst > 0)
 

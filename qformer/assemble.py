@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +16,24 @@ from torch import Tensor
 
 from qformer import images, videos
 from qformer.errors import DataError
-from qformer.sample import Batch, Read, Row, Slot, Text, Video, row_length
+from qformer.features import Cache, Tally
+from qformer.sample import Batch, Packed, Read, Row, Slot, Text, Video, row_length
 from qformer.text import Joiner, Rendered
 
-Pixels = dict[str, Tensor]
-"""Opened and transformed pictures and frames (3, H, W) of one step, by picture key."""
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture or frame of a step: its pixels (3, H, W), opened and transformed, or its features (P, V)."""
+
+    values: Tensor
+    key: str = ""
+    """By which a feature cache knows it."""
+    encoded: bool = False
+    """Whether it is there as features."""
+
+
+Pixels = dict[str, Picture]
+"""The pictures and frames of one step, by picture key."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +66,7 @@ class Assembler:
         *,
         root: Path = Path(),
         room: tuple[int, int] | None = None,
+        cache: Cache | None = None,
     ):
         """How items are made.
 
@@ -59,9 +77,11 @@ class Assembler:
             root: the data root; pictures below it are known by their path from there, so that moving it changes no
                 crop.
             room: positions of the LLM and those that a slot takes; null where nothing is to be held against them.
+            cache: where features are; a picture that has some is not opened.
         """
         self.joiner, self.transform, self.max_pixels = joiner, transform, max_pixels
-        self.root, self.room = root, room
+        self.root, self.room, self.cache = root, room, cache
+        self.tally = Tally()
 
     def prepare(self, item: Item, pixels: Pixels, *, answered: bool, key: tuple[object, ...] = ()) -> Prepared:
         """One item in ids; pictures that `pixels` lacks are opened and put there.
@@ -80,7 +100,7 @@ class Assembler:
                 names += self._watch(picture, name, pixels, item.name, key)
                 continue
             if name not in pixels:
-                pixels[name] = self.transform(images.load_image(picture, self.max_pixels, item.name), (*key, name))
+                pixels[name] = self._look(picture, item.name, (*key, name))
             names.append(name)
         instruction = self.joiner.read_ids(_read_instruction(item.rendered))
         row = self.joiner.row(item.rendered, reads_of(item.pictures), answered=answered)
@@ -94,17 +114,78 @@ class Assembler:
         return Prepared(item.name, tuple(names), instruction, row)
 
     def _watch(self, video: Video, name: str, pixels: Pixels, where: str, key: tuple[object, ...]) -> tuple[str, ...]:
-        """The keys of a video's frames, which are opened if `pixels` lacks one."""
+        """The keys of a video's frames, which are had if `pixels` lacks one."""
         numbers = range(video.count) if isinstance(video.frames, int) else sorted(video.frames)
         spread = f"/{video.count}" if isinstance(video.frames, int) else ""
         keys = tuple(f"{name}#{number}{spread}" for number in numbers)
         if any(each not in pixels for each in keys):
-            for each, image in zip(keys, videos.frames(video, self.max_pixels, where), strict=True):
-                pixels[each] = self.transform(image, (*key, name))
+            ends = [each.removeprefix(name).replace("/", "of") for each in keys]
+            frames = self._frames(video, ends, where, (*key, name))
+            pixels.update(zip(keys, frames, strict=True))
         return keys
 
+    def _look(self, picture: Any, where: str, key: tuple[object, ...]) -> Picture:
+        """One picture: the features that the cache has of it, or else its pixels."""
+        began = time.perf_counter()
+        content: bytes | None = None
+        if self.cache is not None:
+            with suppress(OSError, DataError):  # `load_image` has sentences for these
+                content = images.content_of(picture)
+        name = "" if content is None else hashlib.sha256(content).hexdigest()
+        if (known := self._kept([name], began)) is not None:
+            return known[0]
+        image = images.load_image(picture, self.max_pixels, where, content)
+        if self.cache is not None and not name:
+            name = images.picture_key(image)
+            if (known := self._kept([name], began)) is not None:
+                return known[0]
+        seen = Picture(self.transform(image, key), name)
+        self.tally.opened, self.tally.opening = self.tally.opened + 1, self.tally.opening + time.perf_counter() - began
+        return seen
+
+    def _frames(self, video: Video, ends: Sequence[str], where: str, key: tuple[object, ...]) -> Iterator[Picture]:
+        """The frames that are looked at, likewise; a file's all or none.  `ends`: of the names of a file's frames."""
+        began = time.perf_counter()
+        names = [""] * len(ends)
+        if self.cache is not None:
+            if (files := videos.chosen_stills(video, where)) is not None:
+                yield from (self._look(file, where, key) for file in files)
+                return
+            version = _version(video)
+            with suppress(OSError, DataError):  # `videos.frames` has sentences for these
+                content = videos.content_hash(video)
+                names = [f"{content}{end}" for end in ends]
+            if (known := self._kept(names, began)) is not None:
+                yield from known
+                return
+        for name, image in zip(names, videos.frames(video, self.max_pixels, where), strict=True):
+            yield Picture(self.transform(image, key), name)
+        if self.cache is not None and (version is None or _version(video) != version):
+            raise DataError(f"{where}: the video {video.path} was changed while it was read; start again.")
+        self.tally.opened += len(names)
+        self.tally.opening += time.perf_counter() - began
+
+    def _kept(self, names: Sequence[str], began: float) -> list[Picture] | None:
+        """The features that the cache has under all of these names; None where it lacks one."""
+        if self.cache is None or not all(names):
+            return None
+        found = []
+        for name in names:
+            values = self.cache.read(name, self.tally)
+            if values is None:
+                return None
+            found.append(Picture(values, name, encoded=True))
+        self.tally.read, self.tally.reading = (
+            self.tally.read + len(found),
+            self.tally.reading + time.perf_counter() - began,
+        )
+        return found
+
     def batch(self, prepared: Sequence[Prepared], pixels: Pixels) -> Batch:
-        """Prepared items as one batch: their distinct pictures stacked, their distinct reads numbered."""
+        """Prepared items as one batch: their distinct pictures stacked, their distinct reads numbered.
+
+        Pictures are numbered as they come, whether they are there as pixels or as features.
+        """
         pictures: dict[str, int] = {}
         reads: dict[Read, int] = {}
         rows = []
@@ -114,11 +195,17 @@ class Assembler:
                 for name in each.pictures
             ]
             rows.append(tuple(replace(p, read=mine[p.read]) if isinstance(p, Slot) else p for p in each.row))
+        shown = [pixels[name] for name in pictures]
+        opened = [picture for picture in shown if not picture.encoded]
+        known = {number: picture.values for number, picture in enumerate(shown) if picture.encoded}
         return Batch(
-            pixels=torch.stack([pixels[name] for name in pictures]),
+            pixels=torch.stack([picture.values for picture in opened]) if opened else torch.empty(0),
             reads=tuple(reads),
             rows=tuple(rows),
             samples=tuple(each.name for each in prepared),
+            features=torch.stack([*known.values()]) if known else None,
+            featured=tuple(known),
+            keys=() if self.cache is None else tuple(picture.key for picture in opened),
         )
 
     def __call__(self, items: Sequence[Item], *, answered: bool) -> Batch:
@@ -142,6 +229,16 @@ def reads_of(pictures: Sequence[Any]) -> list[int | range]:
         reads.append(range(taken, taken + count) if isinstance(picture, Video) else taken)
         taken += count
     return reads
+
+
+def _version(video: Video) -> tuple[int, ...] | None:
+    """What changes where a video's file is replaced; None where there is no file."""
+    path = video.path.container if isinstance(video.path, Packed) else video.path
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _read_instruction(rendered: Rendered) -> str:

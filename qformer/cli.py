@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from qformer import __version__
 from qformer.errors import ConfigError, QFormerError
@@ -31,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     command = commands.add_parser("demo", help="the whole pipeline on the embedded default, then a report")
-    command.add_argument("--full", action="store_true", help="tune on all thirteen held-in sets; takes twice as long")
+    command.add_argument("--full", action="store_true", help="all 26 sets; takes twice as long")
     command.add_argument("--output", help="the run directory (runs/demo, or runs/demo_full)")
     command.add_argument("--steps", type=int, help="training steps, instead of the demo's own number")
     command.add_argument("--limit", type=int, help="score this many questions a set; scores are marked as partial")
@@ -46,7 +47,8 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("eval", help="score a run or a saved adapter, or compare two scored runs")
     command.add_argument("source", nargs="+", help="a run directory or a saved adapter; two runs are compared")
     command.add_argument("--last", action="store_true", help="of a run its last checkpoint, not its best")
-    command.add_argument("--tasks", default="", help="cards, comma-separated; also held_in, held_out")
+    told = "cards, comma-separated; also held_in, held_out; of two runs also pairs, as gqa=gqa:as_lavis"
+    command.add_argument("--tasks", default="", help=told)
     command.add_argument("--data", help="the folder the cards' paths start from")
     command.add_argument("--limit", type=int, help="score a seeded subset of this many samples; marked as partial")
     command.add_argument("--seed", type=int, help="of subset, shuffling and intervals (the run's own, or 0)")
@@ -84,6 +86,14 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("changes", nargs="*", metavar="key=value", help="settings to change")
     command.add_argument("-n", type=int, default=5, dest="count", help="how many samples")
     command.add_argument("--ids", action="store_true", help="every token with its id")
+
+    command = commands.add_parser("plan", help="what a run would take: parameters, memory, time, disk; nothing loaded")
+    command.add_argument("config", help="a shipped config's name or a YAML file")
+    command.add_argument("changes", nargs="*", metavar="key=value", help="settings to change")
+    command.add_argument("--gpu", default="here", help="a known GPU, such as h200 (this machine, timed)")
+    command.add_argument("--gpus", type=int, default=1, help="how many work together (1)")
+    told = "share of a known GPU's peak that every part reaches, above 0 and at most 1 (assumed by part)"
+    command.add_argument("--efficiency", type=float, help=told)
 
     command = commands.add_parser(
         "plug", help="another LLM under the same Q-Former: new projection, short tuning, a table"
@@ -303,6 +313,20 @@ def _render(options: argparse.Namespace) -> None:
         console.print(block)
 
 
+def _plan(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from qformer import config
+    from qformer.planning.plan import plan
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    console.width = max(console.width, NARROWEST_TABLE)
+    settings = config.load(options.config, options.changes)
+    for shown in plan(settings, gpu=options.gpu, gpus=options.gpus, efficiency=options.efficiency):
+        console.print(shown, soft_wrap=not isinstance(shown, Table))
+
+
 def _plug(options: argparse.Namespace) -> None:
     from qformer.stages import Stages, carry
 
@@ -340,7 +364,7 @@ def _tasks(options: argparse.Namespace) -> None:
     console.print(card_page(options.name) if options.name else table())
 
 
-def _towers(options: argparse.Namespace) -> dict[str, str | None]:
+def _towers(options: argparse.Namespace) -> dict[str, Any]:
     """What is loaded with an adapter, where the command says where it is."""
     return {name: getattr(options, name) for name in ("vision", "language", "instruction_tokenizer")}
 
@@ -380,6 +404,7 @@ COMMANDS = {
     "eval": _eval,
     "ask": _ask,
     "render": _render,
+    "plan": _plan,
     "plug": _plug,
     "export": _export,
     "data": _data,

@@ -60,6 +60,12 @@ class TransformConfig:
         if not 0 <= self.flip <= 1:
             raise ConfigError(f"flip is {self.flip}; it is a chance between 0 and 1.")
 
+    @property
+    def chance(self) -> str:
+        """The settings by which one picture gives many tensors; empty where it gives one."""
+        drawn = ["mode: random_crop"] * (self.mode == "random_crop") + [f"flip: {self.flip:g}"] * (self.flip > 0)
+        return ", ".join(drawn)
+
 
 @dataclass(frozen=True)
 class VisionConfig:
@@ -87,9 +93,24 @@ class VisionConfig:
     interpolation: Literal["bilinear", "bicubic", "nearest"] | None = None
     train_transform: TransformConfig = field(default_factory=lambda: TransformConfig(mode="random_crop"))
     eval_transform: TransformConfig = field(default_factory=TransformConfig)
+    cache: str | None = None
+    """A folder where the encoder's outputs are kept, so that a picture is opened and encoded once, by all runs that
+    read it alike; null: none.  Transforms may then leave nothing to chance."""
+    cache_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """How numbers are kept there; null: as the encoder gives them, which changes nothing."""
 
     def __post_init__(self) -> None:
         check_numbers("vision", self, "image_size", least=1)
+        if self.cache is None:
+            return
+        for name in ("train_transform", "eval_transform"):
+            chance = getattr(self, name).chance
+            if chance:
+                raise ConfigError(
+                    f"vision.cache keeps one view of each picture, and vision.{name} leaves the view to chance "
+                    f"({chance}); set vision.{name} to {{mode: squash}} (or crop, or pad, with flip: 0), or leave "
+                    f"vision.cache out."
+                )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,8 @@ def _told(settings: RunConfig, samples: int) -> Iterator[Text | Table]:
     yield _settings(settings)
     yield _parameters(settings)
     yield _start(settings)
-    sources, missing = _opened(chosen, settings)
-    sizes = {key: _size(card, sources, missing) for key, card in chosen.items()}
+    sources, missing = opened(chosen, settings)
+    sizes = {key: size_of(card, sources, missing) for key, card in chosen.items()}
     shares = cards.probabilities(sizes, multipliers, settings.data.sampling)
     here = {key: len(source.records) for key, source in sources.items()}
     mixture = Mixture(shares, {**sizes, **here}, settings.seed)
@@ -90,7 +90,8 @@ def _parameters(settings: RunConfig) -> Table:
             towers.append(None)
     seen, spoken = towers
     size, known_from = adapter_size(settings)
-    trained, frozen = adapter_parameters(size, seen.width if seen else None, spoken.width if spoken else None)
+    widths = seen.width if seen else None, spoken.width if spoken else None
+    trained, frozen = adapter_parameters(size, *widths, settings.train.only)
     least = "" if seen and spoken else "at least "
     if least:
         known_from += "; less what is as wide as a tower that is not known"
@@ -101,8 +102,13 @@ def _parameters(settings: RunConfig) -> Table:
     return shown
 
 
-def adapter_parameters(size: QFormerSize, vision_width: int | None, language_width: int | None) -> tuple[int, int]:
-    """Trained and frozen parameters of an adapter of this size, less those that are as wide as an unknown tower."""
+def adapter_parameters(
+    size: QFormerSize, vision_width: int | None, language_width: int | None, only: Sequence[str] = ()
+) -> tuple[int, int]:
+    """Trained and frozen parameters of an adapter of this size, less those that are as wide as an unknown tower.
+
+    `only`: the parts that are trained, as `train.only`; none: all.
+    """
     with torch.device("meta"):
         former = QFormer(QFormerSize(**{**vars(size), "vision_width": vision_width or 1}))
         made = QFormerConnector(former, language_width or 1)
@@ -111,9 +117,11 @@ def adapter_parameters(size: QFormerSize, vision_width: int | None, language_wid
         for pattern, width in ((OF_ENCODER_WIDTH, vision_width), (OF_LANGUAGE_WIDTH, language_width))
         if width is None
     ]
-    known = [each for name, each in made.named_parameters() if not any(re.match(pattern, name) for pattern in unknown)]
-    trained = sum(each.numel() for each in known if each.requires_grad)
-    return trained, sum(each.numel() for each in known) - trained
+    known = {
+        name: each for name, each in made.named_parameters() if not any(re.match(pattern, name) for pattern in unknown)
+    }
+    trained = sum(each.numel() for name, each in known.items() if each.requires_grad and starting.covers(only, name))
+    return trained, sum(each.numel() for each in known.values()) - trained
 
 
 def adapter_size(settings: RunConfig) -> tuple[QFormerSize, str]:
@@ -174,7 +182,7 @@ def _whereabouts(name: str) -> str:
 # -- data -------------------------------------------------------------------------------------------------------------
 
 
-def _opened(chosen: Mapping[str, TaskCard], settings: RunConfig) -> tuple[dict[str, Source], dict[str, DataError]]:
+def opened(chosen: Mapping[str, TaskCard], settings: RunConfig) -> tuple[dict[str, Source], dict[str, DataError]]:
     """The sets whose files are there, and what is wrong with the others."""
     root, sources = Path(settings.data.root), dict[str, Source]()
     index = Index(root, settings.data.index)
@@ -198,7 +206,7 @@ def _unscorable(scored: Mapping[str, TaskCard], root: Path) -> dict[str, DataErr
     return missing
 
 
-def _size(card: TaskCard, sources: Mapping[str, Source], missing: Mapping[str, DataError]) -> int:
+def size_of(card: TaskCard, sources: Mapping[str, Source], missing: Mapping[str, DataError]) -> int:
     """S_d: the published size, or the number of records that are there."""
     assert card.train is not None, card.key
     if card.train.size is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import os
 import signal
 import threading
 import time
@@ -24,6 +25,8 @@ from qformer.sample import Packed, Video
 if TYPE_CHECKING:
     from torch import Tensor
 
+MOST_BYTES = 64 << 20
+"""Of a picture's file that is held in memory as it is."""
 FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -34,18 +37,23 @@ PATIENCE = 60.0
 decoder takes hours."""
 
 
-def load_image(source: Path | str | bytes | Packed | Image.Image, max_pixels: int, where: str) -> Image.Image:
+def load_image(
+    source: Path | str | bytes | Packed | Image.Image, max_pixels: int, where: str, content: bytes | None = None
+) -> Image.Image:
     """A picture in RGB, upright as its EXIF says, transparency laid on white.
 
     Args:
         source: a path, the bytes of a file, a picture packed away, or an opened one.
         max_pixels: refused beyond this, before anything is decoded.
         where: what the picture belongs to, for messages.
+        content: the bytes of its file, where they were read already.
 
     Raises:
         DataError: missing, not a picture, cut short, too large, or not open within `PATIENCE`; names the file.
     """
     name = f"{where}: the picture {source}" if isinstance(source, Path | str | Packed) else f"{where}: a picture"
+    if content is not None:
+        source = content
     with in_time(name):
         return _opened(source, max_pixels, where, name)
 
@@ -124,11 +132,26 @@ def picture_key(source: Any, root: Path = Path()) -> str:
     if isinstance(source, Video):
         source = source.path
     if isinstance(source, Path | str | Packed):
-        path = source.container / source.name if isinstance(source, Packed) else Path(source)
+        path = source.container / source.identity if isinstance(source, Packed) else Path(source)
         return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(source)
     if isinstance(source, bytes):
         return hashlib.sha256(source).hexdigest()
     return hashlib.sha256(f"{source.mode} {source.size} ".encode() + source.tobytes()).hexdigest()
+
+
+def content_of(source: Any) -> bytes | None:
+    """The bytes of a picture's file; None of an opened picture, or where they are too many to be held.
+
+    Raises:
+        OSError, DataError: it cannot be read.
+    """
+    if isinstance(source, bytes):
+        return source
+    if isinstance(source, Packed):
+        return source.read()
+    if isinstance(source, Path | str) and os.stat(source).st_size <= MOST_BYTES:
+        return Path(source).read_bytes()
+    return None
 
 
 class ImageTransform:

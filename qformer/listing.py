@@ -13,7 +13,8 @@ from qformer.cards import TaskCard
 
 def table() -> Table:
     """Every shipped card: role, size, reader, prompt, metric, and p_d at the published sizes (four decimals)."""
-    shown = Table(title="task cards", title_justify="left")
+    counted = "samples: S_d of sets that are trained on, what is scored of those held out"
+    shown = Table(title="task cards", title_justify="left", caption=counted, caption_justify="left")
     for column in ("card", "role", "samples", "p_d", "reader", "metric", "prompt"):
         side: Literal["right", "left"] = "right" if column in ("samples", "p_d") else "left"
         shown.add_column(column, justify=side, no_wrap=column != "prompt")
@@ -43,7 +44,8 @@ def published_shares(loaded: list[TaskCard]) -> dict[str, float]:
 def prompt(card: TaskCard) -> str:
     """The zero-shot prompt where the card is scored, else how many phrasings it is trained with."""
     if card.eval:
-        return text.load_templates(card.eval.template).templates[0]
+        whole = text.joined(*card.eval.preface, text.load_templates(card.eval.template).templates[0])
+        return whole.replace("\n", "\\n")
     assert card.train is not None
     count = len(text.load_templates(card.train.template).templates)
     return f"{count} phrasing{'s' if count > 1 else ''} ({card.train.template})"

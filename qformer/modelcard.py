@@ -70,9 +70,16 @@ def text(settings: RunConfig, size: QFormerSize, recipe: Mapping[str, Any], scor
         settled = [(name.replace("_", " "), str(value)) for name, value in recipe.items() if name != "tasks"]
         parts += ["## Data", _table(("task", "weight"), mixture), "## Recipe", _table(("setting", "value"), settled)]
     head = ("set", "metric", "score", "95 %", "samples", "recipe id")
+    held_in = [score.get("role") == "held_in" for score in scores]
     for heading, partial in (("## Scores", False), ("## Scores on parts of sets", True)):
-        rows = [_score_row(score) for score in scores if bool(score.get("partial")) is partial]
-        parts += [heading, _table(head, rows)] if rows else []
+        for kind, inside in (("held-out", False), ("held-in", True)):
+            rows = [
+                _score_row(score)
+                for score, own in zip(scores, held_in, strict=True)
+                if own is inside and bool(score.get("partial")) is partial
+            ]
+            apart = f", {kind}" if len(set(held_in)) > 1 else ""
+            parts += [f"{heading}{apart}", _table(head, rows)] if rows else []
     return "\n\n".join(parts) + "\n"
 
 

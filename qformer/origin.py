@@ -24,7 +24,7 @@ LOOKED_AT = 64
 
 
 def origin(model: VLM, source: str | Path | None = None, step: int | None = None) -> dict[str, Any]:
-    """Checkpoint, step and fingerprints of a model, as plain values for JSON.
+    """Checkpoint, step, settings and fingerprints of a model, as plain values for JSON.
 
     Two adapters have the same fingerprint where every number of theirs is the same.  A tower's depends on the precision
     it is held in, which stands beside it.
@@ -44,6 +44,7 @@ def origin(model: VLM, source: str | Path | None = None, step: int | None = None
     found["vision"] = {**dataclasses.asdict(settings.vision), "fingerprint": _tower(model.vision)}
     language = dataclasses.asdict(settings.language)
     found["language"] = {**language, "fingerprint": _hash({"rows": model.language.fingerprint()})}
+    found |= {"qformer": dataclasses.asdict(settings.qformer), "max_pixels": settings.data.max_pixels}
     return json.loads(json.dumps(found, default=str))
 
 

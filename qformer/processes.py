@@ -60,7 +60,8 @@ class Processes:
         return result
 
     def told(self, work: Callable[[], Value]) -> Value:
-        """What the work gives in the first process, told to all."""
+        """What the work gives in the first process, told to all; it begins when all are here, whatever it leaves."""
+        self.gathered(())
         found = self.agreed(lambda: [work()] if self.first else [])
         return self.gathered(found)[0]
 

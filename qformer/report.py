@@ -9,7 +9,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from html import escape
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +22,7 @@ from qformer.errors import DataError
 from qformer.evaluate import sweep
 from qformer.evaluate.files import read_json, read_lines, score_files
 from qformer.evaluate.metrics import METRICS
-from qformer.evaluate.run import beside_in_words, in_words
+from qformer.evaluate.run import ROLES, about, beside_in_words, in_words
 from qformer.results import Score
 
 FILE = "report.html"
@@ -65,8 +65,7 @@ def write_report(directory: Path) -> Path:
     sections = [
         _head(directory, settings, lines, scores),
         _what_was_run(settings),
-        _scores([score for score in scores if not score.partial]),
-        _scores([score for score in scores if score.partial], "Scores on parts of sets"),
+        *_by_role(scores, set(mixture)),
         _prompts([read_json(path) for path in sorted(directory.glob(f"eval/{sweep.FOLDER}/*.json"))]),
         _carried(read_json(directory / PLUG_FILE) if (directory / PLUG_FILE).exists() else {}),
         _curves(lines),
@@ -233,16 +232,43 @@ def _mixture(mixture: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
-def _scores(scores: Sequence[Score], heading: str = "Scores") -> str:
+def _by_role(scores: Sequence[Score], mixture: Collection[str]) -> list[str]:
+    """Scores of held-out and of held-in sets apart, and again apart those of parts.
+
+    A held-out set that was tuned on is held in by this run.
+    """
+    names = {name.partition(":")[0] for name in mixture}
+    roles = [
+        "held_in" if score.role == "held_in" or score.task.partition(":")[0] in names else "held_out"
+        for score in scores
+    ]
+    return [
+        _scores(
+            [score for score, own in zip(scores, roles, strict=True) if own == role and score.partial is partial],
+            about(partial, role if len(set(roles)) > 1 else ""),
+            KNOWN[role] if len(set(roles)) > 1 else "",
+        )
+        for partial in (False, True)
+        for role in ROLES
+    ]
+
+
+KNOWN = {
+    "held_out": "None of these sets was trained on: zero-shot.",
+    "held_in": "These sets are trained on, with other pictures: not zero-shot.",
+}
+
+
+def _scores(scores: Sequence[Score], heading: str, known: str) -> str:
     if not scores:
         return ""
     kinds = [kind for kind in BASELINES if any(mark.kind == kind for score in scores for mark in score.baselines)]
     rows = [_score_row(score, kinds, 1.0 if score.percent else _round_up(scores)) for score in scores]
     *others, last = [BASELINES[kind] for kind in kinds] or [""]
     beside = f"{', '.join(others)} and {last}" if others else last
+    words = [known, f"Each beside {beside}." if beside else "", "Intervals are 95 %, by bootstrap over pictures."]
     return (
-        f'<h2>{heading}</h2>\n<p class="soft">{f"Each beside {beside}. " if beside else ""}'
-        "Intervals are 95 %, by bootstrap over pictures.</p>"
+        f'<h2>{heading}</h2>\n<p class="soft">{" ".join(filter(None, words))}</p>'
         + _legend("score", *kinds)
         + _table(("Set", "", "Score", *(LEGEND[kind].capitalize() for kind in kinds), "Samples"), rows)
         + _types(scores)

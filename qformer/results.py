@@ -39,6 +39,8 @@ class Score:
     """Further numbers of the same answers."""
     step: int | None = None
     """Of the training, at the checkpoint that was scored."""
+    task: str = ""
+    role: str = "held_out"
 
     @property
     def partial(self) -> bool:
@@ -76,6 +78,8 @@ class Score:
                 predictions=read_lines(path.with_name(f"{path.stem}.predictions.jsonl")),
                 beside=raw.get("beside", {}),
                 step=(raw.get("model") or {}).get("step"),
+                task=raw["task"],
+                role=raw.get("role", "held_out"),
             )
         except KeyError as error:
             raise DataError(f"{path}: has no {error}; score the set again to write it anew.") from None

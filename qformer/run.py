@@ -144,6 +144,7 @@ def score(
     if output is None:
         if isinstance(source, vlm.VLM):
             raise ConfigError("score: a loaded model has no directory of its own; give output.")
+        _check_own(source)
         output = run_directory(Path(source)) / "eval"
     output = Path(output)
     processes = joined() if processes is None else processes
@@ -152,13 +153,20 @@ def score(
         model, run = source, None
     else:
         device = device or best_device()
-        named = {"vision": vision, "language": language, "instruction_tokenizer": instruction_tokenizer}
+        named: dict[str, Any] = {
+            "vision": vision, "language": language, "instruction_tokenizer": instruction_tokenizer,
+        }  # fmt: skip
         model = loading.load(source, **named, device=device, report=say, processes=processes)
         run = run_directory(Path(source))
     if kept is not None:
         speaks = model.language.profile.encoder_decoder
         alike = [habits.with_habits(card, kept, encoder_decoder=speaks) for card in chosen.values()]
         chosen = {card.key: card for card in alike}
+        for line in habits.unlike(alike, kept):
+            say(line)
+    if prompt_sweep:
+        for line in sweep.check(chosen):  # the prompts may have become others
+            say(line)
     row = ""
     if table is not None:
         row = table.row((against or "").partition(":")[2], model.settings.language.name)
@@ -180,6 +188,7 @@ def score(
             index=index,
             origin=about,
             wordings=wordings,
+            features=model.filler,
             processes=processes,
             quiet=quiet,
             **options,
@@ -188,11 +197,13 @@ def score(
     try:
         with roll_call(processes):
             if prompt_sweep:
+                if model.filler is not None:
+                    say(model.filler.told())
 
                 def one(
                     chosen: Mapping[str, cards.TaskCard], wordings: Mapping[str, str], where: Path
                 ) -> dict[str, Any]:
-                    return scored(chosen, wordings, where, shuffled=False, finish=False, say=_silent)
+                    return scored(chosen, wordings, where, shuffled=False, finish=False, say=say)
 
                 found = sweep.sweep(chosen, one, output, processes)
                 say(as_text(sweep.table(found)))
@@ -237,7 +248,7 @@ def compare(
     from qformer.evaluate.run import as_text
 
     found, notes = paired.compare(_scores_of(Path(one)), _scores_of(Path(other)), tasks=list(tasks), despite=despite)
-    for line in (*notes, *map(as_text, paired.tables(found, str(one), str(other)))):
+    for line in (*notes, *map(as_text, paired.tables(found, str(one), str(other))), *paired.apart(found)):
         say(line)
     if output is not None:
         content = {"one": str(one), "other": str(other), "tasks": found}
@@ -249,6 +260,19 @@ def _scores_of(source: Path) -> Path:
     """Where a run's scores are; a directory of scores is its own."""
     inside = run_directory(source) / "eval"
     return inside if inside.is_dir() else source
+
+
+def _check_own(source: str | Path) -> None:
+    """Refuse, before anything is loaded, a source that scores would not lie beside: a folder made for them under the
+    name of a hub id would be taken for an adapter by the next call.
+    """
+    try:
+        loading.adapter_directory(Path(source))
+    except ConfigError:
+        raise ConfigError(
+            f"{source}: no adapter there; give a directory written by save() or a run directory with a checkpoint, or "
+            f"say with --output where the scores of a published model go."
+        ) from None
 
 
 def own_seed(run: Path | None) -> int:

@@ -27,6 +27,11 @@ class Packed(ABC):
     def __str__(self) -> str:
         return f"{self.container}/{self.name}"
 
+    @property
+    def identity(self) -> str:
+        """Tells the picture itself apart, where a container may hold it more than once."""
+        return self.name
+
     @abstractmethod
     def read(self) -> bytes:
         """The bytes of the picture's file.
@@ -111,6 +116,10 @@ class Batch:
     pixels: (N, 3, H, W) float32, each distinct picture once.  `reads` index pictures, slots in `rows` index reads.
     `samples` names the sample behind each row, for error messages.  `weight` 0 marks a dummy that only keeps the
     number of forward passes equal over ranks.
+
+    With a feature cache (`vision.cache`) some pictures, or all, are there as what the encoder gives for them:
+    `features` (M, P, V) of the pictures whose numbers are `featured`.  `pixels` then holds the others alone, and `keys`
+    by what name each of those is to be kept.
     """
 
     pixels: Tensor
@@ -118,6 +127,20 @@ class Batch:
     rows: tuple[Row, ...]
     samples: tuple[str, ...] = ()
     weight: float = 1.0
+    features: Tensor | None = None
+    featured: tuple[int, ...] = ()
+    keys: tuple[str, ...] = ()
+
+    @property
+    def pictures(self) -> int:
+        """How many distinct pictures there are."""
+        return len(self.pixels) + len(self.featured)
+
+    @property
+    def opened(self) -> list[int]:
+        """The numbers of the pictures that `pixels` holds."""
+        known = set(self.featured)
+        return [number for number in range(self.pictures) if number not in known]
 
 
 def row_length(row: Row, soft_tokens: int) -> int:

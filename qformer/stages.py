@@ -177,8 +177,8 @@ def carry(
     )
     for name in ROWS:
         if name in compared and name not in without:
-            named = {"vision": vision, "language": own_language, "instruction_tokenizer": instruction_tokenizer}
-            towers = named if name == "source" else {}
+            own = {"vision": vision, "language": own_language, "instruction_tokenizer": instruction_tokenizer}
+            towers = own if name == "source" else {}
             where = (directory / "source" if name == "source" else Path(compared[name])) / "eval"
             _score(ledger, name, compared[name], settings, where, towers, say=say, quiet=quiet)
     if (directory / run.SETTINGS_FILE).exists():

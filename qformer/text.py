@@ -84,7 +84,13 @@ def prefaced(preface: Sequence[str], fields: Mapping[str, Any], instruction: str
         wanted = [name for _, name, _, _ in string.Formatter().parse(piece) if name is not None]
         if all(fields.get(name) not in (None, "", (), []) for name in wanted):
             pieces.append(fill(piece, fields, "preface"))
-    return " ".join(filter(None, (*pieces, instruction)))
+    return joined(*pieces, instruction)
+
+
+def joined(*pieces: str) -> str:
+    """Pieces with a blank between them, but for what ends in a blank or a line break of its own."""
+    given = [piece for piece in pieces if piece]
+    return "".join((*(piece if piece[-1].isspace() else f"{piece} " for piece in given[:-1]), *given[-1:]))
 
 
 # -- what is asked, and what is answered ------------------------------------------------------------------------------

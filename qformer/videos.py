@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bisect
 import errno
+import hashlib
 import io
 import os
 import re
@@ -38,8 +39,11 @@ PADDING = 1 << 20
 """Pixels that a decoder may add to a frame's sides, for its own use."""
 LEAST_SHARE = 0.9
 """Of what a file's header says it holds; below, it was cut short.  Headers are often wrong by a frame or two."""
-ENDINGS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".ogv", ".gif")
-"""Of files that are videos wherever a name alone says which kind a file is."""
+ENDINGS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".ogv")
+"""Of files that are videos wherever a name alone says which kind a file is; a GIF may be a picture, and is taken for
+one there."""
+FILES = (*ENDINGS, ".gif")
+"""Endings under which a video is looked for."""
 STILLS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 """Endings of the files of a folder that are its frames."""
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegvideo,mpegts,asf,flv,ogg,gif,m4v,ivf"
@@ -91,26 +95,57 @@ def frames(video: Video, max_pixels: int, where: str) -> Iterator[Image.Image]:
         if isinstance(video.path, Path) and os.path.isdir(video.path):
             yield from _of_folder(video.path, video, max_pixels, where)
         else:
-            yield from _of_file(video, max_pixels)
+            yield from _of_file(video, max_pixels, where)
     except _InsideError as error:
         raise DataError(str(error)) from None
     except DataError as error:
         raise DataError(f"{where}: the video {video.path} {error}.") from None
 
 
+def content_hash(video: Video) -> str:
+    """A hash of a video's file.
+
+    Raises:
+        OSError, DataError: it cannot be read.
+    """
+    if isinstance(video.path, Packed):
+        return hashlib.sha256(video.path.read()).hexdigest()
+    with video.path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 class _InsideError(Exception):
-    """A frame's own error, a whole sentence already."""
+    """The error of a frame or of a file in an archive, a whole sentence already."""
 
 
 # -- a folder of frames -----------------------------------------------------------------------------------------------
 
 
-def _of_folder(path: Path, video: Video, max_pixels: int, where: str) -> Iterator[Image.Image]:
+def chosen_stills(video: Video, where: str) -> list[Path] | None:
+    """The files of the frames that are looked at, of a folder of frames; None of a video that is a file.
+
+    Raises:
+        DataError: as `frames`.
+    """
+    if not isinstance(video.path, Path) or not os.path.isdir(video.path):
+        return None
+    try:
+        return list(_chosen(video.path, video))
+    except DataError as error:
+        raise DataError(f"{where}: the video {video.path} {error}.") from None
+
+
+def _chosen(path: Path, video: Video) -> Iterator[Path]:
     files = stills(path)
     for place in positions(video, len(files)):
         file = files[place]
         if file.is_symlink() and not file.resolve().is_relative_to(path.resolve()):
             raise DataError(f"has the frame '{file.name}', a link that leads out of its folder and is not followed")
+        yield file
+
+
+def _of_folder(path: Path, video: Video, max_pixels: int, where: str) -> Iterator[Image.Image]:
+    for file in _chosen(path, video):
         try:
             image = load_image(file, max_pixels, where)
         except DataError as error:
@@ -145,10 +180,10 @@ def _by_number(name: str) -> tuple[list[tuple[int, int, str]], str]:
 # -- a file -----------------------------------------------------------------------------------------------------------
 
 
-def _of_file(video: Video, max_pixels: int) -> Iterator[Image.Image]:
+def _of_file(video: Video, max_pixels: int, where: str) -> Iterator[Image.Image]:
     clock = _Clock(PATIENCE)
     limit = min(max_pixels, MOST_PIXELS)
-    with _opened(video, limit, clock) as (container, stream):
+    with _opened(video, limit, clock, where) as (container, stream):
         times, keys, begin = _timetable(container, stream, clock)
         decoder = _Decoder(container, stream, begin, limit, clock)
         if None not in times and len(set(times)) == len(times):
@@ -184,12 +219,15 @@ class _Clock:
 
 
 @contextmanager
-def _opened(video: Video, limit: int, clock: _Clock) -> Iterator[tuple[Any, Any]]:
+def _opened(video: Video, limit: int, clock: _Clock, where: str) -> Iterator[tuple[Any, Any]]:
     """The container and its first video stream; whatever the library raises while it is open becomes a DataError."""
     av = _library()
     path = video.path
     if isinstance(path, Packed):
-        source: Any = io.BytesIO(path.read())
+        try:
+            source: Any = io.BytesIO(path.read())
+        except DataError as error:
+            raise _InsideError(f"{where}: {error}.") from None
     elif not os.path.lexists(path):
         raise DataError("is missing; check its name and its folder")
     elif not os.path.isfile(path):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,7 +19,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from qformer import __version__, config, exporting, modelcard, starting, weights
+from qformer import __version__, config, exporting, features, modelcard, starting, weights
 from qformer.assemble import Assembler, Item
 from qformer.backbones import sharding
 from qformer.backbones.language import LanguageTower
@@ -25,6 +27,7 @@ from qformer.backbones.vision import FrozenTower, OwnTower, VisionSettings
 from qformer.cards import Decoding
 from qformer.config import RunConfig
 from qformer.errors import ConfigError, TrainingError, reason
+from qformer.features import Cache, Filler
 from qformer.images import ImageTransform
 from qformer.nn.qformer import QFormerConnector
 from qformer.nn.tokens import Tokens
@@ -83,6 +86,16 @@ class VLM(nn.Module):
         with torch.no_grad():
             tokens = self.vision(pixels.to(self.device))
         return tokens._replace(values=tokens.values.to(self.connector.dtype))
+
+    def tokens(self, batch: Batch) -> Tokens:
+        """Encoder outputs of a batch's pictures: those that it brings, and those of its pixels."""
+        if batch.features is None:
+            return self.encode(batch.pixels)
+        values = batch.features.to(self.device, self.connector.dtype)
+        if len(batch.pixels):
+            order = torch.tensor([*batch.featured, *batch.opened], device=self.device)
+            values = torch.cat([values, self.encode(batch.pixels).values])[order.argsort()]
+        return Tokens(values)
 
     def read(self, batch: Batch) -> Tensor:
         """Soft tokens (N, Q, L) of a batch's reads: every picture is encoded once, however many reads it has."""
@@ -151,8 +164,8 @@ class VLM(nn.Module):
 
     def _reads(self, batch: Batch) -> tuple[Tokens, tuple[Tensor, Tensor] | None]:
         pictures = [read.picture for read in batch.reads]
-        tokens = self.encode(batch.pixels)
-        if pictures != list(range(len(batch.pixels))):
+        tokens = self.tokens(batch)
+        if pictures != list(range(batch.pictures)):
             tokens = tokens._replace(pictures=torch.tensor(pictures, device=self.device))
         return tokens, self._instructions([read.instruction for read in batch.reads])
 
@@ -206,17 +219,27 @@ class VLM(nn.Module):
         joiner.truncations = self.language.truncations
         return joiner
 
-    def assembler(self, *, training: bool) -> Assembler:
-        """Makes this model's batches from pictures and words."""
+    def assembler(self, *, training: bool, cache: Cache | None = None) -> Assembler:
+        """Makes this model's batches from pictures, or what a cache has of them, and words."""
         room = None if self.language.positions is None else (self.language.positions, self.connector.size.queries)
-        return assembler(self.settings, self.vision.settings, self.joiner(), training=training, room=room)
+        made = assembler(self.settings, self.vision.settings, self.joiner(), training=training, room=room)
+        made.cache = cache
+        return made
+
+    @functools.cached_property
+    def filler(self) -> Filler | None:
+        """What keeps the encoder's features when samples are answered; None where no `vision.cache` is here."""
+        kept = self.settings.vision.cache
+        if kept is None or not Path(kept).is_dir() or isinstance(self.vision, OwnTower):
+            return None
+        return features.filler(self.settings, self.vision, training=False, say=_to_stderr)
 
     @torch.no_grad()
     def answer(
         self, samples: Sequence[Sample], instructions: Sequence[str | Rendered], decoding: Decoding
     ) -> list[str]:
         """One generated answer per sample."""
-        batch = self._prompts([sample.images for sample in samples], instructions, [sample.id for sample in samples])
+        batch = self._asked(samples, instructions)
         return self.language.generate(*self.seen(batch), **dataclasses.asdict(decoding))
 
     @torch.no_grad()
@@ -229,7 +252,7 @@ class VLM(nn.Module):
         end: bool = True,
     ) -> list[list[float]]:
         """Log-likelihoods of each sample's candidates, in their order."""
-        batch = self._prompts([sample.images for sample in samples], instructions, [sample.id for sample in samples])
+        batch = self._asked(samples, instructions)
         return self.language.rank(*self.seen(batch), candidates, normalize=normalize, end=end)
 
     @torch.no_grad()
@@ -276,11 +299,21 @@ class VLM(nn.Module):
         batch = self._prompts(pictures, prompts)
         return self.language.rank(*self.seen(batch), lists, normalize=normalize, end=end)
 
+    def _asked(self, samples: Sequence[Sample], instructions: Sequence[str | Rendered]) -> Batch:
+        """Samples as prompts; the features of their pictures are kept, where there is a cache."""
+        pictures, names = [sample.images for sample in samples], [sample.id for sample in samples]
+        if self.filler is None:
+            return self._prompts(pictures, instructions, names)
+        assembler = self.assembler(training=False, cache=self.filler.cache)
+        batch = self._prompts(pictures, instructions, names, assembler)
+        return self.filler.complete([batch], assembler.tally)[0]
+
     def _prompts(
         self,
         pictures: Sequence[Sequence[Any]],
         instructions: Sequence[str | Rendered],
         names: Sequence[str] | None = None,
+        assembler: Assembler | None = None,
     ) -> Batch:
         self.eval()
         names = names or [f"prompt {number}" for number in range(len(instructions))]
@@ -288,7 +321,7 @@ class VLM(nn.Module):
             Item(name, tuple(images), Rendered(text) if isinstance(text, str) else text)
             for name, images, text in zip(names, pictures, instructions, strict=True)
         ]
-        return self.assembler(training=False)(items, answered=False)
+        return (assembler or self.assembler(training=False))(items, answered=False)
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
@@ -467,6 +500,10 @@ def assembler(
         root=Path(settings.data.root),
         room=room,
     )
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)  # noqa: T201
 
 
 def _listed(call: str, images: Sequence[Any], prompts: Sequence[str]) -> list[Sequence[Any]]:

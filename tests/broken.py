@@ -60,7 +60,10 @@ def cases(root: Path) -> dict[str, Case]:
         files = {role: root / path for role, path in section.files.items()}
         spoilt = tuple(role for role in files if role not in cards.MEDIA)
         found[name] = Case(name, section.reader, files, section.options, spoilt, card.train)
-    for name, spoilt in (("ivqa:ranked", ("questions", "vocabulary")), ("visdial:dense", ("dense",))):
+    for name, spoilt in (
+        ("flickr30k", ("captions",)), ("ivqa:ranked", ("questions", "vocabulary")), ("textcaps:no_ocr", ("records",)),
+        ("visdial:dense", ("dense",)),
+    ):  # fmt: skip
         scored = cards.load(name).eval
         assert scored is not None
         files = {role: root / path for role, path in scored.files.items()}

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qformer.errors import DataError
-from qformer.evaluate.baselines import most_frequent, shuffled_pictures
+from qformer.evaluate.baselines import blindly, most_frequent, shuffled_pictures
+from qformer.evaluate.metrics import METRICS
+from qformer.evaluate.outcome import Answer, Outcome
+from qformer.evaluate.predict import Question
 from qformer.sample import Sample
+from qformer.text import Rendered
 
 
 def about(*pictures: str, name: str = "", references: tuple[str, ...] = ()) -> Sample:
@@ -81,3 +87,48 @@ def test_every_annotator_counts() -> None:
         about("c", references=("blue",)),
     ]
     assert most_frequent(samples, ["", "", ""]) == ["red"] * 3
+
+
+def chosen_blindly(metric: str, truths: Sequence[tuple[str, ...]], *choices: tuple[str, ...], **options: Any) -> Any:
+    """Chance and the unreachable share, and how many answers were scored; the last vocabulary is everybody's."""
+    given, scored = {**METRICS[metric].options, **options}, 0
+
+    def score(answers: Sequence[Answer], samples: Sequence[Sample]) -> Outcome:
+        nonlocal scored
+        scored += len(answers)
+        return METRICS[metric].score(answers, samples, given)
+
+    questions = [
+        Question(about("a", references=truth), Rendered("q"), choices[min(place, len(choices) - 1)])
+        for place, truth in enumerate(truths)
+    ]
+    reads = METRICS[metric].reads
+    return *blindly(questions, score, reads(given) if reads else None), scored
+
+
+@pytest.mark.parametrize(
+    ("metric", "options", "truths", "choices", "chance", "unreachable"),
+    [
+        ("accuracy", {}, [("a",), ("c", "b"), ("c",)], ("a", "b"), 1 / 3, 1 / 3),
+        ("accuracy", {"normaliser": "lower"}, [("Carrot",)], ("carrot", "pea"), 1 / 2, 0),
+        ("accuracy", {"labels": {"yes": "true", "no": "false"}}, [("true",)], ("yes", "no", "true", "false"), 1 / 2, 0),
+        ("exact_match", {"normaliser": "vqa"}, [("two",), ("the dog",)], ("2", "Dog", "dog"), 1 / 2, 0),
+        ("ivqa_accuracy", {}, [("Carrot",), ("Pea", "pea.")], ("carrot", "pea"), (1 / 4 + 1 / 2) / 2, 0),
+        ("vqa_accuracy", {}, [("Two", *["2"] * 9), ("red",) * 10], ("two", "blue"), 1 / 4, 1 / 2),
+    ],
+)
+def test_a_truth_is_reached_by_whatever_the_metric_counts_as_right(
+    metric: str, options: Any, truths: Any, choices: tuple[str, ...], chance: float, unreachable: float
+) -> None:
+    found = chosen_blindly(metric, truths, choices, **options)
+    assert found[:2] == (pytest.approx(chance), pytest.approx(unreachable))
+
+
+def test_every_question_has_its_own_candidates() -> None:
+    assert chosen_blindly("accuracy", [("a",), ("b",), ("c",)], ("a",), ("x",), ("c", "d")) == (0.5, 1 / 3, 2)
+
+
+def test_a_large_vocabulary_is_read_once_and_its_right_words_alone_are_scored() -> None:
+    words = tuple(f"word {place}" for place in range(3000))
+    chance, unreachable, scored = chosen_blindly("accuracy", [(word,) for word in words], words, normaliser="vqa")
+    assert (chance, unreachable, scored) == (pytest.approx(1 / 3000), 0, 3000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from qformer import cards, listing, resources, text
 from qformer.data.readers import READERS
 from qformer.errors import ConfigError
+from qformer.evaluate.metrics import METRICS
 
 HELD_IN = [
     "aokvqa", "coco_caption", "llava_conversation", "llava_detail", "llava_reasoning", "ocrvqa", "okvqa", "textcaps",
@@ -45,7 +47,7 @@ def test_every_card_names_only_what_there_is(name: str) -> None:
         reader = READERS[section.reader]
         assert set(reader.roles) <= set(section.files) <= {*reader.roles, *reader.optional}
         assert set(section.options) <= set(reader.settings)
-        assert section.size or card.variant == "per_answer"
+        assert section.size or card.variant == "per_answer" or "difficult" in str(section.options)  # some are dropped
         assert text.load_templates(section.template).templates
     if card.eval and card.eval.answer == "generate":
         assert card.eval.decoding.num_beams == 5
@@ -127,13 +129,33 @@ def test_the_table_lists_thirteen_held_in_sets_with_their_sizes_and_shares() -> 
 
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(listing.table())
+    counted = "samples: S_d of sets that are trained on, what is scored of those held out"
+    assert counted in console.export_text(clear=False)
     rows = [line.split("│") for line in console.export_text(clear=False).splitlines() if "held-in" in line]
     shown = {cells[1].strip(): (cells[3].strip(), cells[4].strip()) for cells in rows}
     assert set(shown) == set(HELD_IN)
     assert shown == {name: (f"{size(name):,}", f"{share:.4f}") for name, share in A.items()}
     assert shown["coco_caption"] == ("566,747", "0.0923")
-    scienceqa = next(line for line in console.export_text(clear=False).splitlines() if "scienceqa" in line)
-    assert " 2,017 " in scienceqa  # held out: what is scored is counted, though it may be fine-tuned on
+
+
+def test_the_table_lists_thirteen_held_out_sets_with_what_is_scored_how_and_asked_in_which_words() -> None:
+    """ScienceQA may be fine-tuned on; what is counted is what is scored.  A preface stands before its prompt."""
+    columns = [list(column.cells) for column in listing.table().columns]
+    rows = {row[0]: row[1:] for row in zip(*columns, strict=True)}
+    assert len(rows) == 26
+    for name in HELD_OUT:
+        section = load(name).eval
+        assert section is not None
+        role, samples, share, reader, metric, prompt = rows[name]
+        assert (role, samples, share) == ("held-out", f"{section.size:,}", "")
+        assert (reader, metric) == (section.reader, section.metric)
+        assert prompt.endswith(text.load_templates(section.template).templates[0])
+    assert rows["scienceqa"][1] == "2,017"
+    question = "Question: {question} Short answer:"
+    assert rows["gqa"][-1] == question
+    assert rows["textvqa"][-1] == f"OCR tokens: {{ocr}}. {question}"
+    assert rows["visdial"][-1] == f"Dialog history: {{history}}\\n {question}"
+    assert rows["scienceqa"][-1] == "Context: {context} Question: {question} Options: {options}. Answer:"
 
 
 @pytest.mark.parametrize("name", HELD_IN)
@@ -148,6 +170,28 @@ def test_every_held_in_card_has_its_forms_for_the_ablation_without_templates(nam
     assert named.preface[0].startswith("[") and ":" in named.preface[0] and named.preface[0].endswith("]")
 
 
+@pytest.mark.parametrize("name", ["vqav2", "okvqa", "aokvqa", "vqg_vqav2", "vqg_okvqa", "vqg_aokvqa"])
+@pytest.mark.parametrize("rule", ["sampled", "uniform_distinct"])
+def test_which_of_several_answers_is_trained_on_is_a_variant(name: str, rule: str) -> None:
+    card, plain = load(f"{name}:{rule}"), load(name)
+    assert card.train and plain.train and plain.train.answer == "most_frequent"
+    assert dataclasses.asdict(card.train) == {**dataclasses.asdict(plain.train), "answer": rule}
+    assert card.eval == plain.eval
+    assert any(f"`{rule}`" in note for note in plain.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("aokvqa", "since its questions are multiple-choice"),
+        ("ocrvqa", "full stop from TextVQA's zero-shot prompt"),
+        ("textcaps", "full stop from TextVQA's zero-shot prompt"),
+    ],
+)
+def test_a_card_says_what_speaks_against_its_choice(name: str, words: str) -> None:
+    assert sum(words in note for note in load(name).notes) == 1
+
+
 @pytest.mark.parametrize(
     "files", ["{records: r, images: []}", "{records: [r], images: i}", "{records: r, images: [1]}"]
 )
@@ -156,6 +200,14 @@ def test_files_are_paths_and_pictures_may_lie_in_several(tmp_path: Path, files: 
     file.write_text(BASE + f"train: {{reader: jsonl, files: {files}, template: instruction}}\n")
     with pytest.raises(ConfigError, match=r"train\.files\.(records|images) is .*it takes a path, or as files\.images"):
         cards.load(str(file))
+
+
+def test_every_metric_is_some_cards_or_stands_beside_ciders() -> None:
+    sections = [section for name in with_variants() if (section := load(name).eval) is not None]
+    assert set(METRICS) - {section.metric for section in sections} == {"bleu4", "rouge_l"}
+    for name in ("coco_caption", "flickr30k", "nocaps", "textcaps"):
+        plain, meteor = load(name).eval, load(f"{name}:meteor").eval
+        assert plain is not None and meteor == dataclasses.replace(plain, metric="meteor")
 
 
 def test_null_takes_away_what_a_variants_reader_has_not() -> None:

@@ -18,9 +18,9 @@ from qformer.errors import ConfigError, DataError
 from qformer.evaluate import compare, habits, published, sweep
 from qformer.evaluate.outcome import averaged
 from qformer.evaluate.run import as_text, score, tables
-from qformer.processes import ALONE
+from qformer.processes import ALONE, Processes
 from qformer.sample import Sample
-from qformer.text import Rendered, load_templates
+from qformer.text import Rendered, load_templates, render_eval
 from tests.test_evaluate import RANK, Namer, world
 
 AUROC = (
@@ -70,6 +70,66 @@ def test_two_runs_are_compared_sample_by_sample(tmp_path: Path) -> None:
         assert words in table
     assert compare.compare(other, one)[0]["colours"]["difference"] == pytest.approx(-8 / 30)
     assert "-26.7 (" in as_text(compare.tables(compare.compare(other, one)[0], "a", "b")[0])
+
+
+def test_a_difference_that_there_is_not_has_no_sign(tmp_path: Path) -> None:
+    one = scored(tmp_path, "one", 3)
+    found, _ = compare.compare(one, one)
+    nothing = {"colours": {**found["colours"], "difference": None, "interval": [None, None]}}
+    [table] = map(as_text, compare.tables(nothing, "one", "other"))
+    assert "–" in table and "+–" not in table
+
+
+def test_what_runs_of_one_recipe_differ_in_is_listed(tmp_path: Path) -> None:
+    def whose(step: int, mode: str) -> dict[str, Any]:
+        vision = {"name": "v", "eval_transform": {"mode": mode}, "fingerprint": str(step)}
+        return {"source": str(step), "checkpoint": None, "step": step, "adapter": str(step), "vision": vision}
+
+    one = scored(tmp_path, "one", 3, origin=whose(1, "squash"))
+    other = scored(tmp_path, "other", 10, origin=whose(2, "crop"))
+    file = other / "colours.json"
+    result = json.loads(file.read_text())
+    file.write_text(json.dumps({**result, "libraries": {**result["libraries"], "torch": "0.1"}}))
+    torch = result["libraries"]["torch"]
+    found, _ = compare.compare(one, other)
+    listed = ["model.vision.eval_transform.mode is 'squash' and 'crop'", f"libraries.torch is '{torch}' and '0.1'"]
+    assert found["colours"]["same_recipe"] and found["colours"]["apart"] == listed
+    assert compare.apart(found) == [f"{each} (A and B; in no recipe)." for each in listed]
+    found["birds"] = {**found["colours"], "apart": listed[1:]}
+    assert compare.apart(found)[0] == f"colours: {listed[0]} (A and B; in no recipe)."
+    assert compare.apart({"colours": compare.compare(one, one)[0]["colours"]}) == []
+
+
+def test_variants_are_scored_on_the_same_part_and_compared_as_a_pair(tmp_path: Path) -> None:
+    def part(key: str, where: str, wrong: int, variant: str) -> dict[str, Any]:
+        world(tmp_path)
+        card = tmp_path / "colours.yaml"
+        card.write_text(card.read_text() + "variants: {short: {eval: {metric_options: {normaliser: lower}}}}\n")
+        chosen = cards.load_all([f"{card}{variant}"], "eval")
+        given = {"quiet": True, "say": lambda line: None, "limit": 20, "directory": tmp_path / where}
+        return score(Unsure(wrong), chosen, tmp_path, **given)[key]
+
+    one, other = part("colours", "one", 3, ""), part("colours:short", "other", 3, ":short")
+    assert one["recipe"] != other["recipe"]
+    for name in ("ids", "answers"):
+        assert one["recipe_settings"]["split"][name] == other["recipe_settings"]["split"][name]
+    assert [one[name] for name in ("score", "interval", "shuffled")] == [
+        other[name] for name in ("score", "interval", "shuffled")
+    ]
+    folders = tmp_path / "one", tmp_path / "other"
+    with pytest.raises(
+        DataError, match=r"no scored set in common; .* or name two that are to be compared, as gqa=gqa:"
+    ):
+        compare.compare(*folders)
+    with pytest.raises(ConfigError, match=r"different recipes.*card\.variant is '' and 'short'"):
+        compare.compare(*folders, tasks=["colours=colours:short"])
+    with pytest.raises(DataError, match=r"colours=colours:long: not scored in both"):
+        compare.compare(*folders, tasks=["colours=colours:long"])
+    found, _ = compare.compare(*folders, tasks=["colours=colours:short"], despite=True)
+    [(name, result)] = found.items()
+    assert (name, result["task"]) == ("colours=colours.short.partial", "colours=colours:short")
+    assert (result["samples"], result["difference"], result["interval"]) == (20, 0.0, [0.0, 0.0])
+    assert "colours=colours:short" in as_text(compare.tables(found, "one", "other")[0])
 
 
 def test_a_run_is_no_better_than_itself(tmp_path: Path) -> None:
@@ -191,13 +251,23 @@ def test_a_part_is_never_in_one_table_with_a_whole(tmp_path: Path) -> None:
     assert "one" not in parts and "Scores on parts of sets" in parts and "10 of 60, partial" in parts
 
 
+def test_held_in_scores_have_a_table_of_their_own(tmp_path: Path) -> None:
+    scored(tmp_path, "whole", 3)
+    [read] = [json.loads(file.read_text()) for file in tmp_path.glob("whole/*.json")]
+    out, inside = tables({"a": {**read, "role": "held_out"}, "b": {**read, "role": "held_in"}})
+    assert "Scores on held-out sets (95" in out and "│ a " in out and "│ b " not in out
+    assert "Scores on held-in sets (95" in inside and "│ b " in inside and "│ a " not in inside
+    [alone] = tables({"b": {**read, "role": "held_in"}})
+    assert "Scores (95" in alone
+
+
 # -- published scores -------------------------------------------------------------------------------------------------
 
 
 def result(**changes: Any) -> dict[str, Any]:
     made = {
         "metric": "exact_match", "score": 0.5, "interval": [0.48, 0.52], "partial": False, "samples": 12578,
-        "of": 12578, "split": "testdev_balanced", "recipe": "abc",
+        "of": 12578, "published_size": None, "split": "testdev_balanced", "recipe": "abc",
     }  # fmt: skip
     return {**made, **changes}
 
@@ -215,7 +285,30 @@ def test_ours_stand_beside_published_scores_with_the_difference() -> None:
         assert words in shown
     assert "60.5*" not in shown and not left_out
     assert published.remarks(paper, "vicuna7b")[1].startswith("* ")
-    assert len(published.remarks(dataclasses.replace(paper, rows={"x": published.PublishedRow("", {})}), "x")) == 1
+    assert published.remarks(paper, "vicuna7b")[2].startswith("Written down from the paper as its readers cite it;")
+    plain = dataclasses.replace(paper, rows={"x": published.PublishedRow("", {})}, note="")
+    assert len(published.remarks(plain, "x")) == 1
+
+
+def test_a_published_mean_stands_beside_ours_where_all_its_cards_were_scored_whole() -> None:
+    """By the ablations' table: COCO, OKVQA, A-OKVQA and TextCaps as one number, CIDEr times 100 as the rest."""
+    paper = published.load("paper")
+    ours = {
+        "coco_caption": result(metric="cider", score=1.4), "textcaps": result(metric="cider", score=1.2),
+        "okvqa": result(metric="vqa_accuracy", score=0.5), "aokvqa": result(metric="vqa_accuracy", score=0.6),
+    }  # fmt: skip
+    table, _ = published.compared(ours, paper, "vicuna7b_no_balancing")
+    [cells] = zip(*(column.cells for column in table.columns))
+    assert cells[:6] == ("held_in", "mean", "92.5", "98.8*", "-6.3", "50,312")
+    assert cells[7] == "mean over coco_caption, okvqa, aokvqa, textcaps"
+    for spoiled in ({**ours, "okvqa": result(partial=True)}, {**ours, "okvqa": result(score=None)}, {"gqa": result()}):
+        table, _ = published.compared(spoiled, paper, "vicuna7b_no_balancing")
+        assert "mean" not in [cell for column in table.columns for cell in column.cells]
+    means = {name: row.averages["held_in"] for name, row in paper.rows.items() if row.averages}
+    assert means == {
+        "flant5xl": 94.1, "flant5xl_no_instruction": 89.8, "flant5xl_no_balancing": 92.6,
+        "vicuna7b": 100.8, "vicuna7b_no_instruction": 98.9, "vicuna7b_no_balancing": 98.8,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -228,6 +321,11 @@ def test_ours_stand_beside_published_scores_with_the_difference() -> None:
         ),
         ("gqa", {"metric": "cider"}, "gqa: its metric is cider, and what is published is exact_match"),
         ("gqa", {"score": None}, "gqa: it has no score"),
+        (
+            "vsr",
+            {"metric": "accuracy", "of": 616, "samples": 616, "published_size": 1222},
+            "vsr: its files hold 616 records and the published split 1,222, so its score does not stand beside",
+        ),
         ("textcaps", {}, "textcaps: nothing is published for it in the row 'vicuna7b'"),
     ],
 )
@@ -256,6 +354,7 @@ def test_published_tables_name_cards_and_metrics_that_there_are() -> None:
     for name in resources.names("configs/published"):
         table = published.load(name)
         assert len(table.source) > 20
+        assert all(cards.load(key).eval for keys in table.averages.values() for key in keys)
         for key, of in table.sets.items():
             section = cards.load(key).eval
             assert section is not None and set(of.metrics) <= set(METRICS), key
@@ -273,6 +372,9 @@ def test_a_published_table_that_contradicts_itself_is_refused(tmp_path: Path) ->
         'name: "m"\nversion: 1\ntitle: "t"\nsource: "s"\nsets: {}\nrows: {r: {title: "r", scores: {gqa: 1.0}}}\n'
     )
     with pytest.raises(ConfigError, match=r"mine\.yaml.*rows\.r names 'gqa', which `sets` or its scores do not"):
+        published.load(str(file))
+    file.write_text(file.read_text().replace("scores: {gqa: 1.0}", "scores: {}, averages: {all: 1.0}"))
+    with pytest.raises(ConfigError, match=r"rows\.r has a mean 'all', and `averages` does not say over which cards"):
         published.load(str(file))
 
 
@@ -299,16 +401,17 @@ def swept(root: Path, **options: Any) -> dict[str, dict[str, Any]]:
         'name: "words"\nversion: 1\nsource: "a test"\n'
         'templates: ["W {instruction}", "Q {instruction}", "Z {instruction}", "V {instruction}"]\n'
     )
-    world(root, "answer: generate, metric: exact_match")
+    world(root, "answer: generate, metric: exact_match", **options.get("records", {}))
     card = root / "colours.yaml"
     card.write_text(card.read_text().replace("template: instruction", f"template: {root / 'words.yaml'}"))
     chosen = cards.load_all([str(card)], "eval")
 
     def one(given: Any, wordings: Any, directory: Path) -> dict[str, dict[str, Any]]:
         keep = {"quiet": True, "say": lambda line: None, "finish": False, "shuffled": False, "origin": {"adapter": 1}}
+        keep |= options.get("given", {})
         return score(options.get("model") or Particular(), given, root, directory=directory, wordings=wordings, **keep)
 
-    return sweep.sweep(chosen, one, root / "eval", ALONE)
+    return sweep.sweep(chosen, one, root / "eval", options.get("processes", ALONE))
 
 
 def test_a_sweep_scores_each_listed_prompt_and_names_best_median_and_worst(tmp_path: Path) -> None:
@@ -324,6 +427,24 @@ def test_a_sweep_scores_each_listed_prompt_and_names_best_median_and_worst(tmp_p
     shown = as_text(sweep.table({"colours": content}))
     for words in ("own, best", "median", "worst", "W {instruction}", content["prompts"][2]["recipe"]):
         assert words in shown
+
+
+def test_a_sweep_that_leaves_broken_records_out_keeps_no_answers_on_any_machine(tmp_path: Path) -> None:
+    records = {"_3": {"image": "broken.png"}}
+    content = swept(tmp_path, records=records, given={"on_error": "skip"})["colours"]
+    assert content["partial"] and [each["samples"] for each in content["prompts"]] == [59] * 4
+    assert not list((tmp_path / "eval").rglob(".unfinished"))
+    assert (tmp_path / "eval" / "prompts" / "colours.partial.json").exists()
+
+    class Second(Processes):
+        """Of two machines the second, on whose disk something was kept too."""
+
+        first = False
+
+    left = tmp_path / "eval" / "prompts" / "0" / ".unfinished" / "colours-0a" / "1.jsonl"
+    left.parent.mkdir(parents=True)
+    swept(tmp_path, records=records, given={"on_error": "skip"}, processes=Second())
+    assert not left.parent.exists()
 
 
 def test_the_report_has_the_prompts(tmp_path: Path) -> None:
@@ -355,7 +476,18 @@ def test_a_sweep_that_was_interrupted_goes_on(tmp_path: Path) -> None:
 def test_a_card_with_one_prompt_cannot_be_swept(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'colours': its template 'instruction' lists one prompt alone, so there is"):
         sweep.check(world(tmp_path))
-    sweep.check({**world(tmp_path), "gqa": cards.load("gqa")})
+    [said] = sweep.check({**world(tmp_path), "gqa": cards.load("gqa")})
+    assert said.startswith("the card 'colours': its template 'instruction' lists one prompt alone")
+    assert sweep.check({"gqa": cards.load("gqa")}) == []
+
+
+def test_a_sweep_says_what_a_person_should_know_of_each_score(tmp_path: Path) -> None:
+    said: list[str] = []
+    records = {"_3": {"image": "broken.png"}}
+    swept(tmp_path, records=records, given={"on_error": "skip", "say": said.append})
+    told = [line for line in said if line.startswith("colours: 1 broken records left out (numbers 4);")]
+    assert len(told) == 4 and "prompts/2/colours.partial.broken.jsonl" in told[2]
+    assert not [line for line in said if "Scores" in line]  # of which the sweep has a table of its own
 
 
 def test_a_sweep_without_a_score_names_none() -> None:
@@ -403,9 +535,24 @@ def test_candidates_are_ranked_as_lavis_does() -> None:
     assert (vicuna.eval.normalize, vicuna.eval.end, vicuna.eval.preface) == ("sum", False, [])
     dialogue = lavis("visdial:caption").eval
     assert dialogue is not None and dialogue.template == "short_answer"
-    assert dialogue.preface == ['This image has the caption "{caption}".', "dialog history: {history}\n"]
+    fields = {"question": "Is it sunny?", "history": "Question: Who? Answer: A dog.", "caption": "a dog"}
+    sample = Sample("1", "visdial", (), fields)
+    assert render_eval(dialogue, load_templates(dialogue.template), sample).instruction == (
+        'This image has the caption "a dog". dialog history: Question: Who? Answer: A dog.\n'
+        "Question: Is it sunny? Short answer:"
+    )
     asked = load_templates(vicuna.eval.template).templates[0]
     assert asked.format(context="", question="Q?", options="(a) x").startswith("context: . Question: Q? Options: ")
+
+
+def test_what_lavis_would_not_rank_is_said() -> None:
+    names = ["msvd_qa", "msvd_qa:generated", "msrvtt_qa:top_4000", "scienceqa"]
+    assert habits.unlike(map(lavis, names), habits.load("lavis")) == [
+        "msvd_qa:as_lavis: its candidates are ranked, where lavis lets the model write; msvd_qa:generated does so.",
+        "msrvtt_qa:top_4000+as_lavis: its candidates are ranked, where lavis lets the model write; "
+        "msrvtt_qa:generated does so.",
+    ]
+    assert all(f"{name}:generated" == cards.load(f"{name}:generated").key for name in habits.load("lavis").writes)
 
 
 @pytest.mark.parametrize("name", resources.names("tasks"))
@@ -485,6 +632,7 @@ def test_fingerprints_tell_adapters_and_towers_apart(place: Path) -> None:
     model = loading.load(place / "run", report=str)
     before = traces.origin(model, step=7)
     assert (before["source"], before["checkpoint"], before["step"]) == (None, None, 7)
+    assert (before["qformer"]["instruction_limit"], before["max_pixels"]) == (128, 100_000_000)
     assert before == traces.origin(loading.load(place / "run" / "checkpoints" / "step-3", report=str), step=7)
     model.connector.projection.bias.data[0] += 1e-3
     after = traces.origin(model, step=7)
@@ -512,6 +660,7 @@ def test_the_command_line_sweeps_decodes_and_compares(place: Path, capsys: pytes
     assert (asked["num_beams"], asked["repetition_penalty"], asked["max_new_tokens"]) == (5, 1.5, 9)
     assert cli.main(["eval", str(place / "run"), str(place / "again"), "--output", str(place / "compared")]) == 0
     said = capsys.readouterr().out
+    assert "in no recipe" not in said  # they are alike
     assert "B − A" in said and "scored in one of the two alone; left out" in said
     written = json.loads((place / "compared" / "comparison.json").read_text())
     assert written["tasks"]["colours.said"]["difference"] == 0.0
@@ -526,6 +675,14 @@ def test_the_command_line_sweeps_decodes_and_compares(place: Path, capsys: pytes
     assert cli.main(["eval", str(place / "run"), "--tasks", str(card), *common, "--prompt-sweep"]) == 0
     said = capsys.readouterr().out
     assert "Q: {instruction}" in said and "best" in said
+    asked = ["eval", str(place / "run"), "--tasks", f"{card},{task}", *common, "--prompt-sweep"]
+    assert cli.main(asked) == 0
+    assert "the card 'colours': its template 'instruction' lists one prompt alone" in capsys.readouterr().out
+    rules = place / "rules.yaml"
+    rules.write_text((resources.find("configs/decoding", "lavis", "file")).read_text().replace("rules:", "rules:\n"
+                     f'  - {{template: "{words}", asks: "instruction"}}', 1))  # fmt: skip
+    assert cli.main([*asked[:3], str(card), *asked[4:], "--decoding", str(rules)]) == 2
+    assert "'swept:as_lavis': its template 'instruction' lists one prompt alone" in capsys.readouterr().err
     assert (place / "run" / "eval" / "prompts" / "swept.json").exists()
 
 
@@ -553,6 +710,24 @@ def test_wrong_usage_is_one_sentence(
     assert cli.main(["eval", *words]) == code
     said = capsys.readouterr().err
     assert message in said and said.startswith("qformer: ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("source", ["Salesforce/instructblip-vicuna-7b", "x.pth", "published"])
+def test_scores_of_a_published_model_want_a_place_before_it_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    """A folder of scores under a hub id would be taken for an adapter by the next call."""
+    monkeypatch.setattr("qformer.evaluate.run.check", lambda *_: None)
+    monkeypatch.setattr("qformer.loading.load", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.pth").touch()
+    (tmp_path / "published").mkdir()
+    (tmp_path / "published" / "config.json").write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main(["eval", source, "--tasks", "gqa", "--data", "."]) == 2
+    said = capsys.readouterr().err
+    assert f"{source}: no adapter there" in said and "--output where the scores of a published model go" in said
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_an_interrupted_evaluation_says_that_it_goes_on(

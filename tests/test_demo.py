@@ -1,5 +1,6 @@
 """The demo's own code path, scaled down: scenes in the official formats, tuning, zero-shot scores, a page."""
 
+import dataclasses
 import json
 import re
 
@@ -39,11 +40,18 @@ def test_the_page_stands_alone(finished):
     assert not re.search(r"(?:src|href|url)\s*[=(]\s*[\"']?(?:https?:)?//", page)
 
 
-def test_the_full_mixture_takes_the_same_path(tmp_path, monkeypatch):
-    """`qformer demo --full` with few steps and questions, on few pictures: all thirteen sets are drawn from."""
+def test_the_full_mixture_takes_the_same_path(tmp_path, monkeypatch, capsys):
+    """`qformer demo --full` with few steps and questions, on few pictures: 26 sets are drawn from or scored."""
+
+    def unshuffled(*given, **named):  # half of the time
+        made = settings(*given, **named)
+        return dataclasses.replace(made, evaluate=dataclasses.replace(made.evaluate, shuffled=False))
+
+    settings = demo_run.demo_settings
+    monkeypatch.setattr(demo_run, "demo_settings", unshuffled)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo_run, "PICTURES_TRAIN", 36)
-    monkeypatch.setattr(demo_run, "PICTURES_TEST", 12)
+    monkeypatch.setattr(demo_run, "PICTURES_TRAIN", 160)
+    monkeypatch.setattr(demo_run, "PICTURES_TEST", 24)
     assert cli.main(["demo", "--full", "--steps", "3", "--limit", "4"]) == 0
     output = tmp_path / "runs" / "demo_full"
     mixture = json.loads((output / "mixture.json").read_text())
@@ -52,12 +60,28 @@ def test_the_full_mixture_takes_the_same_path(tmp_path, monkeypatch):
     assert len(mixture) == 13
     assert all(each["records"] > 0 for each in mixture.values())
     assert sum(each["drawn"] > 0 for each in mixture.values()) > 8
-    for task in ("gqa", "vsr", "iconqa", "nocaps"):
-        assert json.loads((output / "eval" / f"{task}.partial.json").read_text())["samples"] == 4
-    assert "web_capfilt" in (output / "report.html").read_text()
+    results = [json.loads(file.read_text()) for file in sorted((output / "eval").glob("*.partial.json"))]
+    scored = {role: {each["task"] for each in results if each["role"] == role} for role in ("held_out", "held_in")}
+    assert scored["held_out"] == {card.name for card in shipped if card.role == "held_out"}
+    assert len(scored["held_out"]) == 13
+    assert scored["held_in"] == {card.name for card in shipped if card.role == "held_in" and card.eval} | {
+        "aokvqa:multiple_choice"
+    }
+    for each in results:
+        assert each["samples"] == 4 and each["score"] is not None and each["most_frequent"] and not each["broken"]
+    films = [each for each in results if each["task"] in ("msvd_qa", "msrvtt_qa", "ivqa")]
+    assert [each["recipe_settings"]["reader"]["options"]["frames"] for each in films] == [4, 4, 4]
+    page = (output / "report.html").read_text()
+    assert "web_capfilt" in page
+    zero_shot = page.split("<h2>Scores on parts of held-out sets</h2>")[1].split("<h2>")[0]
+    known = page.split("<h2>Scores on parts of held-in sets</h2>")[1].split("<h2>")[0]
+    for each in results:
+        assert (each["title"] in zero_shot) == (each["role"] == "held_out") != (each["title"] in known)
+    said = capsys.readouterr().out
+    assert said.index("Scores on parts of held-out sets") < said.index("Scores on parts of held-in sets")
     for full, seed in ((False, 0), (True, 1)):
         with pytest.raises(ConfigError, match="scenes of another demo"):
-            demo_run.write_scenes(output / "data", seed, 36, 12, full=full, say=lambda _: None)
+            demo_run.write_scenes(output / "data", seed, 160, 24, full=full, say=lambda _: None)
 
 
 def test_scenes_of_another_seed_are_not_taken_for_ones_own(finished):

@@ -14,9 +14,11 @@ from rich.console import Console
 
 from qformer import cards
 from qformer.cards import Decoding, TaskCard
+from qformer.data import records
 from qformer.errors import ConfigError, DataError
 from qformer.evaluate import run
-from qformer.evaluate.predict import predict, question
+from qformer.evaluate.outcome import Answer
+from qformer.evaluate.predict import Question, predict, question
 from qformer.evaluate.run import score, table
 from qformer.sample import Sample, Video
 from qformer.text import Profile, Rendered, Templates, Truncations
@@ -87,8 +89,8 @@ def scores(root: Path, model: Any = None, section: str = RANK, **options: Any) -
     return score(model or Namer(), chosen, root, **given)["colours"]
 
 
-def predictions(root: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (root / "eval" / "colours.predictions.jsonl").read_text().splitlines()]
+def predictions(root: Path, name: str = "colours") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (root / "eval" / f"{name}.predictions.jsonl").read_text().splitlines()]
 
 
 # -- what comes out ---------------------------------------------------------------------------------------------------
@@ -147,6 +149,27 @@ def test_candidates_of_the_card_are_the_same_for_all(tmp_path: Path) -> None:
     assert {line["prediction"] for line in lines if line["references"] == ["green"]} == {"blue"}  # the first of equals
 
 
+def test_a_vocabulary_that_questions_share_is_looked_through_once() -> None:
+    looked: list[str] = []
+
+    class Word(str):
+        def strip(self, *given: Any) -> str:
+            looked.append(f"strip {self}")
+            return super().strip(*given)
+
+        def encode(self, *given: Any) -> bytes:
+            looked.append(f"encode {self}")
+            return super().encode(*given)
+
+    given = cards.EvalCard("jsonl", {}, "instruction", "test", "rank", "accuracy")
+    words = (Word("shared one"), Word("shared two"))
+    for number in range(3):
+        sample = Sample(str(number), "set", (), {"instruction": "q"}, references=("a",), candidates=words)
+        assert records._encodable(sample) is sample
+        question(given, Templates("t", 1, "", ["{instruction}"]), sample)
+    assert sorted(looked) == [f"{what} {word}" for what in ("encode", "strip") for word in words]
+
+
 def test_of_many_candidates_the_likeliest_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = scores(tmp_path)
     monkeypatch.setattr("qformer.evaluate.predict.KEPT", 2)
@@ -159,6 +182,13 @@ def test_of_many_candidates_the_likeliest_are_kept(tmp_path: Path, monkeypatch: 
     )
     scores(tmp_path, section=section)  # needs them all
     assert len(predictions(tmp_path)[5]["candidates"]) == 3
+
+
+def test_a_candidate_that_is_offered_twice_is_named_once_and_told() -> None:
+    choices, sample = ("a", "a", "b"), Sample("s", "t", (Path("a.png"),), references=("b",))
+    asked = run.Answered([0], [Question(sample, Rendered("q"), choices)], [Answer("a", choices, (-1.0, -1.0, -2.0))])
+    [line] = run._lines(asked, [0.0], Path())
+    assert (line["candidates"], line["ranked"]) == ({"a": -1.0, "b": -2.0}, 3)
 
 
 def test_auroc_is_scored_beside_its_baselines(tmp_path: Path) -> None:
@@ -243,6 +273,30 @@ def test_what_was_cut_is_in_the_score_file_and_said(tmp_path: Path) -> None:
     assert scores(tmp_path)["truncations"] == 0
 
 
+@pytest.mark.parametrize("batch_size", [1, 4, 60])
+def test_what_was_cut_is_counted_once_where_a_batch_is_asked_again(tmp_path: Path, batch_size: int) -> None:
+    """A broken picture makes its batch fail after texts were cut, and be asked one by one."""
+
+    class Cutting(Namer):
+        def look(self, samples: Sequence[Sample], instructions: Sequence[Rendered]) -> list[str]:
+            self.language.truncations.instructions += sum(each.id in ("r1", "r4", "r9") for each in samples)
+            return super().look(samples, instructions)
+
+    chosen = world(tmp_path, count=12, _6={"image": "broken.png"}, _9={"image": "broken.png"})
+    given = {"cards": chosen, "on_error": "skip", "batch_size": batch_size, "shuffled": False}
+    assert scores(tmp_path, Cutting(), **given)["truncations"] == 2
+
+
+def test_files_of_another_size_than_the_published_split_are_told(tmp_path: Path) -> None:
+    said: list[str] = []
+    assert scores(tmp_path, section=f"{RANK}, size: 1222", say=said.append)["published_size"] == 1222
+    told = "not of the published split's size, so to be put beside nothing published: colours (60 for 1,222)."
+    assert told in said
+    said.clear()
+    scores(tmp_path, section=f"{RANK}, size: 60", say=said.append)
+    assert not [line for line in said if "published" in line]
+
+
 def test_a_part_is_a_function_of_seed_and_card() -> None:
     assert run.subset(100, 10, 0, "a") == run.subset(100, 10, 0, "a")
     assert run.subset(100, 10, 0, "a") != run.subset(100, 10, 1, "a") != run.subset(100, 10, 1, "b")
@@ -295,14 +349,27 @@ def test_broken_records_can_be_left_out(tmp_path: Path) -> None:
     said: list[str] = []
     result = scores(tmp_path, cards=chosen, on_error="skip", say=said.append)
     assert (result["score"], result["samples"], result["broken"], result["partial"]) == (1.0, 57, 3, True)
-    broken = [json.loads(line) for line in (tmp_path / "eval" / "colours.broken.jsonl").read_text().splitlines()]
+    lines = (tmp_path / "eval" / "colours.partial.broken.jsonl").read_text().splitlines()
+    broken = [json.loads(line) for line in lines]
     assert [(each["record"], each["id"]) for each in broken] == [(4, "r3"), (9, None), (10, None)]
     assert "line 9: 'target' is empty" in broken[1]["error"]
     assert "neither the record nor the card gives candidates" in broken[2]["error"]
     assert "colours: 3 broken records left out (numbers 4, 9, 10);" in said[0]
-    assert [line["record"] for line in predictions(tmp_path)] == [n for n in range(60) if n not in (3, 8, 9)]
-    scores(tmp_path)
-    assert not (tmp_path / "eval" / "colours.broken.jsonl").exists()  # none are left out this time
+    assert [line["record"] for line in predictions(tmp_path, "colours.partial")] == [
+        n for n in range(60) if n not in (3, 8, 9)
+    ]
+    scores(tmp_path)  # none are left out this time
+    assert sorted(file.name for file in (tmp_path / "eval").iterdir()) == ["colours.json", "colours.predictions.jsonl"]
+
+
+def test_what_broken_records_left_takes_the_place_of_no_whole_score(tmp_path: Path) -> None:
+    whole = scores(tmp_path)
+    chosen = world(tmp_path, _3={"image": "broken.png"})
+    scores(tmp_path, cards=chosen, on_error="skip", origin={"adapter": "a"})
+    assert json.loads((tmp_path / "eval" / "colours.json").read_text()) == whole
+    assert json.loads((tmp_path / "eval" / "colours.partial.json").read_text())["samples"] == 59
+    assert len(predictions(tmp_path)) == 60 and len(predictions(tmp_path, "colours.partial")) == 59
+    assert not (tmp_path / "eval" / ".unfinished").exists()
 
 
 def test_a_long_list_of_broken_records_is_cut(tmp_path: Path) -> None:
@@ -316,6 +383,28 @@ def test_a_set_of_broken_records_cannot_be_scored(tmp_path: Path) -> None:
     chosen = world(tmp_path, count=2, _0={"target": ""}, _1={"target": ""})
     with pytest.raises(DataError, match=r"colours: all of the 2 records asked for are broken\..*'target' is empty"):
         scores(tmp_path, cards=chosen, on_error="skip")
+
+
+def test_a_set_that_broken_records_leave_without_a_score_is_written_and_told(tmp_path: Path) -> None:
+    """The only red picture is broken, and of the others AUROC has one class."""
+    section = (
+        'answer: rank, metric: auroc, candidates: ["red", "green", "blue"], '
+        'metric_options: {positive: ["red"], negative: ["green", "blue"]}'
+    )
+    chosen = world(tmp_path, section, count=6, _0={"image": "broken.png"}, _1={"image": "broken.png"})
+    said: list[str] = []
+    result = scores(tmp_path, cards=chosen, on_error="skip", say=said.append)
+    assert (result["score"], result["interval"], result["samples"]) == (None, [None, None], 4)
+    assert "colours: the 4 samples that are left have no auroc; mend the broken records." in said
+    assert len(predictions(tmp_path, "colours.partial")) == 4
+
+
+def test_one_picture_that_is_left_has_no_shuffled_baseline(tmp_path: Path) -> None:
+    chosen = world(tmp_path, count=4, _0={"image": "broken.png"}, _1={"image": "broken.png"})
+    said: list[str] = []
+    result = scores(tmp_path, cards=chosen, on_error="skip", say=said.append)
+    assert (result["score"], result["samples"], result["shuffled"]) == (1.0, 2, None)
+    assert "colours: all samples that are left are about one picture, so there is none to shuffle." in said
 
 
 def test_a_picture_that_breaks_between_the_passes_ends_the_scoring(tmp_path: Path) -> None:
@@ -423,8 +512,8 @@ def test_a_broken_question_costs_its_batch_no_other_answer(tmp_path: Path) -> No
     chosen = world(tmp_path, count=6, _2={"image": "broken.png"})
     card = chosen["colours"].eval
     assert card is not None
-    records = run.open_records(card, tmp_path, chosen["colours"])
-    questions = [question(card, run.load_templates("instruction"), records[place]) for place in range(6)]
+    opened = run.open_records(card, tmp_path, chosen["colours"])
+    questions = [question(card, run.load_templates("instruction"), opened[place]) for place in range(6)]
     done: list[int] = []
     answers = predict(Namer(), card, questions, batch_size=4, on_error="skip", advance=done.append)
     assert [isinstance(answer, DataError) for answer in answers] == [place == 2 for place in range(6)]
@@ -434,6 +523,10 @@ def test_a_broken_question_costs_its_batch_no_other_answer(tmp_path: Path) -> No
 def test_a_library_that_is_not_there_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "LIBRARIES", ("no-such-library", "numpy"))
     assert set(run._libraries()) == {"qformer", "python", "numpy"}
+
+
+def test_what_decodes_videos_and_reads_mirrors_is_among_the_libraries() -> None:
+    assert {"av", "datasets"} <= set(run.LIBRARIES)
 
 
 # -- with what stands around it ---------------------------------------------------------------------------------------

@@ -104,6 +104,45 @@ def test_every_card_and_template_is_rendered_as_it_was(root: Path) -> None:
     assert golden(root) == GOLDEN.read_text(encoding="utf-8")
 
 
+SHORT = "Question: {} Short answer:"
+APPENDIX_E = {
+    "flickr30k": (0, "A short image description:"),
+    "gqa": (0, SHORT.format("Is the bröd to the left of the cup?")),
+    "hatefulmemes": (
+        0, 'This is an image with: "look how many people stand here" written on it. Is it hateful? Answer:',
+    ),
+    "iconqa": (0, "Question: How many circles are there? Options: (a) 3 (b) 5 (c) 7. Short answer:"),
+    "ivqa": (0, SHORT.format("What is being cut?")),
+    "msrvtt_qa": (0, SHORT.format("what are three people sitting on?")),
+    "msvd_qa": (0, SHORT.format("what does a girl do?")),
+    "nocaps": (0, "A short image description:"),
+    "scienceqa": (
+        0,
+        "Context: Two magnets lie on a table. Question: Will these magnets attract or repel each other? "
+        "Options: (a) attract (b) repel. Answer:",
+    ),
+    "textvqa": (0, "OCR tokens: MONDAY. Question: what day is on the calendar? Short answer:"),
+    "visdial": (
+        2,
+        "Dialog history: Question: is it sunny? Answer: yes. Question: how many kites are there? Answer: 2.\n "
+        "Question: what colour is the kite? Short answer:",
+    ),
+    "vizwiz": (0, SHORT.format("Can you tell me what this medicine is please?")),
+    "vsr": (
+        0, 'Based on the image, is this statement true or false? "The cat is under the café table." Answer:',
+    ),
+}  # fmt: skip
+"""By card the place of a sample, and what the paper's appendix makes of it."""
+
+
+@pytest.mark.parametrize("name", fixtures.HELD_OUT)
+def test_the_held_out_sets_are_asked_in_the_words_of_appendix_e(root: Path, name: str) -> None:
+    card, (place, asked) = load(name), APPENDIX_E[name]
+    assert card.eval is not None
+    sample = open_records(card.eval, root, card)[place]
+    assert text.render_eval(card.eval, text.load_templates(card.eval.template), sample).instruction == asked
+
+
 def test_every_training_template_stands_in_the_golden_file() -> None:
     """The words of each phrasing, so that none can drop out of the file unnoticed."""
     written = GOLDEN.read_text(encoding="utf-8")

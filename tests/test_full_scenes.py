@@ -1,10 +1,11 @@
-"""The full held-in mixture in scenes: eight more sets in their official files, and the ordinary demo's as they were."""
+"""All 26 sets in scenes: eight more held-in ones in their official files, and the ordinary demo's as they were."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
@@ -14,11 +15,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from qformer import cards, config, text
+from qformer import cards, config, resources, text
 from qformer.data.readers import open_records
-from qformer.demo import formats, sayings, scenes, thirteen
+from qformer.demo import formats, full, heldout, sayings, scenes, thirteen
 from qformer.demo.scenes import COLOURS, HELD_OUT_PAIRS, SHAPES, VALUES, WORDS, Ask, Dice, Scene, Thing
-from qformer.sample import Sample
+from qformer.errors import DataError
+from qformer.sample import Sample, Video
 
 NEW = ["web_capfilt", "textcaps", "okvqa", "ocrvqa", "vqg_okvqa", "vqg_aokvqa", "llava_detail", "llava_reasoning"]
 OLD = ["coco_caption", "vqav2", "vqg_vqav2", "aokvqa", "llava_conversation"]
@@ -30,13 +32,16 @@ MADE = [scenes.sample_scene(8, number, held_out=False) for number in range(80)]
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scenes") / "data"
-    thirteen.write(folder, 3, **SIZE)
+    full.write(folder, 3, **SIZE)
     return folder
+
+
+load = cache(cards.load)
 
 
 @cache
 def read(root: Path, name: str, section: str = "train") -> list[Sample]:
-    card = cards.load(name)
+    card = load(name)
     records = open_records(getattr(card, section), root, card)
     return [records[place] for place in range(len(records))]
 
@@ -74,21 +79,42 @@ def test_what_the_ordinary_demo_has_is_byte_for_byte_in_the_full_one(root: Path,
 
 def test_the_same_seed_writes_the_same_files_and_another_does_not(tmp_path: Path) -> None:
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
-        thirteen.write(tmp_path / name, seed, pictures_train=6, pictures_test=4)
+        full.write(tmp_path / name, seed, pictures_train=6, pictures_test=4)
     first, again, other = (
         {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         for folder in sorted(tmp_path.iterdir())
     )
     assert first == again
-    for name in ("web_capfilt/annotation.json", "textcaps/TextCaps_0.1_train.json", "ocrvqa/dataset.json"):
+    for name in (
+        "web_capfilt/annotation.json",
+        "textcaps/TextCaps_0.1_train.json",
+        "ocrvqa/dataset.json",
+        "visdial/visdial_1.0_val.json",
+    ):
         assert first[Path(name)] != other[Path(name)]
 
 
 def test_every_picture_is_counted_once(tmp_path: Path) -> None:
     told: list[int] = []
-    thirteen.write(tmp_path / "data", 0, pictures_train=4, pictures_test=5, advance=told.append)
-    assert sum(told) == thirteen.picture_count(4, 5) > formats.picture_count(4, 5)
+    full.write(tmp_path / "data", 0, pictures_train=4, pictures_test=5, advance=told.append)
+    assert sum(told) == full.picture_count(4, 5) > formats.picture_count(4, 5)
     assert loaded(tmp_path / "data" / formats.DONE) == formats.contents(0, 4, 5, full=True)
+
+
+def test_what_cannot_be_written_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "av", None)
+        with pytest.raises(DataError, match=r"data: writing a video needs PyAV: pip install 'qformer\[video\]'"):
+            full.write(tmp_path / "data", 0, pictures_train=4, pictures_test=4)
+    assert not list(tmp_path.iterdir())
+
+    def broken(*_: object, **__: object) -> None:
+        raise DataError("no room.")
+
+    monkeypatch.setattr(heldout, "write", broken)
+    with pytest.raises(DataError, match=r"no room\."):
+        full.write(tmp_path / "data", 0, pictures_train=4, pictures_test=4)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", NEW)
@@ -164,6 +190,37 @@ def test_five_people_typed_two_answers_each_and_most_are_right(root: Path) -> No
     plural = [each for answers in typed for each in answers if each[0] != each[1]]
     assert 0 < len(plural) < 0.1 * sum(map(len, typed))
     assert all(raw in (f"{stem}s", f"{stem}es") and stem in SHAPES for raw, stem in plural)
+
+
+def test_no_picture_of_a_held_out_set_is_trained_on(root: Path) -> None:
+    trained = {path.read_bytes() for name in (*OLD, *NEW) for path in pictures(root, name, "train")}
+    scored = {path.read_bytes() for card in shipped("held_out") for path in pictures(root, card, "eval")}
+    assert len(trained) > 500 and len(scored) > 500 and not trained & scored
+
+
+def shipped(role: str) -> list[str]:
+    return [name for name in resources.names("tasks") if load(name).role == role]
+
+
+def pictures(root: Path, name: str, section: str) -> Iterator[Path]:
+    for sample in read(root, name, section):
+        for picture in sample.images:
+            path = picture.path if isinstance(picture, Video) else picture
+            assert isinstance(path, Path)
+            yield from path.iterdir() if path.is_dir() else [path]
+
+
+def test_all_26_cards_read_what_is_written(root: Path) -> None:
+    assert len(shipped("held_in")) == len(shipped("held_out")) == 13
+    for name in shipped("held_out"):
+        assert len(read(root, name, "eval")) >= 15
+    for name in shipped("held_in"):
+        if load(name).eval is not None:
+            assert len(read(root, name, "eval")) >= 2  # few covers are hard to balance
+    chosen = cards.load_all(config.load("demo_full").evaluate.tasks, "eval")
+    assert {name for name in chosen if ":" not in name} == {
+        name for name in resources.names("tasks") if load(name).eval is not None
+    }
 
 
 def test_machines_read_most_words_where_they_are_drawn(root: Path) -> None:

@@ -20,7 +20,7 @@ from qformer.data.readers import READERS, open_records
 from qformer.data.records import Records
 from qformer.data.videoqa import read_vocabulary
 from qformer.errors import ConfigError, DataError
-from qformer.evaluate import baselines, run, submission
+from qformer.evaluate import run, submission
 from qformer.evaluate.metrics import METRICS, Answer, auroc
 from qformer.results import Score
 from qformer.sample import Sample, Video
@@ -115,15 +115,6 @@ def test_truths_that_a_vocabulary_lacks_count_as_wrong_and_are_told(
     assert result["unreachable"] == pytest.approx(share)
     assert result["score"] == pytest.approx(1 - share)
     assert ("33.3 % of 3 truths are not among the candidates, and count as wrong." in said) == bool(share)
-
-
-def test_what_cannot_be_reached_is_counted_by_list() -> None:
-    words = ("a", "b")
-    samples = [
-        Sample(str(n), "t", (), references=references) for n, references in enumerate([("a",), ("c", "b"), ("c",)])
-    ]
-    assert baselines.unreachable(samples, [words] * 3) == pytest.approx(1 / 3)
-    assert baselines.unreachable(samples, [("a",), ("x",), ("c",)]) == pytest.approx(1 / 3)
 
 
 def test_the_variants_of_hateful_memes_score_in_different_ways(root: Path, tmp_path: Path) -> None:
@@ -497,6 +488,21 @@ def test_ivqa_keeps_five_answers_and_finds_a_clip_by_either_name(tmp_path: Path)
         records[2]
     with pytest.raises(DataError, match="record 3: 'question' is null where text belongs"):
         records[3]
+
+
+def test_of_a_video_with_several_clips_none_is_shown_for_another(tmp_path: Path) -> None:
+    """The whole video lies there too; two questions about one clip may have it, two clips may not."""
+    for name in ("abc.mp4", "abc_12_20.mp4", "def.mp4"):
+        (tmp_path / "videos").mkdir(exist_ok=True)
+        (tmp_path / "videos" / name).touch()
+    table = "video_id,start,end,question,answer1\n"
+    rows = "abc,12,20,Why?,a\nabc,30,40,Why?,a\ndef,1,2,Why?,a\ndef,1,2,Who?,a\n"
+    records = opened(tmp_path, "ivqa", {}, questions=table + rows)
+    found = [records[place].images[0].path.name for place in (0, 2, 3)]  # type: ignore[union-attr]
+    assert found == ["abc_12_20.mp4", "def.mp4", "def.mp4"]
+    assert [records[place].fields["image_id"] for place in (0, 3)] == ["abc_12_20", "def_1_2"]
+    with pytest.raises(DataError, match=r"record 1: there is no video 'abc_30_40' in .*videos, neither as a file"):
+        records[1]
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,9 @@ def test_the_card_names_towers_data_recipe_and_scores(model: qformer.VLM, tmp_pa
     card = modelcard.text(named, model.connector.size, {}, [lone])
     assert "base_model: [google/flan-t5-xl]" in card
     assert "| Colours | accuracy | 0.7500 |  | 20 of 24 |  |" in card
+    both = modelcard.text(named, model.connector.size, {}, [lone, {**lone, "role": "held_in", "title": "Known"}])
+    assert both.index("## Scores, held-out") < both.index("| Colours |") < both.index("## Scores, held-in")
+    assert both.index("## Scores, held-in") < both.index("| Known |")
     (tmp_path / "run" / "eval" / "colours.json").write_text("{")
     with pytest.raises(DataError, match="cannot be read as JSON"):
         again.save(tmp_path / "adapter")

@@ -17,7 +17,7 @@ LAYERS = {
     0: ("errors", "resources", "hub"),
     1: ("keyed", "config", "cards", "text", "sample", "untokenized", "presets"),
     2: ("nn", "tensorfiles"),
-    3: ("images", "videos", "backbones"),
+    3: ("images", "videos", "features", "backbones"),
     4: (
         "assemble", "vlm", "objectives", "weights", "loading", "checkpoints", "exporting", "modelcard", "starting",
         "plugging", "processes", "rollcall",
@@ -26,7 +26,7 @@ LAYERS = {
     6: ("train", "evaluate"),
     7: (
         "comparison", "stages", "demo", "report", "charts", "gallery", "results", "render", "listing", "dryrun",
-        "dataroot", "run", "origin", "harness", "lmms", "cli", "__init__", "__main__",
+        "planning", "dataroot", "run", "origin", "harness", "lmms", "cli", "__init__", "__main__",
     ),
 }  # fmt: skip
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names}

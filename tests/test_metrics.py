@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -173,6 +175,15 @@ def test_vqa_normalisers_differ_as_their_originals_do(rule: str, text: str, trut
 def test_vqa_accuracy_wants_several_annotators() -> None:
     with pytest.raises(DataError, match=r"set, sample '0': 1 reference answers, and vqa_accuracy needs at least 4"):
         scored("vqa_accuracy", "red", ["red"])
+    with pytest.raises(DataError, match="3 reference answers, and vqa_accuracy needs at least 4"):
+        scored("vqa_accuracy", "red", ["red"] * 3)
+    assert scored("vqa_accuracy", "red", ["red"] * 4) == 1.0
+
+
+def test_three_annotators_do_where_none_is_left_out() -> None:
+    with pytest.raises(DataError, match="2 reference answers, and vqa_accuracy needs at least 3"):
+        scored("vqa_accuracy", "red", ["red"] * 2, leave_one_out=False)
+    assert scored("vqa_accuracy", "red", ["red"] * 3, leave_one_out=False) == 1.0
 
 
 def plain_vqa_accuracy(said: str, truths: Sequence[str], rule: str) -> float:
@@ -234,6 +245,13 @@ def test_vqa_accuracy_is_what_the_rules_say_on_a_thousand_answers(rule: str) -> 
         assert score == pytest.approx(plain_vqa_accuracy(said, truths, rule)), (said, truths)
         met += score > 0
     assert 100 < met < 1000
+
+
+def test_the_table_of_contractions_is_the_official_scorers() -> None:
+    """By the hash of its 120 pairs, taken from vqaEval.py itself; the rules above look words up in ours."""
+    pairs = json.dumps(sorted(normalise.CONTRACTIONS.items())).encode()
+    assert len(normalise.CONTRACTIONS) == 120
+    assert hashlib.sha256(pairs).hexdigest() == "3e5960526f62912d3b70896069c43c13d7c21be38d50ca28efbb9095b499454f"
 
 
 @pytest.mark.parametrize(("matches", "score"), [(0, 0.0), (1, 0.5), (2, 1.0), (5, 1.0)])
@@ -598,9 +616,10 @@ def test_auroc_of_a_constant_answer_is_a_half() -> None:
 
 
 @pytest.mark.parametrize(("word", "shown"), [("yes", "yes, true"), ("no", "no, false")])
-def test_auroc_of_one_class_is_refused(word: str, shown: str) -> None:
+def test_one_class_has_no_auroc_and_is_refused_before_anything_is_asked(word: str, shown: str) -> None:
     with pytest.raises(DataError, match=rf"set: all 2 samples are of one class \({shown}\), and AUROC needs both"):
-        metrics.auroc([ranked(0, 0, 0, 0)] * 2, [sample(word)] * 2, GROUPS)
+        METRICS["auroc"].fits_together([sample(word)] * 2, GROUPS)
+    assert metrics.auroc([ranked(0, 0, 0, 0)] * 2, [sample(word)] * 2, GROUPS).score is None
 
 
 def test_auroc_refuses_a_truth_of_no_group() -> None:

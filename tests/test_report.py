@@ -188,6 +188,26 @@ def test_parts_stand_apart_from_whole_sets(run: Path) -> None:
     assert "A part" in parts.split("<h2>")[0] and "A part" not in whole.split("<h2>Scores</h2>")[1]
 
 
+def test_held_in_sets_stand_apart_from_zero_shot_scores(run: Path) -> None:
+    write_scores(run, score_file("vqav2", role="held_in", title="Known"), [])
+    write_scores(run, score_file("okvqa", role="held_in", title="Known in part", samples=40, of=600), [])
+    sections = dict(part.split("</h2>", 1) for part in write_report(run).read_text().split("<h2>")[1:])
+    whole, known, parts = (f"Scores on {kind} sets" for kind in ("held-out", "held-in", "parts of held-in"))
+    assert [title for title in sections if title.startswith("Scores")] == [whole, known, parts]
+    assert "GQA" in sections[whole] and "zero-shot." in sections[whole] and "Known" not in sections[whole]
+    assert "Known" in sections[known] and "not zero-shot" in sections[known] and "GQA" not in sections[known]
+    assert "Known in part" in sections[parts]
+
+
+def test_a_held_out_set_that_was_tuned_on_is_no_zero_shot(run: Path) -> None:
+    write_scores(run, score_file("scienceqa:no_context", role="held_out", title="Tuned on"), [])
+    mixture = json.loads((run / "mixture.json").read_text())
+    entry = next(iter(mixture.values()))
+    (run / "mixture.json").write_text(json.dumps({**mixture, "scienceqa": entry}))
+    known = write_report(run).read_text().split("<h2>Scores on held-in sets</h2>")[1].split("<h2>")[0]
+    assert "Tuned on" in known and "GQA" not in known
+
+
 def test_a_set_that_a_server_scores_has_a_row_and_its_file_is_no_score(run: Path) -> None:
     score = score_file("vizwiz", metric="submission", score=None, interval=[None, None], shuffled=None,
                        most_frequent=None, title="Served")  # fmt: skip

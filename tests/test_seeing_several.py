@@ -191,14 +191,14 @@ def test_all_frames_of_a_video_are_cropped_alike(make: Callable[..., RunConfig],
         pixels: Pixels = {}
         video = Item("v", (Video(tmp_path / "still"),), Rendered("what"))
         prepared = assembler.prepare(video, pixels, answered=False, key=key)
-        first, *others = (pixels[name] for name in prepared.pictures)
+        first, *others = (pixels[name].values for name in prepared.pictures)
         assert len(others) == 3 and all(torch.equal(first, other) for other in others)
         crops.append(first)
     assert not torch.equal(*crops)
     apart: Pixels = {}
     pictures = Item("p", tuple(tmp_path / f"{place}.png" for place in range(4)), Rendered("what"))
     assembler.prepare(pictures, apart, answered=False, key=(0, 1))
-    assert len({tuple(each.flatten().tolist()) for each in apart.values()}) == 4
+    assert len({tuple(each.values.flatten().tolist()) for each in apart.values()}) == 4
 
 
 @pytest.mark.parametrize(("ranks", "workers"), [(2, 0), (1, 2)])
@@ -354,6 +354,18 @@ def test_records_of_videos_are_checked(data: Path, tmp_path: Path) -> None:
             records[place]
     assert records[3].images == (Video(data / "frames", 6),)
     assert "video" not in records[3].fields and records[3].fields["length"] == 3
+
+
+def test_a_still_gif_is_a_picture_wherever_it_is_not_called_a_video(tmp_path: Path) -> None:
+    from qformer.vlm import _as_video
+
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "cover.gif")
+    lines = [{"id": name, name: "cover.gif", "instruction": "what", "target": "red"} for name in ("image", "video")]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    records = JsonLines({"records": tmp_path / "r.jsonl", "images": tmp_path}, {}, "mine")
+    assert [sample.images for sample in records] == [(tmp_path / "cover.gif",), (Video(tmp_path / "cover.gif", 4),)]
+    assert _as_video(str(tmp_path / "cover.gif")) == str(tmp_path / "cover.gif")
+    assert gallery._shown("cover.gif", tmp_path).count("<img ") == 1
 
 
 # -- the frame embedding ----------------------------------------------------------------------------------------------

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,6 +19,7 @@ from typing import Any
 import pytest
 
 from qformer import cards
+from qformer.cards import TaskCard
 from qformer.errors import DataError, QFormerError
 from qformer.evaluate.kept import FOLDER, Unfinished
 from qformer.evaluate.outcome import Answer
@@ -104,16 +107,25 @@ def interrupted(root: Path, where: str, batches: int, **options: Any) -> None:
     "change",
     [
         {"origin": {**ORIGIN, "adapter": "0b"}},
+        {"origin": {**ORIGIN, "qformer": {"instruction_limit": 64}}},
+        {"origin": {**ORIGIN, "max_pixels": 1000}},
+        {"origin": {**ORIGIN, "vision": {"fingerprint": None}}},
+        {"version": "0.0.0"},
         {"section": GENERATE},
         {"section": f"{RANK}, normalize: mean"},
         {"origin": None},
     ],
-    ids=["adapter", "way of answering", "normalize", "no origin"],
+    ids=["adapter", "Q-Former", "pixels", "unknown tower", "version", "way of answering", "normalize", "no origin"],
 )
-def test_answers_of_another_model_or_another_way_are_not_taken(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_answers_of_another_model_or_another_way_are_not_taken(
+    tmp_path: Path, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     world(tmp_path)
     interrupted(tmp_path, "eval", 3)
     model = Namer()
+    if "version" in change:
+        monkeypatch.setattr("qformer.evaluate.run.__version__", change["version"])
+        change = {}
     world(tmp_path, change.pop("section", RANK))
     scored(tmp_path, model, "eval", **change)
     assert sum(model.batches) == 120
@@ -148,6 +160,12 @@ def test_a_batch_that_was_kept_in_part_is_asked_whole(tmp_path: Path) -> None:
     assert files(tmp_path / "eval") == files(tmp_path / "whole")
 
 
+def test_answers_of_a_tower_that_nothing_tells_apart_are_not_kept(tmp_path: Path) -> None:
+    world(tmp_path)
+    interrupted(tmp_path, "eval", 3, origin={**ORIGIN, "vision": {"fingerprint": None}})
+    assert not (tmp_path / "eval").exists()
+
+
 def test_a_disk_that_is_full_is_said(tmp_path: Path) -> None:
     world(tmp_path)
     (tmp_path / "eval").mkdir()
@@ -168,6 +186,32 @@ def test_of_an_answer_the_kept_candidates_and_what_was_cut_come_back(tmp_path: P
     assert again.take_up() == 3
     assert [again.kept("1", choices), again.kept("2", choices), again.kept("3", ())] == given
     assert again.kept("4", ()) is None
+
+
+def test_processes_give_each_other_what_they_lack_and_no_more(tmp_path: Path) -> None:
+    """Two disks with an answer in common."""
+    for disk, questions in enumerate((["1", "2"], ["2", "3"])):
+        answers = [Answer(f"answer {question}") for question in questions]
+        Unfinished(tmp_path / str(disk), "t", {}).add(questions, [()] * 2, answers)
+
+    def taken_up(processes: Processes) -> tuple[dict[str, Any], list[Any]]:
+        given: list[Any] = []
+
+        class Listening(Threads):
+            def gathered(self, values: Sequence[Any]) -> list[Any]:
+                given.extend(values)
+                return super().gathered(values)
+
+        assert isinstance(processes, Threads)
+        listening = Listening(processes.index, processes.count, processes.meeting, processes.table)
+        kept = Unfinished(tmp_path / str(processes.index), "t", {}, processes.index)
+        assert kept.take_up(listening) == 3
+        return kept.found, given
+
+    (one, told), (other, _) = together(2, taken_up)
+    assert {name: entry["text"] for name, entry in one.items()} == {name: f"answer {name}" for name in "123"}
+    assert one == other
+    assert told == [{"1", "2"}, {"1": one["1"]}]
 
 
 def test_what_was_cut_before_an_interruption_is_counted_after_it(tmp_path: Path) -> None:
@@ -270,6 +314,71 @@ def test_a_process_that_fails_ends_them_all(tmp_path: Path) -> None:
     assert type(found[1]) is QFormerError and str(found[1]).startswith("another process: r17: ")
 
 
+def elsewhere(root: Path, **changes: dict[str, Any]) -> list[dict[str, TaskCard]]:
+    """The cards of two machines: on the second one the records are another file."""
+    (root / "other").mkdir()
+    world(root / "other", **changes)
+    card = world(root)["colours"]
+    assert card.eval is not None
+    files = {"records": "other/records.jsonl", "images": "."}
+    return [{"colours": card}, {"colours": dataclasses.replace(card, eval=dataclasses.replace(card.eval, files=files))}]
+
+
+def test_a_record_that_one_machine_lacks_is_named_before_anything_is_asked(tmp_path: Path) -> None:
+    """Its answers would stand at the wrong questions otherwise, and make a score."""
+    chosen, models = elsewhere(tmp_path, _5={"target": ""}), [Namer(), Namer()]
+
+    def work(processes: Processes) -> Any:
+        given = {"cards": chosen[processes.index], "processes": processes, "on_error": "skip"}
+        return scored(tmp_path, models[processes.index], "eval", **given)
+
+    for error in together(2, work):
+        assert isinstance(error, DataError)
+        assert str(error).startswith("colours: record 6 is not the same for all processes; give every machine the same")
+    assert not models[0].batches + models[1].batches
+    assert not (tmp_path / "eval").exists()
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_machine_whose_files_fail_ends_them_all(tmp_path: Path, lost: bool) -> None:
+    """Neither waits for the other: a file that is not there, or a broken record that is to end the scoring."""
+    chosen = elsewhere(tmp_path, _5={"target": ""})
+    if lost:
+        (tmp_path / "other" / "records.jsonl").unlink()
+    found = together(
+        2, lambda processes: scored(tmp_path, Namer(), "eval", cards=chosen[processes.index], processes=processes)
+    )
+    assert type(found[0]) is QFormerError and str(found[0]).startswith("another process: ")
+    assert isinstance(found[1], DataError) and "records.jsonl" in str(found[1])
+
+
+def test_processes_hear_of_a_failure_before_the_end_of_the_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = world(tmp_path, _7={"image": "broken.png"})  # of the second batch, and so of the second process
+    monkeypatch.setattr("qformer.evaluate.predict.ROUND", 3)
+    models = [Namer(), Namer()]
+
+    def work(processes: Processes) -> Any:
+        return scored(tmp_path, models[processes.index], "eval", cards=chosen, processes=processes, batch_size=4)
+
+    found = together(2, work)
+    assert isinstance(found[1], DataError) and isinstance(found[0], QFormerError)
+    assert [len(model.batches) for model in models] == [3, 1]  # of eight and seven
+
+
+def test_nothing_is_written_before_all_have_arrived() -> None:
+    arrived: list[int] = []
+
+    def work(processes: Processes) -> Any:
+        if not processes.first:
+            time.sleep(0.2)
+        arrived.append(processes.index)
+        return processes.told(lambda: sorted(arrived))
+
+    assert together(2, work) == [[0, 1], [0, 1]]
+
+
 def test_a_score_that_cannot_be_computed_ends_them_all(tmp_path: Path) -> None:
     chosen = world(tmp_path)
     (tmp_path / "eval").write_text("a file where a directory belongs")
@@ -306,8 +415,8 @@ for family in ("llama", "t5"):
     for name in ("answer", "rank_samples"):
         method = getattr(model, name)
 
-        def counting(samples, *given, method=method):
-            asked.extend(f"{each.id} {each.images}" for each in samples)
+        def counting(samples, *given, method=method, name=name):
+            asked.extend(f"{name} {each.id} {each.images}" for each in samples)
             return method(samples, *given)
 
         setattr(model, name, counting)
@@ -359,9 +468,8 @@ def test_two_processes_equal_one(pictures: Path, towers: Path) -> None:
         pair = [json.loads((pictures / f"asked-{family}-{rank}.json").read_text()) for rank in (0, 1)]
         assert [results for _, results in pair] == [alone[family]] * 2
         one, other = (set(asked) for asked, _ in pair)
-        assert (
-            one and other and sum(len(asked) for asked, _ in pair) == 2 * 2 * 13
-        )  # two cards, and both kinds of pictures
+        assert one and other and not one & other
+        assert sum(len(asked) for asked, _ in pair) == 2 * 2 * 13  # two cards, and both kinds of pictures
         assert files(pictures / f"two-{family}") == files(pictures / f"one-{family}")
 
 

@@ -147,16 +147,18 @@ def test_a_mistake_early_in_a_long_file_is_told_without_reading_on(tmp_path: Pat
 
 
 class TestJoin:
-    def joined(self, *others: int, read: list[int] | None = None) -> list[Any]:
+    def joined(self, *others: int, read: list[int] | None = None, further: list[int] | None = None) -> list[Any]:
         def stream() -> Iterator[Any]:
             for place, number in enumerate(others):
                 if read is not None:
                     read.append(number)
                 yield {"id": number, "place": place}
 
-        return [
-            (row["id"], other and other["place"]) for row, other in join(({"id": n} for n in (3, 1, 2)), stream, "id")
-        ]
+        met: list[int] = [] if further is None else further
+        pairs = join(({"id": number} for number in (3, 1, 2)), stream, "id", met.append)
+        found = [(row["id"], other and other["place"]) for row, other in pairs]
+        assert further is not None or not met
+        return found
 
     def test_streams_in_one_order_are_read_once(self) -> None:
         read: list[int] = []
@@ -171,8 +173,25 @@ class TestJoin:
         assert self.joined(3) == [(3, 0), (1, None), (2, None)]
         assert self.joined() == [(3, None), (1, None), (2, None)]
 
+    @pytest.mark.parametrize(
+        ("others", "places"),
+        [
+            ((3, 3, 1, 2), (0, 2, 3)),
+            ((3, 1, 3, 2), (0, 1, 3)),
+            ((3, 1, 2, 3), (0, 1, 2)),
+            ((1, 3, 2, 3), (1, 0, 2)),
+            ((3, 1, 2, 3, 3), (0, 1, 2)),
+        ],
+    )
+    def test_of_several_others_the_first_counts_in_any_order_and_the_further_ones_are_told(
+        self, others: tuple[int, ...], places: tuple[int, ...]
+    ) -> None:
+        further: list[int] = []
+        assert self.joined(*others, further=further) == list(zip((3, 1, 2), places, strict=True))
+        assert further == [3] * (len(others) - 3)
+
     def test_words_and_numbers_are_not_taken_for_each_other(self) -> None:
-        assert list(join([{"id": 1}], lambda: [{"id": "1"}], "id")) == [({"id": 1}, None)]
+        assert list(join([{"id": 1}], lambda: [{"id": "1"}], "id", pytest.fail)) == [({"id": 1}, None)]
 
     def test_a_full_disk_is_a_sentence(self, monkeypatch: pytest.MonkeyPatch) -> None:
         real = streams.sqlite3.connect
@@ -185,4 +204,4 @@ class TestJoin:
         monkeypatch.setattr(streams.sqlite3, "connect", tight)
         others = [{"id": n, "words": "x" * 2000} for n in range(50)]
         with pytest.raises(DataError, match=r"records cannot be joined .*make room where temporary files go"):
-            list(join([{"id": 7}], lambda: others, "id"))
+            list(join([{"id": 7}], lambda: others, "id", pytest.fail))

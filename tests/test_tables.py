@@ -18,9 +18,12 @@ from pyarrow import parquet
 from qformer import cards, text
 from qformer.cards import TrainCard
 from qformer.data import ocr
+from qformer.data.columns import Cell
 from qformer.data.readers import READERS, open_records
 from qformer.data.records import Records
 from qformer.errors import ConfigError, DataError
+from qformer.evaluate.baselines import shuffled_pictures
+from qformer.evaluate.run import picture_name
 from qformer.images import load_image, picture_key
 from qformer.sample import Packed, Sample
 from tests import broken, fixtures
@@ -79,15 +82,15 @@ class TestMirrors:
         table(root / "hub" / "VQAv2", **columns)
         table(root / "hub" / "VQAv2-validation", "validation", **columns)
         first, second = read(root, "vqav2:hub")
-        assert first.id == "vqav2:hub/train/42000"
+        assert first.id == "vqav2/train/42000"
         assert first.references == ("kite",) * 6 + ("drache",) * 4
         assert {first.fields[name] for name in ("question", "answer_type", "image_id")} == {"What is it?", "other", 42}
         assert read(root, "vqav2:hub", "eval")[1].references == ("yes",) * 10
         (picture,) = first.images
         assert isinstance(picture, Packed)
         assert load_image(picture, 1000, first.id).size == (12, 10)
-        assert picture_key(picture, root) == "hub/VQAv2/0"
-        assert first.images != second.images
+        assert picture_key(picture, root) == "hub/VQAv2/42"
+        assert first.images == second.images  # two questions about one picture
         assert [s.fields["question"] for s in read(root, "vqg_vqav2:hub")] == ["What is it?", "Is it red?"]
 
     def test_okvqa(self, root: Path) -> None:
@@ -122,7 +125,7 @@ class TestMirrors:
         first, second = read(root, "aokvqa:hub")
         assert (first.references, first.candidates) == (("cab", "driver's cab"), ("cab", "train"))
         assert second.references == ("he",)
-        assert [sample.id for sample in read(root, "aokvqa:hub", "eval")] == ["aokvqa:hub/val/q1"]
+        assert [sample.id for sample in read(root, "aokvqa:hub", "eval")] == ["aokvqa/val/q1"]
         options = {"columns": {"id": "question_id", "image": "image", "question": "question", "choices": "choices"}}
         options["columns"] |= {"right": "correct_choice_idx"}
         chosen = READERS["columns"]({"table": root / "hub" / "A-OKVQA"}, {**options, "form": "multiple_choice"}, "x")
@@ -187,7 +190,7 @@ class TestHeldOutMirrors:
             split=["train", "test", "val"], filename=["0.jpg", "1.jpg", "2.jpg"],
         )  # fmt: skip
         (sample,) = read(root, "flickr30k:hub", "eval")
-        assert (sample.id, sample.references) == ("flickr30k:hub/karpathy_test/1", ("Three.", "Four."))
+        assert (sample.id, sample.references) == ("flickr30k/karpathy_test/1", ("Three.", "Four."))
         assert load_image(sample.images[0], 1000, "here").getpixel((5, 5))[1] > 100  # type: ignore[arg-type, index]
 
     def test_gqa_whose_pictures_are_in_a_table_of_their_own(self, root: Path) -> None:
@@ -300,6 +303,24 @@ class TestHeldOutMirrors:
         options = {"columns": {"image": "image", "answers": "answers"}, **changes}
         with pytest.raises(kind, match=message):
             READERS["columns"]({"table": made}, options, "set")
+
+    def test_questions_about_one_picture_stand_or_fall_together(self, root: Path, tmp_path: Path) -> None:
+        """Two rows hold its bytes, and no column its id: in bootstrap, shuffling and file it is one picture."""
+        table(
+            tmp_path / "hub" / "OK-VQA-val2014", "val2014",
+            question_id=["1", "2", "3", "4"], image=[stored(c) for c in ("red", "blue", "red", "blue")],
+            question=["What?"] * 4, answers=[["a"] * 4] * 4, question_type=["one"] * 4, answer_type=["other"] * 4,
+        )  # fmt: skip
+        samples = read(tmp_path, "okvqa:hub", "eval")
+        red, blue, *_ = (sample.images for sample in samples)
+        assert [sample.images for sample in samples] == [red, blue] * 2 and red != blue
+        assert len({sample.images for sample in samples}) == 2
+        assert shuffled_pictures(samples, 0) == [blue, red] * 2
+        names = [picture_name(sample.images[0], tmp_path) for sample in samples]
+        assert names[0] == names[2] != names[1] and names[0].startswith("hub/OK-VQA-val2014/sha256:")
+        assert names == [picture_key(sample.images[0], tmp_path) for sample in samples]  # and is encoded once
+        torn = Cell(Path("t"), "3", [{"image": None}], 0)
+        assert torn.identity == "3" and torn == Cell(Path("t"), "3", [{"image": 7}], 0) != samples[0].images[0]
 
 
 class TestColumns:
@@ -503,6 +524,7 @@ class TestChoices:
             assert text.prefaced(preface, absent, "What?") == "[A:B] What?"
         assert text.prefaced([], {"ocr": "a"}, "What?") == "What?"
         assert text.prefaced(["OCR tokens: {ocr}."], {}, "") == ""
+        assert text.prefaced(["{ocr}\n", "{ocr}:  "], {"ocr": "a"}, "What?") == "a\na:  What?"
 
     def test_thirty_words_are_kept_unless_the_card_says_otherwise(self, root: Path) -> None:
         words = [f"w{number}" for number in range(40)]

@@ -249,6 +249,28 @@ def test_a_run_learns_and_leaves_what_it_promises(make):
     assert (directory / "checkpoints" / "step-30" / "adapter.safetensors").exists()
 
 
+def test_long_waits_for_data_are_said_where_cores_are_idle(make, monkeypatch):
+    directory = run(make("train.steps=2"))
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < line["waited"] < 1 for line in lines)
+
+    def slow():
+        for step in range(3):
+            time.sleep(0.02)
+            yield step
+
+    supply = loop._Supply(slow())
+    for _ in supply:
+        assert 0.02 <= supply.waited < 1
+    monkeypatch.setattr(loop, "MANY_STEPS", 3)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    [said] = supply.summary(2)
+    assert int(said.split(" %")[0]) > 50 and said.endswith("waiting for data; raise data.workers, which is 2")
+    assert not supply.summary(7)
+    monkeypatch.setattr(loop, "MANY_STEPS", 4)
+    assert not supply.summary(2)
+
+
 def test_monitors_leave_the_run_bit_equal(make):
     plain = run(make("qformer.dropout=0.1", name="plain"))
     watched = run(make("qformer.dropout=0.1", "train.monitor_every=1", name="watched"))

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from qformer import videos
+from qformer.data import pictures
 from qformer.data.pictures import Pictures
 from qformer.errors import DataError
 from qformer.sample import Video
@@ -109,12 +110,20 @@ def test_frames_are_upright(tmp_path: Path) -> None:
     assert {picture.size for picture in videos.frames(Video(path), LIMIT, "")} == {(48, 64)}
 
 
-def test_a_video_in_an_archive_is_read_there(tmp_path: Path) -> None:
+def test_a_video_in_an_archive_is_read_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     film(tmp_path / "f.avi", COUNT)
     with zipfile.ZipFile(tmp_path / "clips.zip", "w") as archive:
         archive.write(tmp_path / "f.avi", "a.avi")
     packed = Pictures(tmp_path).find("clips/a.avi")
     assert numbers(list(videos.frames(Video(packed), LIMIT, "")), COUNT) == [0, 13, 26, 39]
+    monkeypatch.setattr(pictures, "LARGEST", 1000)
+    with pytest.raises(DataError) as caught:
+        list(videos.frames(Video(packed), LIMIT, "sample 7"))
+    size = (tmp_path / "f.avi").stat().st_size
+    assert str(caught.value) == (
+        f"sample 7: the file {tmp_path / 'clips.zip'}/a.avi would take {size:,} bytes, more than the 1,000 that a "
+        f"picture or a video may have in an archive; unpack the archive if it is sound."
+    )
 
 
 def test_frames_of_a_folder_go_by_the_numbers_in_their_names(tmp_path: Path) -> None:
@@ -134,6 +143,7 @@ def test_frames_of_a_folder_go_by_the_numbers_in_their_names(tmp_path: Path) -> 
 
 def test_a_path_is_known_as_a_video_by_ending_or_folder(tmp_path: Path) -> None:
     assert videos.is_video("a/b.MP4") and videos.is_video(tmp_path)
+    assert not videos.is_video("a.gif"), "it may be a picture"
     assert not videos.is_video("a.jpg") and not videos.is_video(tmp_path / "nothing")
 
 

@@ -12,8 +12,8 @@ from torch import nn
 from qformer import config as settings_files
 from qformer import resources
 from qformer.backbones import inside
-from qformer.backbones.language import read_architecture, rebuild
-from qformer.backbones.vision import load_vision
+from qformer.backbones.language import DTYPES, read_architecture, rebuild
+from qformer.backbones.vision import FrozenTower, load_vision
 from qformer.config import LanguageConfig, VisionConfig
 from qformer.errors import ConfigError
 
@@ -36,9 +36,18 @@ def vision(settings: VisionConfig) -> Blueprint:
     Raises:
         ConfigError: no model can be made of the name; a hub id whose config is neither there nor to be had.
     """
-    with torch.device("meta"):
-        tower = load_vision(dataclasses.replace(settings, pretrained=False, checkpoint=None))
+    tower = blank_vision(settings)
     return Blueprint(count(tower), tower.width, "its architecture")
+
+
+def blank_vision(settings: VisionConfig) -> FrozenTower:
+    """An encoder on the meta device.
+
+    Raises:
+        ConfigError: as `vision`.
+    """
+    with torch.device("meta"):
+        return load_vision(dataclasses.replace(settings, pretrained=False, checkpoint=None))
 
 
 def language(settings: LanguageConfig) -> Blueprint:
@@ -47,8 +56,20 @@ def language(settings: LanguageConfig) -> Blueprint:
     Raises:
         ConfigError: its config.json is neither there nor to be had, and its sizes are not shipped.
     """
+    model, known_from = blank_language(settings)
+    return Blueprint(language_parameters(model), int(model.get_input_embeddings().weight.shape[1]), known_from)
+
+
+def blank_language(settings: LanguageConfig) -> tuple[Any, str]:
+    """An LLM on the meta device, and where its sizes are known from.
+
+    Raises:
+        ConfigError: as `language`, or an unknown dtype.
+    """
     import transformers
 
+    if settings.dtype not in DTYPES:
+        raise ConfigError(f"language.dtype is '{settings.dtype}'; it takes {', '.join(DTYPES)}.")
     known_from = "its config.json"
     try:
         config = read_architecture(settings)
@@ -63,11 +84,15 @@ def language(settings: LanguageConfig) -> Blueprint:
     rebuild(config, settings)
     auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     with torch.device("meta"):
-        model: Any = auto.from_config(config)
+        return auto.from_config(config, dtype=DTYPES[settings.dtype]), known_from
+
+
+def language_parameters(model: Any) -> int:
+    """Parameters of an LLM on the meta device, once its weights are read."""
     total, table = count(model), model.get_input_embeddings().weight
-    if getattr(config, "scale_decoder_outputs", None) is False and model.lm_head.weight is table:
+    if getattr(model.config, "scale_decoder_outputs", None) is False and model.lm_head.weight is table:
         total += table.numel()  # a Flan-T5's own output head, which transformers ties until it reads the weights
-    return Blueprint(total, int(table.shape[1]), known_from)
+    return total
 
 
 def count(module: nn.Module) -> int:

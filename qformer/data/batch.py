@@ -19,6 +19,7 @@ from qformer.data.index import Index
 from qformer.data.mixture import Draw, Mixture
 from qformer.data.readers import Records, open_records
 from qformer.errors import DataError
+from qformer.features import Tally
 from qformer.sample import Batch, row_length
 from qformer.text import Templates, Truncations, load_templates, render_train
 
@@ -56,6 +57,7 @@ class StepData:
     drawn: Counter[str] = field(default_factory=Counter)
     broken: list[tuple[str, Any, str]] = field(default_factory=list)
     truncations: Truncations = field(default_factory=Truncations)
+    tally: Tally = field(default_factory=Tally)
     error: DataError | None = None
 
 
@@ -135,7 +137,7 @@ class StepMaker(Dataset[StepData]):
         data = StepData(step)
         pixels: Pixels = {}
         prepared: list[Prepared] = []
-        self.assembler.joiner.truncations = data.truncations
+        self.assembler.joiner.truncations, self.assembler.tally = data.truncations, data.tally
         for draw in self.draws(step):
             data.drawn[draw.task] += 1
             try:
@@ -146,14 +148,14 @@ class StepMaker(Dataset[StepData]):
                     data.error = error
                     return data
                 data.broken.append((draw.task, self.sources[draw.task].records.key(draw.place), str(error)))
-        data.batches = [self.assembler.batch(group, pixels) for group in self._groups(prepared)]
+        data.batches = [self.assembler.batch(group, pixels) for group in self.groups(prepared)]
         return data
 
     def items(self, draw: Draw) -> list[Item]:
         """The rows of one draw in words."""
         return items_of(self.sources[draw.task], draw, self.mixture.seed)
 
-    def _groups(self, prepared: Sequence[Prepared]) -> Iterator[list[Prepared]]:
+    def groups(self, prepared: Sequence[Prepared]) -> Iterator[list[Prepared]]:
         """Rows by falling length, cut so that a micro-batch holds at most the budget of LLM positions: those of its
         rows where they are packed, else those of a padded rectangle.
         """

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import ast
 import functools
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from qformer.data import ocr
 from qformer.data.pictures import check_size
-from qformer.data.records import Records
+from qformer.data.records import Records, Settings
 from qformer.data.values import answers, chosen, shown, text
 from qformer.errors import ConfigError, DataError, did_you_mean
 from qformer.sample import Packed, Sample
@@ -52,10 +53,11 @@ class Columns(Records):
     roles = ("table",)
     optional = ("images", "ocr", "pictures")
     elsewhere = ("table", "pictures")
-    settings = (
-        "columns", "per", "repository", "revision", "configuration", "split", "form", "ocr_tokens", "drop", "keep",
-        "separator", "pictures",
-    )  # fmt: skip
+    settings: ClassVar[Settings] = {
+        "columns": None, "per": "row", "repository": None, "revision": None, "configuration": None, "split": "train",
+        "form": "direct_answer", "ocr_tokens": ocr.MOST, "drop": None, "keep": None, "separator": None,
+        "pictures": None,
+    }  # fmt: skip
 
     def _prepare(self) -> None:
         columns = self.options.get("columns")
@@ -148,10 +150,12 @@ class Columns(Records):
         if "hung" in row:
             if row["hung"] is None:
                 raise DataError(f"its picture '{row['image']}' is not in {self.files['pictures']}")
-            return (Cell(self.files["pictures"], str(row["hung"]), self.shown, row["hung"]),)
+            return (Cell(self.files["pictures"], str(row["hung"]), self.shown, row["hung"], named=True),)
         if "image" in row:
             return self.image(row["image"])
-        return (Cell(self.file, str(row["place"]), self.shown, row["place"]),)
+        name = row.get("image_id")
+        named = name is not None
+        return (Cell(self.file, str(name if named else row["place"]), self.shown, row["place"], named),)
 
     def _sample(self, key: Any, row: Any) -> Sample:
         picture = self._picture(row)
@@ -180,12 +184,35 @@ class Columns(Records):
         return _listed(choices)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cell(Packed):
-    """A picture in a column of a table."""
+    """A picture in a column of a table, which may have a row for each question about it.
 
-    column: Any = field(default=None, compare=False, repr=False)
-    row: int = field(default=0, compare=False)
+    Two cells are equal where they hold the same picture: by its id, if the table tells it, else by its bytes.
+    """
+
+    column: Any = field(default=None, repr=False)
+    row: int = field(default=0, repr=False)
+    named: bool = field(default=False, repr=False)
+    """Whether `name` is the picture's id, and not its row's number."""
+
+    @property
+    def identity(self) -> str:
+        """As `Packed.identity`."""
+        return self.name if self.named else self._content
+
+    @functools.cached_property
+    def _content(self) -> str:
+        try:
+            return f"sha256:{hashlib.sha256(self.read()).hexdigest()[:16]}"
+        except DataError:  # which is said when it is opened
+            return self.name
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Cell) and (self.container, self.identity) == (other.container, other.identity)
+
+    def __hash__(self) -> int:
+        return hash((self.container, self.identity))
 
     def read(self) -> bytes:
         """As `Packed.read`."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import string
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from qformer.cards import check_template
-from qformer.data.records import Records
+from qformer.data.records import Records, Settings
 from qformer.data.streams import iterate_json, read_json
 from qformer.data.values import answers, chosen, number, several, text
 from qformer.errors import ConfigError, DataError
@@ -30,10 +30,10 @@ class VisDial(Records):
     name = "visdial"
     roles = ("dialogs", "images")
     optional = ("dense",)
-    settings = ("image", "exchange", "between", "rounds")
+    settings: ClassVar[Settings] = {"image": "%012d.jpg", "exchange": None, "between": " ", "rounds": "all"}
 
     def _prepare(self) -> None:
-        self.exchange, self.between = self._text("exchange", None), self._text("between", " ")
+        self.exchange, self.between = self._text("exchange"), self._text("between")
         check_template(self.exchange, f"{self.task}: options.exchange")
         wanted = {name for _, name, _, _ in string.Formatter().parse(self.exchange) if name is not None}
         if not wanted <= {"question", "answer"}:
@@ -43,9 +43,9 @@ class VisDial(Records):
         if self.option("rounds", ("all", "last", "dense")) == "dense" and "dense" not in self.files:
             raise ConfigError(f"{self.task}: options.rounds is 'dense', and there is no files.dense to say which.")
 
-    def _text(self, name: str, otherwise: str | None) -> str:
+    def _text(self, name: str) -> str:
         """An option that takes a text."""
-        value = self.options.get(name, otherwise)
+        value = self.options.get(name)
         if not isinstance(value, str):
             raise ConfigError(f"{self.task}: options.{name} is {value!r}; it takes a text in quotes.")
         return value
@@ -55,7 +55,7 @@ class VisDial(Records):
 
     def _rounds(self) -> Iterator[tuple[Any, Any]]:
         data = read_json(self.file)["data"]  # as a whole: what dialogues number may stand before them or behind
-        rounds, judged = self.options.get("rounds", "all"), self._judged()
+        rounds, judged = self.options["rounds"], self._judged()
         met = not judged
         for dialog in data["dialogs"]:
             said = [_spoken(data, exchange) for exchange in dialog["dialog"]]

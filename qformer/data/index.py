@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 Entry = tuple[bytes, bytes, str | None]
 """A record's key and row as JSON, and its error where it was found broken."""
-FORMAT = 1
+FORMAT = 2
 """Rises when the files below are written otherwise, or when what readers share (streams, OCR) reads otherwise."""
 FOLDER = ".qformer-index"
 """Where indices are kept under data.root."""

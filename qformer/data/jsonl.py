@@ -6,12 +6,13 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from qformer.data.records import Records
+from qformer.data.records import Records, Settings
 from qformer.data.streams import iterate_lines
+from qformer.data.values import identifies, shown
 from qformer.errors import ConfigError, DataError
-from qformer.sample import Packed, Sample, Turn, Video
+from qformer.sample import FRAMES, Packed, Sample, Turn, Video
 from qformer.videos import ENDINGS
 
 
@@ -20,13 +21,14 @@ class JsonLines(Records):
 
     `{"id", "image" | "images" | "video", "instruction", "target": text or list, "candidates"?, "turns"?}`; `turns` is a
     list of `{"instruction", "answer"}` and stands for instruction and target.  Other keys become fields.  `video` is a
-    file or a folder of frames; among `images` there may be video files.  Option `kind`: a regular expression over the
-    id whose first group becomes the field `kind`; option `frames`: how many of each video are looked at (4).
+    file or a folder of frames; among `images` there may be video files, but a GIF is a picture there.  Option `kind`: a
+    regular expression over the id whose first group becomes the field `kind`; option `frames`: how many of each video
+    are looked at (4).
     """
 
     name = "jsonl"
     roles = ("records", "images")
-    settings = ("kind", "frames")
+    settings: ClassVar[Settings] = {"kind": None, "frames": FRAMES}
     numbering = "line"
 
     def _prepare(self) -> None:
@@ -64,6 +66,8 @@ class JsonLines(Records):
             raise DataError(
                 "holds no JSON object; it must be of the form {'id': …, 'image': …, 'instruction': …, 'target': …}"
             )
+        if not identifies(row["id"]):
+            raise DataError(f"'id' is {shown(row['id'])}; it must be text or a number")
         given = next((name for name in ("video", "images", "image") if name in row), "image")
         if given == "video" and ("image" in row or "images" in row):
             raise DataError("it has a 'video' and pictures beside it; name all it is about as 'images'")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -65,6 +65,19 @@ class Mixture:
             totals[name] = (2 * rest * part + left) // (2 * left)  # round half up, in integers
             rest -= totals[name]
         return totals
+
+    def places(self, first: int, last: int) -> dict[str, Iterable[int]]:
+        """By set: the records that draws `first` to `last` - 1 take, each once."""
+        before, after = self.totals(first), self.totals(last)
+        found: dict[str, Iterable[int]] = {}
+        for name, size in ((name, self.records[name]) for name in self.names):
+            turns = (divmod(mine, size) for mine in range(before[name], after[name]))
+            found[name] = (
+                range(size)
+                if after[name] - before[name] >= size
+                else {keyed.permute(place, size, self.seed, name, turn) for turn, place in turns}
+            )
+        return found
 
     def draw(self, number: int) -> Draw:
         """Draw `number`, counted from 0."""

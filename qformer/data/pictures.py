@@ -21,7 +21,7 @@ from qformer.errors import DataError
 from qformer.sample import Packed
 
 LARGEST = 64 << 20
-"""Bytes of a packed picture beyond which it is refused before it is read."""
+"""Bytes of a packed picture or video beyond which it is refused before it is read."""
 ARCHIVES = (".zip", ".tar")
 """Endings under which an archive may stand in the place of a folder."""
 PLACES = 1 << 14
@@ -165,15 +165,15 @@ class ZipMember(Packed):
             info = opened.getinfo(self.name)
             check_size(info.file_size, str(self))
             if info.compress_type not in PLAIN:
-                raise DataError(f"the picture {self} is compressed otherwise than by deflate; unpack the archive once")
+                raise DataError(f"the file {self} is compressed otherwise than by deflate; unpack the archive once")
             with opened.open(info) as stream:
                 return stream.read(info.file_size)
         except KeyError:
             raise DataError(f"there is no '{self.name}' in {self.container}") from None
         except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError) as error:
-            raise DataError(f"the picture {self} cannot be unpacked ({error})") from None
+            raise DataError(f"the file {self} cannot be unpacked ({error})") from None
         except RuntimeError as error:  # a member that is encrypted
-            raise DataError(f"the picture {self} cannot be unpacked ({error})") from None
+            raise DataError(f"the file {self} cannot be unpacked ({error})") from None
 
 
 @dataclass(frozen=True)
@@ -191,22 +191,22 @@ class Span(Packed):
                 stream.seek(self.start)
                 content = stream.read(self.size)
         except (OSError, ValueError) as error:
-            raise DataError(f"the picture {self} cannot be read ({error})") from None
+            raise DataError(f"the file {self} cannot be read ({error})") from None
         if len(content) < self.size:
-            raise DataError(f"the picture {self} is cut short: the archive ends within it")
+            raise DataError(f"the file {self} is cut short: the archive ends within it")
         return content
 
 
 def check_size(size: int, name: str) -> None:
-    """Refuse what claims to be larger than a picture can be, before it is read.
+    """Refuse what claims to be larger than a picture or a short video can be, before it is read.
 
     Raises:
         DataError: it is.
     """
     if size > LARGEST:
         raise DataError(
-            f"the picture {name} would take {size:,} bytes, more than the {LARGEST:,} that a picture may have in an "
-            f"archive; it is not read"
+            f"the file {name} would take {size:,} bytes, more than the {LARGEST:,} that a picture or a video may have "
+            f"in an archive; unpack the archive if it is sound"
         )
 
 

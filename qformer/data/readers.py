@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import urlparse
 
 from qformer.cards import MEDIA, EvalCard, TaskCard, TrainCard
@@ -19,7 +19,7 @@ from qformer.data.dialogs import VisDial
 from qformer.data.index import Index
 from qformer.data.jsonl import JsonLines
 from qformer.data.pictures import stands_for
-from qformer.data.records import Records
+from qformer.data.records import Records, Settings
 from qformer.data.scienceqa import ScienceQA
 from qformer.data.shards import Shards
 from qformer.data.streams import iterate_items, iterate_json, iterate_lines, join, read_json
@@ -37,23 +37,24 @@ class CocoCaptions(Records):
 
     name = "coco_captions"
     roles = ("captions", "images")
-    settings = ("per",)
+    settings: ClassVar[Settings] = {"per": "caption"}
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
         kept = ("id", "file_name", "domain")
-        pictures = {
-            picture["id"]: {name: picture[name] for name in kept if name in picture}
+        shown = (
+            (picture["id"], {name: picture[name] for name in kept if name in picture})
             for picture in iterate_json(self.file, "images")
-        }
+        )
+        pictures = dict(self.first(shown, "among 'images'"))
         if self.option("per", ("caption", "image")) == "caption":
             rows = iterate_json(self.file, "annotations")
             yield from self.once((row["id"], [pictures.get(row["image_id"]), [row]]) for row in rows)
             return
         captions: dict[Any, list[Any]] = {name: [] for name in pictures}
-        for row in iterate_json(self.file, "annotations"):
+        annotations = ((row.get("id"), row) for row in iterate_json(self.file, "annotations"))
+        for _, row in self.first(annotations, "among 'annotations'"):
             captions.setdefault(row["image_id"], []).append(row)
-        for name, said in captions.items():
-            yield name, [pictures.get(name), said]
+        yield from self.once((name, [pictures.get(name), said]) for name, said in captions.items())
 
     def _sample(self, key: Any, row: Any) -> Sample:
         picture, annotations = row
@@ -76,25 +77,26 @@ class Karpathy(Records):
 
     name = "karpathy"
     roles = ("captions", "images")
-    settings = ("splits", "per")
+    settings: ClassVar[Settings] = {"splits": ["train", "restval"], "per": "caption"}
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
         yield from self.once(self._rows())
 
     def _rows(self) -> Iterator[tuple[Any, Any]]:
-        splits = self.listed("splits", ["train", "restval"])
+        splits = self.listed("splits")
         per_caption = self.option("per", ("caption", "image")) == "caption"
         for picture in iterate_json(self.file, "images"):
             if picture["split"] not in splits:
                 continue
             number = picture.get("cocoid", picture["imgid"])
             shown = {"filepath": picture.get("filepath") or "", "filename": picture["filename"], "image_id": number}
-            said = [{"raw": sentence.get("raw")} for sentence in picture["sentences"]]
+            sentences = picture["sentences"]
             if per_caption:
-                for sentence, kept in zip(picture["sentences"], said, strict=True):
-                    yield sentence["sentid"], [shown, [kept]]
+                for sentence in sentences:
+                    yield sentence["sentid"], [shown, [{"raw": sentence.get("raw")}]]
             else:
-                yield number, [shown, said]
+                said = ((sentence.get("sentid"), {"raw": sentence.get("raw")}) for sentence in sentences)
+                yield number, [shown, [raw for _, raw in self.first(said, "among 'sentences'")]]
 
     def _sample(self, key: Any, row: Any) -> Sample:
         picture, sentences = row
@@ -113,10 +115,10 @@ class CaptionList(Records):
 
     name = "caption_list"
     roles = ("captions", "images")
-    settings = ("image", "caption", "prefix")
+    settings: ClassVar[Settings] = {"image": "image", "caption": "caption", "prefix": ""}
 
     def _prepare(self) -> None:
-        self.fields = [str(self.options.get(name, name)) for name in ("image", "caption")]
+        self.fields = [str(self.options[name]) for name in ("image", "caption")]
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
         for place, row in enumerate(iterate_json(self.file)):
@@ -125,7 +127,7 @@ class CaptionList(Records):
     def _sample(self, key: Any, row: Any) -> Sample:
         image, caption = self.fields
         captions = answers(row[caption], f"'{caption}'") if isinstance(row[caption], list) else (words(row, caption),)
-        path, prefix = row[image], str(self.options.get("prefix", ""))
+        path, prefix = row[image], str(self.options["prefix"])
         if prefix and isinstance(path, str) and path.startswith(prefix):
             path = path.removeprefix(prefix).lstrip("/")
         elif isinstance(path, str) and path.startswith("/"):
@@ -148,7 +150,7 @@ class TextVQA(Records):
     name = "textvqa"
     roles = ("records", "images")
     optional = ("ocr",)
-    settings = ("per", "image", "ocr_tokens", "answers")
+    settings: ClassVar[Settings] = {"per": "caption", "image": "%s.jpg", "ocr_tokens": ocr.MOST, "answers": "given"}
 
     def _prepare(self) -> None:
         self.per = self.option("per", ("caption", "image", "question"))
@@ -180,7 +182,7 @@ class TextVQA(Records):
 
     def _pictures(self, rows: Iterable[Any], written: Mapping[str, str]) -> Iterator[tuple[Any, Any]]:
         pictures: dict[Any, Any] = {}
-        for row in rows:
+        for _, row in self.first(((row.get("caption_id"), row) for row in rows), "among 'data'"):
             picture = pictures.setdefault(
                 row["image_id"], {"image_id": row["image_id"], "captions": []} | _ocr(written, row)
             )
@@ -197,7 +199,7 @@ class TextVQA(Records):
             said = answers(row["captions"], "'caption_str'")
         else:
             said = (words(row, "caption_str"),)
-        picture = self.image(_named(self.options, name, "%s.jpg", self.task))
+        picture = self.image(_named(self.options["image"], name, self.task))
         return Sample(self.id(key), self.task, picture, fields, references=said)
 
 
@@ -212,20 +214,23 @@ class VQA(Records):
     name = "vqa"
     roles = ("questions", "images")
     optional = ("annotations",)
-    settings = ("image", "answer", "per")
+    settings: ClassVar[Settings] = {"image": "%012d.jpg", "answer": "answer", "per": "question"}
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
         yield from self.once(_per_answer(self._rows(), self.option("per", ("question", "answer"))))
 
     def _rows(self) -> Iterator[tuple[Any, Any]]:
-        field = self.options.get("answer", "answer")
+        field = self.options["answer"]
 
         def annotations() -> Iterator[Any]:
             rows = iterate_json(self.files["annotations"], "annotations") if "annotations" in self.files else ()
             return self.beside("annotations", (row for row in rows if "question_id" in row))
 
+        def further(name: Any) -> None:
+            self.twice(name, f"in {self.files['annotations']}")
+
         asked, annotated = 0, 0
-        for question, annotation in join(iterate_json(self.file, "questions"), annotations, "question_id"):
+        for question, annotation in join(iterate_json(self.file, "questions"), annotations, "question_id", further):
             row = {name: question[name] for name in ("question", "image_id") if name in question}
             row["annotated"] = annotation is not None
             if annotation is not None:
@@ -263,7 +268,9 @@ class AOKVQA(Records):
 
     name = "aokvqa"
     roles = ("questions", "images")
-    settings = ("image", "form", "difficult", "per", "answers")
+    settings: ClassVar[Settings] = {
+        "image": "%012d.jpg", "form": "direct_answer", "difficult": "keep", "per": "question", "answers": "given",
+    }  # fmt: skip
 
     def _prepare(self) -> None:
         self.form = self.option("form", ("direct_answer", "multiple_choice"))
@@ -304,14 +311,14 @@ class OCRVQA(Records):
     name = "ocrvqa"
     roles = ("books", "images")
     optional = ("ocr",)
-    settings = ("splits", "ocr_tokens")
+    settings: ClassVar[Settings] = {"splits": [1], "ocr_tokens": ocr.MOST}
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
         written = ocr.read_side_file(self.files.get("ocr"), ocr.limit(self.options))
         yield from self.once(self._rows(written))
 
     def _rows(self, written: Mapping[str, str]) -> Iterator[tuple[Any, Any]]:
-        splits = self.listed("splits", [1])
+        splits = self.listed("splits")
         for name, book in iterate_items(self.file):
             if book["split"] not in splits:
                 continue
@@ -347,7 +354,7 @@ class LLaVA(Records):
 
     name = "llava"
     roles = ("conversations", "images")
-    settings = ("per", "image")
+    settings: ClassVar[Settings] = {"per": "dialogue", "image": None}
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
         per = self.option("per", ("dialogue", "turn", "first"))
@@ -406,7 +413,7 @@ class VSR(Records):
 
     name = "vsr"
     roles = ("statements", "images")
-    settings = ("words",)
+    settings: ClassVar[Settings] = {"words": None}
 
     def _prepare(self) -> None:
         _check_words(self.options.get("words"), self.task)
@@ -429,7 +436,7 @@ class HatefulMemes(Records):
 
     name = "hateful_memes"
     roles = ("records", "images")
-    settings = ("words",)
+    settings: ClassVar[Settings] = {"words": None}
 
     def _prepare(self) -> None:
         _check_words(self.options.get("words"), self.task)
@@ -453,7 +460,7 @@ class VizWiz(Records):
 
     name = "vizwiz"
     roles = ("questions", "images")
-    settings = ("answers",)
+    settings: ClassVar[Settings] = {"answers": "given"}
 
     def _prepare(self) -> None:
         self.hidden = self.answers_hidden()
@@ -486,16 +493,18 @@ class IconQA(Records):
 
     name = "iconqa"
     roles = ("problems", "splits", "images")
-    settings = ("split", "rank")
+    settings: ClassVar[Settings] = {"split": "choose_txt_test", "rank": "texts"}
 
     def _prepare(self) -> None:
         self.rank = self.option("rank", RANKS)
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
-        problems, splits = read_json(self.file), read_json(self.files["splits"])
-        split = self.options.get("split", "choose_txt_test")
+        splits = read_json(self.files["splits"])
+        split = self.options["split"]
         if split not in splits:
             raise ConfigError(f"{self.files['splits']}: no split '{split}'.{did_you_mean(str(split), splits)}")
+        wanted = {str(name) for name in splits[split]}
+        problems = dict(self.first((each for each in iterate_items(self.file) if each[0] in wanted), "in the file"))
         yield from self.once((name, problems.get(str(name))) for name in splits[split])
 
     def _sample(self, key: Any, row: Any) -> Sample:
@@ -606,9 +615,8 @@ def _per_answer(rows: Iterable[tuple[Any, Any]], per: str) -> Iterator[tuple[Any
             yield f"{key}/{place}", row | {"answers": [json.loads(answer)]}
 
 
-def _named(options: Mapping[str, Any], name: str, pattern: str, task: str) -> str:
-    """A picture's file name from its id."""
-    given = options.get("image", pattern)
+def _named(given: Any, name: str, task: str) -> str:
+    """A picture's file name from its id and option `image`."""
     if not isinstance(given, str) or given.count("%s") != 1:
         raise ConfigError(f"{task}: options.image is {given!r}; it takes a file name with %s in the place of the id.")
     return given.replace("%s", name)

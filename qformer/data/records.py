@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,12 +12,15 @@ from typing import Any, ClassVar
 from qformer.cards import MEDIA
 from qformer.data.index import Entry, Index, encoded, in_memory
 from qformer.data.pictures import Pictures
+from qformer.data.values import identifies, shown
 from qformer.errors import ConfigError, DataError, did_you_mean
-from qformer.sample import FRAMES, Packed, Sample, Video
-from qformer.videos import ENDINGS
+from qformer.sample import Packed, Sample, Video
+from qformer.videos import FILES
 
 MISFORMED = (KeyError, TypeError, AttributeError, ValueError, IndexError, OverflowError, RecursionError)
 """What Python raises where a file or a record is of another form than its reader takes it for."""
+Settings = Mapping[str, Any]
+"""Names of options, with what holds where none is given."""
 MOST_FRAMES = 1024
 """Frames of a video that can be looked at: at 32 soft tokens each, more positions than LLMs have."""
 
@@ -36,8 +40,8 @@ class Records(ABC):
     """Further names under `files`, which a card may leave out."""
     elsewhere: ClassVar[tuple[str, ...]] = ()
     """Roles whose file need not be under data.root."""
-    settings: ClassVar[tuple[str, ...]] = ()
-    """Names that `options` in a card may have."""
+    settings: ClassVar[Settings] = {}
+    """Names that `options` in a card may have, and what holds where a card has them not; None: nothing."""
     numbering: ClassVar[str] = "record"
     """What a record's key counts, in messages."""
 
@@ -79,9 +83,11 @@ class Records(ABC):
                 )
         self.files = {role: path for role, path in files.items() if isinstance(path, Path) and role not in MEDIA}
         self.pictures, self.videos = Pictures(files.get("images", ())), Pictures(files.get("videos", ()))
-        self.options, self.task, self.split = dict(options), task, split
+        defaults = {name: value for name, value in self.settings.items() if value is not None}
+        self.options, self.task, self.split = {**defaults, **options}, task, split
         self.file = self.files[self.roles[0]]
         self.broken: dict[int, DataError] = {}
+        self.surplus: list[Entry] = []
         self._prepare()
         self.rows = in_memory(self.entries()) if index is None else index.rows(self)
         self.broken = {place: DataError(words) for place, words in self.rows.broken.items()}
@@ -113,13 +119,37 @@ class Records(ABC):
         return DataError(f"{self.file}, {self.numbering} {_printable(key)}: {_printable(problem)}.")
 
     def once(self, pairs: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
-        """Keys and rows as they come; a record whose key an earlier one has is noted as broken."""
+        """Keys and rows as they come; a record whose key is none, or one that an earlier has, is noted as broken."""
         seen: set[Any] = set()
         for place, (key, row) in enumerate(pairs):
-            if key in seen:
+            if not identifies(key):
+                self.broken[place] = self.at_fault(key, f"its id is {shown(key)}; it must be text or a number")
+            elif key in seen:
                 self.broken[place] = self.at_fault(key, "an earlier record has the same id")
-            seen.add(key)
+            else:
+                seen.add(key)
             yield key, row
+
+    def first(self, parts: Iterable[tuple[Any, Any]], where: str) -> Iterator[tuple[Any, Any]]:
+        """Ids and parts of records as they come; one whose id an earlier part has is listed instead.
+
+        Args:
+            parts: what is no record by itself, as a caption where records are pictures; None for an id is none.
+            where: what messages say of the place where they stand.
+        """
+        seen: set[Any] = set()
+        for key, part in parts:
+            if key in seen:
+                self.twice(key, where)
+                continue
+            if key is not None:
+                seen.add(key)
+            yield key, part
+
+    def twice(self, key: Any, where: str) -> None:
+        """List a part of a record that is there more than once: behind the records, as a broken one."""
+        told = self.at_fault(key, f"it stands {where} more than once; the first is taken")
+        self.surplus.append((encoded(key), b"null", str(told)))
 
     def key(self, place: int) -> Any:
         """What messages call a record: its line, its number, or the file's own key."""
@@ -135,12 +165,12 @@ class Records(ABC):
         Raises:
             DataError: a file is not of the form expected.
         """
-        rows = self._read()
+        self.surplus, rows = [], self._read()
         for place in itertools.count():
             try:
                 key, row = next(rows)
             except StopIteration:
-                return
+                break
             except MISFORMED as error:
                 raise _misformed(self.file, error) from None
             except OSError as error:
@@ -150,6 +180,7 @@ class Records(ABC):
             except (TypeError, ValueError, RecursionError) as error:
                 raise self.at_fault(key, f"it holds what JSON cannot ({error})") from None
             yield *entry, str(self.broken[place]) if place in self.broken else None
+        yield from self.surplus
 
     def beside(self, role: str, rows: Iterable[Any]) -> Iterator[Any]:
         """What is read from another file than the first, so that an error names the right one."""
@@ -170,8 +201,8 @@ class Records(ABC):
         """One record as a sample; may raise what Python raises at a missing or misformed field."""
 
     def id(self, key: Any) -> str:
-        """A name that is unique over all sets and splits."""
-        return f"{self.task}/{self.split}/{key}"
+        """A name that is unique over all sets and splits, and the same for all variants of a card."""
+        return f"{self.task.partition(':')[0]}/{self.split}/{key}"
 
     def image(self, *names: str) -> tuple[Path | Packed]:
         """The one picture of a record, under the first of its possible names that the role `images` has."""
@@ -179,7 +210,7 @@ class Records(ABC):
 
     def numbered(self, number: int) -> tuple[Path | Packed]:
         """COCO's picture of a number; option `image` is the pattern of its file name, or a list of patterns."""
-        patterns = self.options.get("image", "%012d.jpg")
+        patterns = self.options["image"]
         try:
             names = [pattern % number for pattern in ([patterns] if isinstance(patterns, str) else patterns)]
         except (TypeError, ValueError):
@@ -191,18 +222,18 @@ class Records(ABC):
 
     def video(self, *names: str) -> tuple[Video]:
         """The one video of a record: a file that has one of its possible names, or a folder of frames."""
-        found = self.videos.first(*(name + ending for name in names for ending in ("", *ENDINGS)))
+        found = self.videos.first(*(name + ending for name in names for ending in ("", *FILES)))
         if found is None:
             named = " or ".join(f"'{name}'" for name in names)
             raise DataError(
                 f"there is no video {named} in {' or '.join(map(str, self.videos.roots))}, neither as a file (with an "
-                f"ending like {ENDINGS[0]} or {ENDINGS[1]}) nor as a folder of frames"
+                f"ending like {FILES[0]} or {FILES[1]}) nor as a folder of frames"
             )
         return (Video(found, self.frames()),)
 
     def option(self, name: str, known: Sequence[str]) -> str:
-        """An option that takes one of a few words, the first of them by default."""
-        value = self.options.get(name, known[0])
+        """An option that takes one of a few words."""
+        value = self.options[name]
         if value not in known:
             raise ConfigError(f"{self.task}: options.{name} is '{value}'; it takes {' or '.join(known)}.")
         return str(value)
@@ -212,17 +243,17 @@ class Records(ABC):
         return self.option("answers", ("given", "hidden")) == "hidden"
 
     def frames(self) -> int:
-        """The option `frames`: how many of each video are looked at; four, where it is not given."""
-        value = self.options.get("frames", FRAMES)
+        """The option `frames`: how many of each video are looked at."""
+        value = self.options["frames"]
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_FRAMES:
             raise ConfigError(
                 f"{self.task}: options.frames is {value!r}; it takes a whole number from 1 to {MOST_FRAMES}."
             )
         return value
 
-    def listed(self, name: str, otherwise: Sequence[Any]) -> Sequence[Any]:
+    def listed(self, name: str) -> Sequence[Any]:
         """An option that takes a list; in a text, any part of it would be found."""
-        value = self.options.get(name, otherwise)
+        value = self.options[name]
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{self.task}: options.{name} is '{value}'; it takes a list, even of one.")
         return value
@@ -231,10 +262,18 @@ class Records(ABC):
 def _encodable(sample: Sample) -> Sample:
     """The sample, if its words can be written down: JSON may hold halves of characters, which no tokenizer takes."""
     said = (word for turn in sample.turns for word in (turn.instruction, turn.answer))
-    for word in (sample.id, *sample.references, *sample.candidates, *said, *sample.fields.values()):
+    for word in (sample.id, *sample.references, *said, *sample.fields.values()):
         if isinstance(word, str):
             word.encode()
+    _encode(sample.candidates)
     return sample
+
+
+@functools.lru_cache(8)
+def _encode(words: tuple[str, ...]) -> None:
+    """Once: thousands of records share a vocabulary of thousands."""
+    for word in words:
+        word.encode()
 
 
 def _printable(value: Any) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
-from qformer.data.records import Records
-from qformer.data.streams import read_json
+from qformer.data.records import Records, Settings
+from qformer.data.streams import iterate_items, read_json
 from qformer.data.values import RANKS, answers, chosen, offered, shown, words
 from qformer.errors import ConfigError, DataError, did_you_mean
 from qformer.sample import Sample
@@ -22,7 +22,7 @@ class ScienceQA(Records):
 
     name = "scienceqa"
     roles = ("problems", "splits", "images")
-    settings = ("split", "context", "rank")
+    settings: ClassVar[Settings] = {"split": "train", "context": "hint", "rank": "texts"}
 
     def _prepare(self) -> None:
         self.rank = self.option("rank", RANKS)
@@ -33,10 +33,12 @@ class ScienceQA(Records):
         }[self.option("context", ("hint", "hint_and_lecture", "none"))]
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
-        problems, splits = read_json(self.file), read_json(self.files["splits"])
-        split = self.options.get("split", "train")
+        splits = read_json(self.files["splits"])
+        split = self.options["split"]
         if split not in splits:
             raise ConfigError(f"{self.files['splits']}: no split '{split}'.{did_you_mean(str(split), splits)}")
+        wanted = {str(number) for number in splits[split]}
+        problems = dict(self.first((each for each in iterate_items(self.file) if each[0] in wanted), "in the file"))
         numbered = ((number, problems.get(str(number))) for number in splits[split])
         yield from self.once((number, row) for number, row in numbered if row is None or row["image"] is not None)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 from qformer.data.pictures import Span, tar_members
-from qformer.data.records import Records
+from qformer.data.records import Records, Settings
 from qformer.data.values import text
 from qformer.errors import DataError
 from qformer.sample import Sample
@@ -26,7 +26,7 @@ class Shards(Records):
 
     name = "shards"
     roles = ("shards",)
-    settings = ("caption",)
+    settings: ClassVar[Settings] = {"caption": "txt"}
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
         kind = self.option("caption", ("txt", "json"))

@@ -73,8 +73,10 @@ def read_json(path: Path) -> Any:
     return value
 
 
-def join(rows: Iterable[Any], others: Callable[[], Iterable[Any]], name: str) -> Iterator[tuple[Any, Any]]:
-    """Each row with the other that has the same value under `name`, or with None; the last of several others counts.
+def join(
+    rows: Iterable[Any], others: Callable[[], Iterable[Any]], name: str, further: Callable[[Any], object]
+) -> Iterator[tuple[Any, Any]]:
+    """Each row with the other that has the same value under `name`, or with None; the first of several others counts.
 
     Official files list both in one order, so the two streams walk side by side.  At the first place where they differ
     the others are put into a temporary table on disk, and the remaining rows are looked up there.
@@ -83,6 +85,7 @@ def join(rows: Iterable[Any], others: Callable[[], Iterable[Any]], name: str) ->
         rows: dictionaries, in the order they are wanted.
         others: opens the other stream; called again where the orders differ.
         name: the field that both have.
+        further: is given, behind the last row, the value of every other but the first that has it.
 
     Raises:
         DataError: the temporary table cannot be written.
@@ -98,20 +101,29 @@ def join(rows: Iterable[Any], others: Callable[[], Iterable[Any]], name: str) ->
                     continue
                 looked_up = _Table((each[name], each) for each in others())
             yield row, looked_up.get(row[name])
+        if looked_up is None and next(beside, None) is not None:  # what is left may have been there before
+            looked_up = _Table((each[name], each) for each in others())
+        for value in looked_up.further if looked_up is not None else ():
+            further(value)
     finally:
         if looked_up is not None:
             looked_up.close()
 
 
 class _Table:
-    """Values by key in a temporary file of SQLite's, which is gone when it is closed."""
+    """Values by key in a temporary file of SQLite's, which is gone when it is closed.
+
+    `further` holds the keys of values that are not the first of their key, and not kept.
+    """
 
     def __init__(self, items: Iterable[tuple[Any, Any]]):
-        self.base = sqlite3.connect("")
+        self.base, self.further = sqlite3.connect(""), list[Any]()
         try:
             self.base.execute("CREATE TABLE held (key TEXT PRIMARY KEY, value TEXT)")
-            written = ((json.dumps(key), json.dumps(value)) for key, value in items)
-            self.base.executemany("INSERT OR REPLACE INTO held VALUES (?, ?)", written)
+            for key, value in items:
+                written = json.dumps(key), json.dumps(value)
+                if not self.base.execute("INSERT OR IGNORE INTO held VALUES (?, ?)", written).rowcount:
+                    self.further.append(key)
         except sqlite3.Error as error:
             raise DataError(
                 f"records cannot be joined ({error}); make room where temporary files go, or set TMPDIR to a folder "

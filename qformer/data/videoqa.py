@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
-from qformer.data.records import Records
+from qformer.data.records import Records, Settings
 from qformer.data.streams import iterate_items, iterate_json, iterate_lines
 from qformer.data.values import answers, number, shown, words
 from qformer.errors import ConfigError, DataError
-from qformer.sample import Sample
-from qformer.videos import ENDINGS
+from qformer.sample import FRAMES, Sample
+from qformer.videos import FILES
 
 ANSWERS = tuple(f"answer{place}" for place in range(1, 6))
 """Columns of iVQA's five annotators."""
@@ -31,7 +31,7 @@ class _Videos(Records):
     """
 
     optional: ClassVar[tuple[str, ...]] = ("vocabulary",)
-    settings: ClassVar[tuple[str, ...]] = ("frames", "most", "least")
+    settings: ClassVar[Settings] = {"frames": FRAMES, "most": None, "least": 1}
 
     def _prepare(self) -> None:
         self.frames()
@@ -55,11 +55,11 @@ class VideoQA(_Videos):
     name = "video_qa"
     roles = ("questions", "videos")
     optional = ("vocabulary", "mapping")
-    settings = ("video", "frames", "most", "least")
+    settings: ClassVar[Settings] = {**_Videos.settings, "video": "video%d"}
 
     def _prepare(self) -> None:
         super()._prepare()
-        self.named = self.options.get("video", "video%d")
+        self.named = self.options["video"]
         try:
             fits = isinstance(self.named, str) and bool(self.named % 1)
         except (TypeError, ValueError):
@@ -84,7 +84,7 @@ class VideoQA(_Videos):
     def _sample(self, key: Any, row: Any) -> Sample:
         if "video" in row:
             path = PurePosixPath(words(row, "video"))
-            names = [str(path), *([str(path.with_suffix(""))] if path.suffix in ENDINGS else ())]
+            names = [str(path), *([str(path.with_suffix(""))] if path.suffix in FILES else ())]
         else:
             names = [*([row["clip"]] if row.get("clip") else ()), self.named % number(row, "video_id")]
         question = words(row, "question")
@@ -96,7 +96,8 @@ class VideoQA(_Videos):
 class IVQA(_Videos):
     """iVQA's tables (`test.csv`) with five answers to a question about a clip.
 
-    A clip is looked for under its id, and under `ID_START_END`.  Options: `frames`, `most` and `least` as above.
+    A clip is looked for as `ID_START_END`, and as `ID` where the table has no other clip of that video.  Options:
+    `frames`, `most` and `least` as above.
     """
 
     name = "ivqa"
@@ -104,13 +105,21 @@ class IVQA(_Videos):
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
         kept = ("video_id", "start", "end", "question", *ANSWERS)
+        clips: dict[Any, set[tuple[Any, Any]]] = {}
+        for row in read_table(self.file):
+            clips.setdefault(row.get("video_id"), set()).add((row.get("start"), row.get("end")))
         for place, row in enumerate(read_table(self.file)):
-            yield place, {name: row[name] for name in kept if name in row}
+            told = {name: row[name] for name in kept if name in row}
+            alone = len(clips[row.get("video_id")]) == 1
+            yield place, {**told, "alone": alone, "short": None in row.values()}
 
     def _sample(self, key: Any, row: Any) -> Sample:
         name = words(row, "video_id")
-        names = [name, *([f"{name}_{row['start']}_{row['end']}"] if row.get("start") and row.get("end") else ())]
-        fields = {"question": words(row, "question"), "image_id": names[-1]}
+        clip = [f"{name}_{row['start']}_{row['end']}"] if row.get("start") and row.get("end") else []
+        names = [*clip, *([name] if row["alone"] or not clip else ())]
+        fields = {"question": words(row, "question"), "image_id": names[0]}
+        if row["short"]:
+            raise DataError("it has fewer columns than the table's head; was the download cut short?")
         given = [row[column] for column in ANSWERS if row.get(column)]
         said = answers(given, " to ".join((ANSWERS[0], ANSWERS[-1])))
         return Sample(self.id(key), self.task, self.video(*names), fields, references=said, candidates=self.vocabulary)

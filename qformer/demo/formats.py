@@ -55,7 +55,7 @@ def write(
         pictures_test: GQA and VSR get a tenth more pictures, with two questions each; IconQA and NoCaps, which have
             one item a picture, twice as many and a little; the held-in sets' own test splits half.
         advance: is told how many more pictures are written, of `picture_count`.
-        others: writes further sets (`qformer.demo.thirteen`).
+        others: writes further sets (`qformer.demo.full`).
 
     Raises:
         DataError: the folder holds other things, or cannot be written.
@@ -78,15 +78,17 @@ def write(
         if root.is_dir():
             root.rmdir()
         partial.rename(root)
-    except OSError as error:
+    except (OSError, DataError) as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{root}: the scenes cannot be written: {error}.") from None
 
 
 def contents(seed: int, pictures_train: int, pictures_test: int, *, full: bool = False) -> dict[str, Any]:
     """What `DONE` says of a folder of scenes."""
     written = {"seed": seed, "pictures_train": pictures_train, "pictures_test": pictures_test}
-    return {**written, "full": True} if full else written
+    return {**written, "full": "26 sets"} if full else written
 
 
 def picture_count(pictures_train: int, pictures_test: int) -> int:
@@ -201,10 +203,10 @@ def _vqa(root: Path, made: Sequence[Scene], split: str) -> None:
     put(root / f"vqav2/v2_mscoco_{split}2014_annotations.json", {**head, "annotations": annotations})
 
 
-def ten_answers(ask: Ask, *key: object) -> list[str]:
-    """What ten people would say: nine or ten of them the right answer, the other one that is near it."""
+def ten_answers(ask: Ask, *key: object, wrong: Sequence[str] = ()) -> list[str]:
+    """What ten people would say: nine or ten of them the right answer, the other one that is near it, or of `wrong`."""
     dice = Dice("answers", *key)
-    wrong = near_answers(ask)
+    wrong = wrong or near_answers(ask)
     right = 9 + dice.below(2)
     return dice.shuffled([ask.answer] * right + [dice.choose(wrong) for _ in range(10 - right)])
 

@@ -182,12 +182,25 @@ def write(root: Path, seed: int, *, films_test: int, advance: Callable[[int], No
     Raises:
         DataError: PyAV is missing, or the folder cannot be written.
     """
+    need_av(root)
     try:
         _msvd(root, seed, films_test, advance)
         _msrvtt(root, seed, films_test, advance)
         _ivqa(root, seed, films_test, advance)
     except OSError as error:
         raise DataError(f"{root}: the films cannot be written: {error}.") from None
+
+
+def need_av(where: Path) -> None:
+    """Refuse to begin where no video can be encoded.
+
+    Raises:
+        DataError: PyAV is missing.
+    """
+    try:
+        import av  # noqa: F401
+    except ImportError:
+        raise DataError(f"{where}: writing a video needs PyAV: pip install 'qformer[video]'.") from None
 
 
 def film_count(films_test: int) -> int:
@@ -310,14 +323,9 @@ def encode(path: Path, pictures: Sequence[Image.Image]) -> None:
     """Write pictures as a video: H.264 in MP4 where the library has an encoder of it, MPEG-4 otherwise and in AVI.
 
     The same bytes for the same pictures and the same version of PyAV.
-
-    Raises:
-        DataError: PyAV is missing.
     """
-    try:
-        import av
-    except ImportError:
-        raise DataError(f"{path}: writing a video needs PyAV: pip install 'qformer[video]'.") from None
+    import av
+
     path.parent.mkdir(parents=True, exist_ok=True)
     modern = path.suffix == ".mp4" and "libx264" in av.codec.codecs_available
     with av.open(str(path), "w", container_options={"fflags": "+bitexact"}) as container:

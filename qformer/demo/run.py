@@ -10,7 +10,8 @@ from pathlib import Path
 
 from qformer import config
 from qformer.config import RunConfig
-from qformer.demo import formats, thirteen
+from qformer.demo import formats
+from qformer.demo import full as all_sets
 from qformer.errors import ConfigError
 
 PICTURES_TRAIN = 6000
@@ -27,10 +28,11 @@ def demo(
     overrides: tuple[str, ...] = (),
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Write scenes, tune on the held-in sets, score the four held-out ones, write the report; the run directory.
+    """Write scenes, tune on the held-in sets, score the held-out ones, write the report; the run directory.
 
-    There are five held-in sets, or with `full` all thirteen (`qformer demo --full`).  A demo that was interrupted goes
-    on where it stopped.
+    There are five held-in sets and four held-out ones, or with `full` thirteen of each, and then the splits of the
+    held-in sets that are scored are scored too (`qformer demo --full`).  A demo that was interrupted goes on where it
+    stopped.
     """
     from qformer import run as pipeline
 
@@ -48,10 +50,11 @@ def demo(
 def write_scenes(
     data: Path, seed: int, train: int, test: int, *, full: bool = False, say: Callable[[str], None] = print
 ) -> None:
-    """Nine sets of scenes under `data`, or with `full` seventeen, unless just these are there already.
+    """Nine sets of scenes under `data`, or with `full` all 26, unless just these are there already.
 
     Raises:
         ConfigError: scenes of another seed, number or kind are there.
+        DataError: they cannot be written.
     """
     from rich.progress import Progress
 
@@ -63,8 +66,8 @@ def write_scenes(
                 f"{data} holds the scenes of another demo ({found}); give another --output, or remove it."
             )
         return
-    writer = thirteen if full else formats
-    say(f"writing scenes in the official file formats of {'seventeen' if full else 'nine'} sets to {data}")
+    writer = all_sets if full else formats
+    say(f"writing scenes in the official file formats of {'26' if full else 'nine'} sets to {data}")
     with Progress(transient=True) as progress:
         bar = progress.add_task("scenes", total=writer.picture_count(train, test))
         writer.write(

@@ -147,10 +147,15 @@ OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "bel
 # -- pictures ---------------------------------------------------------------------------------------------------------
 
 LETTERS = {
+    " ": "..... ..... ..... ..... ..... ..... .....",
     "a": ".###. #...# #...# ##### #...# #...# #...#",
+    "b": "####. #...# #...# ####. #...# #...# ####.",
     "c": ".#### #.... #.... #.... #.... #.... .####",
+    "d": "####. #...# #...# #...# #...# #...# ####.",
     "e": "##### #.... #.... ####. #.... #.... #####",
     "f": "##### #.... #.... ####. #.... #.... #....",
+    "g": ".#### #.... #.... #.### #...# #...# .####",
+    "h": "#...# #...# #...# ##### #...# #...# #...#",
     "i": ".###. ..#.. ..#.. ..#.. ..#.. ..#.. .###.",
     "k": "#...# #..#. #.#.. ##... #.#.. #..#. #...#",
     "l": "#.... #.... #.... #.... #.... #.... #####",
@@ -158,7 +163,9 @@ LETTERS = {
     "n": "#...# ##..# ##..# #.#.# #..## #..## #...#",
     "o": ".###. #...# #...# #...# #...# #...# .###.",
     "p": "####. #...# #...# ####. #.... #.... #....",
+    "r": "####. #...# #...# ####. #.#.. #..#. #...#",
     "s": ".#### #.... #.... .###. ....# ....# ####.",
+    "t": "##### ..#.. ..#.. ..#.. ..#.. ..#.. ..#..",
     "u": "#...# #...# #...# #...# #...# #...# .###.",
     "w": "#...# #...# #...# #.#.# #.#.# ##.## #...#",
     "x": "#...# #...# .#.#. ..#.. .#.#. #...# #...#",
@@ -176,17 +183,17 @@ def draw(scene: Scene) -> Image.Image:
         at = round(thing.x * PICTURE) - tile.width // 2, round(thing.y * PICTURE) - tile.height // 2
         picture.paste(tile, at, tile)
         if thing.word is not None:
-            mask = _written(thing.word)
+            mask = written(thing.word)
             left = round(thing.x * PICTURE) - mask.width // 2
             picture.paste((20, 20, 20), (left, (thing.row + 1) * CELL - mask.height - 1), mask)
     return picture
 
 
 @cache
-def _written(word: str) -> Image.Image:
-    """A mask of the word in letters of 5 × 7 pixels."""
-    mask = Image.new("L", (6 * len(word) - 1, 7))
-    for place, letter in enumerate(word):
+def written(words: str) -> Image.Image:
+    """A mask of the words in letters of 5 × 7 pixels."""
+    mask = Image.new("L", (6 * len(words) - 1, 7))
+    for place, letter in enumerate(words):
         for y, line in enumerate(LETTERS[letter].split()):
             for x, mark in enumerate(line):
                 mask.putpixel((6 * place + x, y), 255 if mark == "#" else 0)
@@ -673,7 +680,10 @@ def _trimmed(chosen: list[tuple[Scene, Ask]]) -> list[tuple[Scene, Ask]]:
         chosen = kept
 
 
-ANSWERS = {"colour": 6, "shape": 6, "size": 2, "material": 3, "word": 6, "place": 9, "number": 4, "way": 4, "name": 12}
+ANSWERS = {
+    "colour": 6, "shape": 6, "size": 2, "material": 3, "word": 6, "place": 9, "number": 4, "way": 4, "name": 12,
+    "unanswerable": 1,
+}  # fmt: skip
 """How many answers a type has."""
 
 

@@ -1,4 +1,4 @@
-"""All thirteen held-in sets: to the files of the ordinary demo come those of the other eight.
+"""The eight held-in sets that the ordinary demo does not have, so that with its five there are all thirteen.
 
 OKVQA and LLaVA's descriptions and reasoning show pictures of COCO Caption, as the official ones do; Web CapFilt,
 TextCaps and OCR-VQA have pictures of their own.  Question generation from OKVQA and A-OKVQA needs no files of its own.
@@ -7,7 +7,8 @@ All show only pairs of colour and shape that training may show.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -29,46 +30,35 @@ SPLITS = {"train": 1, "val": 2, "test": 3}
 
 def write(
     root: Path,
+    shown: formats.Shown,
     seed: int,
     *,
     pictures_train: int,
     pictures_test: int,
     advance: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Write thirteen held-in and four held-out sets under `root`; the same files for the same arguments.
+    """Write the files of the other eight under `root`, where those of the ordinary demo are.
 
-    What the ordinary demo has is written as `formats.write` does.  To `pictures_train` pictures of COCO Caption come
-    three times as many from the web with one or two captions each, half as many with four questions each for OCR-VQA,
-    a quarter with five captions each for TextCaps.  One in six of COCO's pictures has a question of OKVQA, one in five
-    a long description, two in three a question to reason about.  TextCaps and OKVQA have a val split, OCR-VQA val and
-    test.
-
-    Raises:
-        DataError: the folder holds other things, or cannot be written.
+    To `pictures_train` pictures of COCO Caption, which are `shown`, come three times as many from the web with one or
+    two captions each, half as many for OCR-VQA with four questions each (two in val and test), a quarter with five
+    captions each for TextCaps.  One in six of COCO's pictures has a question of OKVQA, one in five a long description,
+    two in three a question to reason about.  TextCaps and OKVQA have a val split, OCR-VQA val and test.
     """
-
-    def others(partial: Path, shown: formats.Shown) -> None:
-        train = shown["train"]
-        put(partial / "llava/detail_23k.json", [_described(scene) for scene in train[::5]])
-        put(partial / "llava/complex_reasoning_77k.json", _reasoning([s for n, s in enumerate(train) if n % 3]))
-        _okvqa(partial, train[::6], "train")
-        _okvqa(partial, shown["val"], "val")
-        pictures = _own_pictures(pictures_train, pictures_test)
-        _capfilt(partial, list(islice(_scenes(seed, WEB, (2,)), pictures[WEB])), advance)
-        for block, split in ((TEXTCAPS, "train"), (TEXTCAPS_VAL, "val")):
-            _textcaps(partial, list(islice(_with_word(seed, block), pictures[block])), split, advance)
-        _ocrvqa(partial, list(islice(_with_word(seed, OCRVQA), pictures[OCRVQA])), advance)
-
-    formats.write(
-        root, seed, pictures_train=pictures_train, pictures_test=pictures_test, advance=advance, others=others
-    )
+    train = shown["train"]
+    put(root / "llava/detail_23k.json", [_described(scene) for scene in train[::5]])
+    put(root / "llava/complex_reasoning_77k.json", _reasoning([s for n, s in enumerate(train) if n % 3]))
+    _okvqa(root, train[::6], "train")
+    _okvqa(root, shown["val"], "val")
+    pictures = _own_pictures(pictures_train, pictures_test)
+    _capfilt(root, list(islice(_scenes(seed, WEB, (2,)), pictures[WEB])), advance)
+    for block, split in ((TEXTCAPS, "train"), (TEXTCAPS_VAL, "val")):
+        _textcaps(root, list(islice(with_word(_scenes(seed, block)), pictures[block])), split, advance)
+    _ocrvqa(root, list(islice(with_word(_scenes(seed, OCRVQA)), pictures[OCRVQA])), advance)
 
 
 def picture_count(pictures_train: int, pictures_test: int) -> int:
     """How many pictures `write` makes."""
-    return formats.picture_count(pictures_train, pictures_test) + sum(
-        _own_pictures(pictures_train, pictures_test).values()
-    )
+    return sum(_own_pictures(pictures_train, pictures_test).values())
 
 
 def _own_pictures(train: int, test: int) -> dict[int, int]:
@@ -81,9 +71,9 @@ def _scenes(seed: int, block: int, things: Sequence[int] = (3, 4)) -> Iterator[S
     return (scenes.sample_scene(seed, number, held_out=False, things=things) for number in count(block * BLOCK))
 
 
-def _with_word(seed: int, block: int) -> Iterator[Scene]:
+def with_word(found: Iterable[Scene]) -> Iterator[Scene]:
     """Those in which a word is written."""
-    return (scene for scene in _scenes(seed, block) if any(thing.word for thing in scene.things))
+    return (scene for scene in found if any(thing.word for thing in scene.things))
 
 
 # -- on COCO's pictures: OKVQA, LLaVA detail and reasoning ------------------------------------------------------------
@@ -174,19 +164,26 @@ def _textcaps(root: Path, made: Sequence[Scene], split: str, advance: Callable[[
             rows.append(
                 {**about, **spoken, "reference_strs": captions, "reference_tokens": [_words(each) for each in captions]}
             )
-        tokens.append({"image_id": name, **_seen_words(scene, dice)})
+        tokens.append({"image_id": name, **seen_words(scene, dice)})
         advance(1)
     head = {"dataset_type": split, "dataset_name": "textcaps", "dataset_version": "0.1"}
     put(root / f"textcaps/TextCaps_0.1_{split}.json", {**head, "data": rows})
+    put_tokens(root, split, tokens)
+
+
+def put_tokens(root: Path, split: str, tokens: Sequence[dict[str, Any]]) -> None:
+    """What was read in pictures, into the one file that TextCaps and TextVQA have for a split."""
+    path = root / f"textvqa/TextVQA_Rosetta_OCR_v0.2_{split}.json"
+    before = json.loads(path.read_text(encoding="utf-8"))["data"] if path.exists() else []
     head = {"dataset_type": split, "dataset_name": "textvqa", "dataset_version": "0.2"}
-    put(root / f"textvqa/TextVQA_Rosetta_OCR_v0.2_{split}.json", {**head, "data": tokens})
+    put(path, {**head, "data": [*before, *tokens]})
 
 
 def _words(caption: str) -> list[str]:
     return caption.replace(",", "").split()
 
 
-def _seen_words(scene: Scene, dice: Dice) -> dict[str, Any]:
+def seen_words(scene: Scene, dice: Dice) -> dict[str, Any]:
     """What a machine reads in the picture: in one of ten nothing, in another a word with a letter wrong."""
     read = []
     for thing in scene.things:
@@ -214,7 +211,7 @@ def _ocrvqa(root: Path, made: Sequence[Scene], advance: Callable[[int], None]) -
         key = f"{image_id(scene):010d}"
         save(scene, root / f"ocrvqa/images/{key}.jpg")
         [word] = [thing.word for thing in scene.things if thing.word]
-        tokens[key] = _seen_words(scene, Dice("ocrvqa", scene.seed, scene.number))["ocr_tokens"]
+        tokens[key] = seen_words(scene, Dice("ocrvqa", scene.seed, scene.number))["ocr_tokens"]
         books[key] = {
             "imageURL": f"{key}.jpg",
             "questions": [],
@@ -227,7 +224,8 @@ def _ocrvqa(root: Path, made: Sequence[Scene], advance: Callable[[int], None]) -
         advance(1)
     for split in SPLITS:
         part = [scene for scene in made if _split(scene) == split]
-        for scene, ask in scenes.balanced(part, READING_FORMS, 4, "ocrvqa", split, table=sayings.FORMS):
+        each = 4 if split == "train" else 2
+        for scene, ask in scenes.balanced(part, READING_FORMS, each, "ocrvqa", split, table=sayings.FORMS):
             book = books[f"{image_id(scene):010d}"]
             book["questions"].append(ask.question)
             book["answers"].append(ask.answer)

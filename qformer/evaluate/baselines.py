@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from itertools import islice
 from pathlib import Path
 
 from qformer import keyed
 from qformer.errors import DataError
-from qformer.evaluate.outcome import Answer
+from qformer.evaluate.outcome import Answer, Outcome
 from qformer.evaluate.predict import Question
 from qformer.sample import Packed, Sample, Video
 
@@ -66,12 +66,31 @@ def _counts(samples: Sequence[Sample], types: Sequence[Hashable]) -> dict[Hashab
     return counts
 
 
-def unreachable(samples: Sequence[Sample], candidates: Sequence[tuple[str, ...]]) -> float:
-    """The share of samples none of whose references is among their candidates: no ranking could get them right."""
-    known: dict[int, frozenset[str]] = {}  # by identity: thousands of questions share a vocabulary of thousands
-    missed = 0
-    for sample, mine in zip(samples, candidates, strict=True):
-        if id(mine) not in known:
-            known[id(mine)] = frozenset(mine)
-        missed += known[id(mine)].isdisjoint(sample.references)
-    return missed / len(samples)
+def blindly(
+    questions: Sequence[Question],
+    score: Callable[[Sequence[Answer], Sequence[Sample]], Outcome],
+    read: Callable[[str], str] | None,
+) -> tuple[float, float]:
+    """What choosing blindly among each question's candidates reaches on average, and the share of questions none of
+    whose candidates scores anything: no ranking could get them right.
+
+    Thousands of questions share a vocabulary of thousands, so it is read once, and where `read` says which of its words
+    may score (`Metric.reads`), those alone are scored.
+    """
+    vocabularies: dict[int, dict[str, list[str]]] = {}  # by identity: questions hold them all
+    found: dict[tuple[int, tuple[str, ...]], float] = {}
+    total, missed = 0.0, 0
+    for each in questions:
+        mine = vocabularies.setdefault(id(each.candidates), {})
+        for candidate in () if mine else each.candidates:
+            mine.setdefault(read(candidate) if read else candidate, []).append(candidate)
+        group = (id(each.candidates), each.sample.references)
+        if group not in found:
+            right = dict.fromkeys(map(read, each.sample.references)) if read else mine
+            alike = [mine[word] for word in right if word in mine]
+            scores = score([Answer(words[0]) for words in alike], [each.sample] * len(alike)).scores
+            reached = sum(len(words) * value for words, value in zip(alike, scores, strict=True))
+            found[group] = reached / len(each.candidates)
+        total += found[group]
+        missed += not found[group]
+    return total / len(questions), missed / len(questions)

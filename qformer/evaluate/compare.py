@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+WHOSE = ("source", "checkpoint", "step", "adapter")
+"""What tells two models apart, of which every comparison is."""
+
+
 @dataclass(frozen=True)
 class Scored:
     """One card's score as a run has it on disk: the content of `TASK.json`, and the lines of its predictions."""
@@ -70,32 +74,46 @@ def compare(
     Args:
         one: a directory of scores.
         other: another.
-        tasks: cards' keys; by default all that both were scored on.
+        tasks: cards' keys, or two of them as `gqa=gqa:as_lavis`, the first of `one`; by default all that both were
+            scored on.
         despite: whether scores of different recipes are compared, over the samples that both have.
 
     Returns:
-        By card: both scores, the difference (`other` minus `one`) with its interval, and how many samples either did
-        better; and in sentences what could not be compared.
+        By card: both scores, the difference (`other` minus `one`) with its interval, how many samples either did
+        better, and what else is not alike; and in sentences what could not be compared.
 
     Raises:
         ConfigError: the recipes of a card differ.  DataError: a directory holds no scores, or none that the other has,
             or broken ones.
     """
     mine, theirs = _score_files(one), _score_files(other)
-    shared = [name for name in mine if name in theirs and (not tasks or name[0] in tasks)]
-    missing = [key for key in tasks if key not in {name[0] for name in shared}]
+    asked = [
+        (task.partition("=")[0], task.rpartition("=")[2]) for task in tasks or dict.fromkeys(key for key, _ in mine)
+    ]
+    shared = [
+        ((first, partial), (second, partial))
+        for first, second in asked
+        for partial in (False, True)
+        if (first, partial) in mine and (second, partial) in theirs
+    ]
+    there = {(first, second) for (first, _), (second, _) in shared}
+    missing = [task for task, pair in zip(tasks, asked) if pair not in there]
     if missing:
         raise DataError(f"{', '.join(missing)}: not scored in both {one} and {other}; score it in both, alike.")
     if not shared:
-        raise DataError(f"{one} and {other}: they have no scored set in common; score both on the same tasks.")
+        raise DataError(
+            f"{one} and {other}: they have no scored set in common; score both on the same tasks, or name two "
+            f"that are to be compared, as gqa=gqa:as_lavis."
+        )
     notes = [
         f"{key}{' (a part of it)' if partial else ''}: scored in one of the two alone; left out."
         for key, partial in sorted(() if tasks else set(mine) ^ set(theirs))
     ]
     found = {}
-    for name in shared:
-        pair = Scored.read(mine[name]), Scored.read(theirs[name])
-        found[file_name(name[0], partial=name[1])] = _pair(*pair, despite=despite)
+    for name, other_name in shared:
+        pair = Scored.read(mine[name]), Scored.read(theirs[other_name])
+        key = "=".join(dict.fromkeys((name[0], other_name[0])))
+        found[file_name(key, partial=name[1])] = {**_pair(*pair, despite=despite), "task": key}
     return found, notes
 
 
@@ -151,7 +169,15 @@ def _pair(one: Scored, other: Scored, *, despite: bool) -> dict[str, Any]:
         "of": one.result["of"],
         "partial": len(both) < one.result["of"],
         "same_recipe": same,
+        "apart": list(differences(_beside(one.result), _beside(other.result))),
     }
+
+
+def _beside(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What a score rests on besides its recipe and its weights: the model's settings, and the libraries."""
+    model = {name: value for name, value in (result.get("model") or {}).items() if name not in WHOSE}
+    towers = {name: {**model[name], "fingerprint": None} for name in ("vision", "language") if name in model}
+    return {"model": {**model, **towers}, "libraries": result.get("libraries") or {}}
 
 
 def paired_interval(
@@ -180,6 +206,18 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "…"
 
 
+def apart(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What the two runs differ in besides recipes and weights, in sentences; with the cards where not all differ so."""
+    said: dict[str, list[str]] = {}
+    for name, each in found.items():
+        for difference in each["apart"]:
+            said.setdefault(difference, []).append(name)
+    return [
+        f"{', '.join(names) + ': ' if len(names) < len(found) else ''}{difference} (A and B; in no recipe)."
+        for difference, names in said.items()
+    ]
+
+
 def tables(found: Mapping[str, Mapping[str, Any]], one: str, other: str) -> list[Table]:
     """Whole sets as one table, parts as another."""
     shown = []
@@ -203,12 +241,13 @@ def _table(found: Mapping[str, Mapping[str, Any]], one: str, other: str, where: 
             each["one"]["recipe"] if each["same_recipe"] else f"{each['one']['recipe']} / {each['other']['recipe']}"
         )
         difference = in_words({"score": each["difference"], "interval": each["interval"]}, percent)
+        sign = "" if each["difference"] is None or difference.startswith("-") else "+"
         shown.add_row(
             each["task"],
             each["metric"],
             in_words({**each["one"], **plain}, percent),
             in_words({**each["other"], **plain}, percent),
-            difference if difference.startswith("-") else f"+{difference}",
+            sign + difference,
             *(f"{count:,}" for count in each["better"]),
             samples_in_words(each),
             recipe,

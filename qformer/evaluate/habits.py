@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -46,6 +47,8 @@ class Habits:
     prefaces: dict[str, str] = field(default_factory=dict)
     """Pieces of preface, and what is written in their place."""
     rules: list[Rule] = field(default_factory=list)
+    writes: list[str] = field(default_factory=list)
+    """Cards that it lets the model write for; where they rank, their variant `generated` does that."""
 
     def __post_init__(self) -> None:
         for given in (self.presets, self.captions):
@@ -84,6 +87,16 @@ def with_habits(card: TaskCard, habits: Habits, *, encoder_decoder: bool) -> Tas
         )
     section = _asked(section, card.name, habits, kind)
     return dataclasses.replace(card, eval=section, variant="+".join(filter(None, (card.variant, f"as_{habits.name}"))))
+
+
+def unlike(cards: Iterable[TaskCard], habits: Habits) -> list[str]:
+    """In sentences, for which cards the other code would not rank."""
+    return [
+        f"{card.key}: its candidates are ranked, where {habits.name} lets the model write; "
+        f"{card.name}:generated does so."
+        for card in cards
+        if card.name in habits.writes and card.eval is not None and card.eval.answer == "rank"
+    ]
 
 
 def _asked(section: EvalCard, name: str, habits: Habits, kind: Kind) -> EvalCard:

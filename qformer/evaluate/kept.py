@@ -8,6 +8,7 @@ answered is found again whatever number of processes there were.
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -42,7 +43,9 @@ class Unfinished:
                 with suppress(ValueError, KeyError, TypeError):  # a line that something else spoilt
                     entry = json.loads(line)
                     self.found[entry["question"]] = entry
-        for found in processes.gathered([self.found]):
+        everywhere = set.intersection(*processes.gathered([set(self.found)]))
+        lacking = {name: entry for name, entry in self.found.items() if name not in everywhere}
+        for found in processes.gathered([lacking]):  # on one disk none is
             self.found |= found
         return len(self.found)
 
@@ -70,7 +73,7 @@ class Unfinished:
                 "cut": answer.cut,
             }
             if len(answer.candidates) < len(choices):
-                places = {candidate: place for place, candidate in reversed(list(enumerate(choices)))}
+                places = _places(tuple(choices))
                 entry["places"] = [places[candidate] for candidate in answer.candidates]
             lines.append(json.dumps(entry, ensure_ascii=True) + "\n")
         try:
@@ -81,6 +84,12 @@ class Unfinished:
             raise DataError(
                 f"{self.file}: answers cannot be kept ({error}); make room, or name another place."
             ) from None
+
+
+@functools.lru_cache(8)
+def _places(choices: tuple[str, ...]) -> dict[str, int]:
+    """The first place of each candidate."""
+    return {candidate: place for place, candidate in reversed(list(enumerate(choices)))}
 
 
 def forget(directory: Path, name: str) -> None:

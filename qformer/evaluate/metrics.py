@@ -22,8 +22,8 @@ from qformer.evaluate.outcome import Answer, Outcome, Places, Value, averaged, m
 from qformer.sample import Sample
 
 DRAWS = 1000
-LEAST_ANSWERS = 4
-"""With fewer annotators no answer could reach a VQA accuracy of 1."""
+LEAST_ANSWERS = 3
+"""With fewer annotators no answer could reach a VQA accuracy of 1; it takes one more where each is left out in turn."""
 RECALLS = (1, 5, 10)
 COUNTS = {"mean rank"}
 """Numbers beside a score that are no shares of one."""
@@ -58,6 +58,8 @@ class Metric:
     """Refuses samples that could not be scored together; likewise."""
     scored: bool = True
     """Whether there is a score at all; False where only a test server has the answers."""
+    reads: Callable[[Mapping[str, Any]], Normaliser] | None = None
+    """What its options make of an answer's words, where one that no reference is alike scores 0; None: less simple."""
 
 
 def checked_options(card: EvalCard, key: str) -> dict[str, Any]:
@@ -143,7 +145,7 @@ def bootstrap(
 
 def exact_match(answers: Sequence[Answer], samples: Sequence[Sample], options: Mapping[str, Any]) -> Outcome:
     """1 where an answer equals one of the references, both normalised."""
-    alike = NORMALISERS[options["normaliser"]]
+    alike = _as_words(options)
     return averaged(
         [
             float(alike(answer.text) in {alike(reference) for reference in sample.references})
@@ -157,9 +159,17 @@ def accuracy(answers: Sequence[Answer], samples: Sequence[Sample], options: Mapp
     for itself, and a generated answer of several words is read by its first if the whole is no label.  Where there are
     labels, the accuracy of each class stands beside.
     """
+    read = _as_classes(options)
+    truths = [set(map(read, sample.references)) for sample in samples]
+    scores = [float(read(answer.text) in truth) for answer, truth in zip(answers, truths, strict=True)]
+    return averaged(scores, _per_class(scores, [min(truth) for truth in truths]) if options["labels"] else {})
+
+
+def _as_classes(options: Mapping[str, Any]) -> Normaliser:
+    """Reads an answer as the class that it stands for, if it stands for one."""
     labels = {normalise.lower(word): normalise.lower(label) for word, label in options["labels"].items()}
     labels |= {label: label for label in labels.values()}
-    alike = NORMALISERS[options["normaliser"]]
+    alike = _as_words(options)
 
     def read(text: str) -> str:
         for word in (normalise.lower(text), normalise.first_word(text)) if labels else ():
@@ -167,9 +177,11 @@ def accuracy(answers: Sequence[Answer], samples: Sequence[Sample], options: Mapp
                 return labels[word]
         return alike(text)
 
-    truths = [set(map(read, sample.references)) for sample in samples]
-    scores = [float(read(answer.text) in truth) for answer, truth in zip(answers, truths, strict=True)]
-    return averaged(scores, _per_class(scores, [min(truth) for truth in truths]) if labels else {})
+    return read
+
+
+def _as_words(options: Mapping[str, Any]) -> Normaliser:
+    return NORMALISERS[options["normaliser"]]
 
 
 def _per_class(scores: Sequence[float], classes: Sequence[str]) -> dict[str, Value]:
@@ -200,16 +212,17 @@ def vqa_accuracy(answers: Sequence[Answer], samples: Sequence[Sample], options: 
 
 
 def _by_several(sample: Sample, candidates: Sequence[str], options: Mapping[str, Any]) -> None:
-    if len(sample.references) < LEAST_ANSWERS:
+    least = LEAST_ANSWERS + bool(options["leave_one_out"])
+    if len(sample.references) < least:
         raise DataError(
             f"{sample.task}, sample '{sample.id}': {len(sample.references)} reference answers, and vqa_accuracy "
-            f"needs at least {LEAST_ANSWERS} (the sets it is made for have ten); use exact_match."
+            f"needs at least {least} (the sets it is made for have ten); use exact_match."
         )
 
 
 def ivqa_accuracy(answers: Sequence[Answer], samples: Sequence[Sample], options: Mapping[str, Any]) -> Outcome:
     """min(1, matches / `needed`) over all annotators, both sides normalised: iVQA's accuracy with two of five."""
-    alike = NORMALISERS[options["normaliser"]]
+    alike = _as_words(options)
     return averaged(
         [
             min(1.0, [alike(truth) for truth in sample.references].count(alike(answer.text)) / options["needed"])
@@ -257,12 +270,11 @@ def _has_words(sample: Sample, candidates: Sequence[str], options: Mapping[str, 
 
 def auroc(answers: Sequence[Answer], samples: Sequence[Sample], options: Mapping[str, Any]) -> Outcome:
     """Area under the ROC curve of log Σ p(positive words) − log Σ p(negative words); with `pool: best` each side is its
-    likeliest word's.
+    likeliest word's.  None where all samples are of one class.
 
     A sample's own number is 1 where that difference has the sign of its class; their mean stands beside, and that of
     each class.
     """
-    _both_classes(samples, options)
     labels = np.array([_label(sample, options) for sample in samples])
     margins = np.array([_margin(answer, options) for answer in answers])
     steps, level = np.unique(margins, return_inverse=True)
@@ -348,9 +360,17 @@ def _has_its_truth(sample: Sample, candidates: Sequence[str], options: Mapping[s
 
 
 METRICS: dict[str, Metric] = {
-    "exact_match": Metric(exact_match, options={"normaliser": "lower"}, choices={"normaliser": tuple(NORMALISERS)}),
+    "exact_match": Metric(
+        exact_match,
+        options={"normaliser": "lower"},
+        choices={"normaliser": tuple(NORMALISERS)},
+        reads=_as_words,
+    ),
     "accuracy": Metric(
-        accuracy, options={"normaliser": "none", "labels": {}}, choices={"normaliser": tuple(NORMALISERS)}
+        accuracy,
+        options={"normaliser": "none", "labels": {}},
+        choices={"normaliser": tuple(NORMALISERS)},
+        reads=_as_classes,
     ),
     "vqa_accuracy": Metric(
         vqa_accuracy,
@@ -363,6 +383,7 @@ METRICS: dict[str, Metric] = {
         ivqa_accuracy,
         options={"normaliser": "lower", "needed": 2},
         choices={"normaliser": tuple(NORMALISERS)},
+        reads=_as_words,
     ),
     "cider": Metric(captions.scored_by(captions.cider_d), percent=False, fits=_has_words),
     "bleu4": Metric(captions.scored_by(captions.bleu_4), mean=False, fits=_has_words),

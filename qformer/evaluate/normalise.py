@@ -54,7 +54,7 @@ def plain(text: str) -> str:
 
 
 def lower(text: str) -> str:
-    """Lower case, without blanks or full stops at the ends."""
+    """Lower case, without blanks at the ends or full stops behind."""
     return plain(text).lower().rstrip(". ")
 
 

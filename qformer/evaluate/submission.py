@@ -29,7 +29,7 @@ def written(form: str, keys: Sequence[Any], samples: Sequence[Sample], answers: 
 
 
 def vqa(records: Iterator[Record]) -> list[Mapping[str, Any]]:
-    """VQAv2, OKVQA and TextVQA: `[{"question_id": 1, "answer": "…"}]`."""
+    """VQAv2 and TextVQA: `[{"question_id": 1, "answer": "…"}]`."""
     return [{"question_id": _number(key, sample), "answer": answer.text} for key, sample, answer in records]
 
 

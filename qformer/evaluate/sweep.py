@@ -12,7 +12,7 @@ from qformer.errors import ConfigError
 from qformer.evaluate.files import write_json
 from qformer.evaluate.kept import forget
 from qformer.evaluate.metrics import METRICS
-from qformer.evaluate.run import file_name, in_words, samples_in_words
+from qformer.evaluate.run import file_name, in_words, kept_under, samples_in_words
 from qformer.processes import Processes
 from qformer.text import load_templates
 
@@ -31,19 +31,21 @@ def prompts(card: TaskCard) -> list[str]:
     return load_templates(card.eval.template).templates
 
 
-def check(cards: Mapping[str, TaskCard]) -> None:
-    """Refuse cards none of which has a choice of prompts.
+def check(cards: Mapping[str, TaskCard]) -> list[str]:
+    """Refuse cards none of which has a choice of prompts; a sentence about each that has none, if others have.
 
     Raises:
         ConfigError: each lists one alone.
     """
-    if all(len(prompts(card)) < 2 for card in cards.values()):
-        card = next(iter(cards.values()))
-        assert card.eval is not None, card.key
-        raise ConfigError(
-            f"the card '{card.key}': its template '{card.eval.template}' lists one prompt alone, so there is nothing "
-            f"to sweep; list others behind it in the template's file."
-        )
+    alone = [
+        f"the card '{card.key}': its template '{card.eval.template}' lists one prompt alone, so there is nothing to "
+        f"sweep; list others behind it in the template's file."
+        for card in cards.values()
+        if card.eval is not None and len(prompts(card)) < 2
+    ]
+    if len(alone) == len(cards):
+        raise ConfigError(alone[0])
+    return alone
 
 
 def sweep(
@@ -58,15 +60,15 @@ def sweep(
         for key, result in results.items():
             found[key].append({"prompt": chosen[key], **{name: result[name] for name in KEPT}})
     content = {key: {"task": key, **_summary(each)} for key, each in found.items()}
-    for key, each in content.items() if processes.first else ():
-        name = file_name(key, partial=each["partial"])
-        write_json(directory / FOLDER / f"{name}.json", each)
-        for number in range(len(each["prompts"])):
-            forget(directory / FOLDER / str(number), name)
+    for key, each in content.items():
+        if processes.first:
+            write_json(directory / FOLDER / f"{file_name(key, partial=each['partial'])}.json", each)
+        for number, one in enumerate(each["prompts"]):  # on the disk of every machine
+            forget(directory / FOLDER / str(number), kept_under(key, one))
     return content
 
 
-KEPT = ("score", "interval", "samples", "of", "partial", "recipe", "metric", "title")
+KEPT = ("score", "interval", "samples", "broken", "of", "partial", "recipe", "metric", "title")
 
 
 def _summary(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +24,7 @@ from qformer.errors import ConfigError, TrainingError, did_you_mean
 from qformer.processes import PATIENCE, Processes, in_turn
 from qformer.rollcall import roll_call
 from qformer.sample import Batch, row_length
-from qformer.train import checkpoint, monitors
+from qformer.train import caching, checkpoint, monitors
 from qformer.train.lock import locked
 from qformer.train.optim import learning_rate, optimizer_for
 from qformer.train.step import NotFiniteError, StepReport, train_step
@@ -35,6 +35,8 @@ VALIDATION = "validation"
 DATA_FILE = "data.json"
 """What the run reads: by set, hashes of card and templates, and the number of records."""
 Value = TypeVar("Value")
+MANY_STEPS, LONG_WAIT = 100, 0.03
+"""A share of the time spent waiting for data that is worth a word, after so many steps."""
 PROVEN_STEPS = 3
 """Steps at the start whose trained tokens are decoded and compared with their targets."""
 
@@ -116,10 +118,11 @@ def _train(
     optimizer = optimizer_for(model.trainable(), settings.train)
     start = checkpoint.restore(last[0], model, optimizer) if last else 0
     wrapped = accelerator.prepare_model(model, device_placement=False)
+    kept = caching.opened(settings, model, say)
     maker = StepMaker(
         mixture,
         sources,
-        model.assembler(training=True),
+        model.assembler(training=True, cache=kept.cache if kept else None),
         batch_size=settings.train.batch_size,
         steps=settings.train.steps,
         soft_tokens=settings.qformer.queries,
@@ -152,6 +155,9 @@ def _train(
     if first_process:
         for line in lossy_targets(model.language.tokenizer, sources, settings.seed):
             say(line)
+    if kept:
+        together = Processes(accelerator.process_index, accelerator.num_processes)
+        together.agreed(lambda: caching.announce(kept, maker, settings, start, say) if first_process else None)
 
     alarm = monitors.BlindnessAlarm()
     dummy = maker.assembler.dummy(model.vision.settings.size)
@@ -168,11 +174,14 @@ def _train(
             if int(accelerator.reduce(owed, "sum")):
                 validation(start)  # it was cut off by whatever ended the run before
         began = time.perf_counter()
-        for data in loader:
+        supply = _Supply(loader)
+        for data in supply:
             step = data.step
             if data.error is not None:
                 raise data.error
             _note_broken(run, data, accelerator.process_index)
+            if kept:
+                data.batches = kept.complete(data.batches, data.tally)
             if step - start < PROVEN_STEPS:
                 proof.check(maker, data)
             report = _one_step(step, settings, wrapped, model, data, dummy, optimizer, accelerator)
@@ -182,19 +191,22 @@ def _train(
             if settings.train.monitor_every and done % settings.train.monitor_every == 0:
                 with model.together():
                     if data.batches:
-                        values |= monitors.readings(model, max(data.batches, key=lambda batch: len(batch.pixels)))
+                        values |= monitors.readings(model, max(data.batches, key=lambda batch: batch.pictures))
                 for warning in alarm(values) if values else ():
                     say(f"step {done}: {warning}")
                 began = time.perf_counter()
             cut = int(accelerator.reduce(torch.tensor(data.truncations.texts, device=accelerator.device), "sum"))
             if values or cut or done % settings.train.log_every == 0 or done == settings.train.steps:
-                values |= _readings(report, data, settings, seconds, accelerator.num_processes) | {"truncations": cut}
+                values |= _readings(report, data, settings, seconds, accelerator.num_processes)
+                values |= {"waited": supply.waited / seconds, "truncations": cut}
                 lines.write({"step": done, **values})
                 if settings.train.log_with:
                     accelerator.log(values, step=done)
             advance(report.loss, settings.train.batch_size / seconds)
             # A step that is validated has a checkpoint too: a run that is ended in between goes on with validating.
             if done % settings.train.checkpoint_every == 0 or done == settings.train.steps or validation.due(done):
+                if kept:
+                    kept.flush()
                 if first_process:
                     checkpoint.save(run, done, model, optimizer, settings.train.keep_checkpoints)
                 if validation.due(done):
@@ -202,9 +214,11 @@ def _train(
                 accelerator.wait_for_everyone()
                 began = time.perf_counter()
     accelerator.wait_for_everyone()
+    if kept:
+        say(caching.summary(kept, accelerator))
     if first_process:
         write_mixture(run, maker)
-        for line in (*_broken_summary(run), *_truncation_summary(run)):
+        for line in (*_broken_summary(run), *_truncation_summary(run), *supply.summary(settings.data.workers)):
             say(line)
     if settings.train.log_with:
         accelerator.end_training()
@@ -296,6 +310,32 @@ def check_trackers(names: list[str]) -> None:
             raise ConfigError(f"train.log_with: unknown tracker '{name}'.{did_you_mean(name, known)}")
         if name not in {str(each) for each in get_available_trackers()}:
             raise ConfigError(f"train.log_with: the package of '{name}' is not installed; run pip install {name}.")
+
+
+class _Supply:
+    """What each step is given, and the seconds that were waited for it: `waited` for the last one."""
+
+    def __init__(self, loader: Iterable[StepData]):
+        self.loader, self.waited = loader, 0.0
+        self.steps, self.all_waited, self.began = 0, 0.0, time.perf_counter()
+
+    def __iter__(self) -> Iterator[StepData]:
+        steps = iter(self.loader)
+        while True:
+            began = time.perf_counter()
+            data = next(steps, None)
+            self.waited = time.perf_counter() - began
+            if data is None:
+                return
+            self.steps, self.all_waited = self.steps + 1, self.all_waited + self.waited
+            yield data
+
+    def summary(self, workers: int) -> list[str]:
+        """What may be done where steps waited long, if there are cores that would do it."""
+        share = self.all_waited / max(1e-9, time.perf_counter() - self.began)
+        if self.steps < MANY_STEPS or share < LONG_WAIT or (os.cpu_count() or 1) <= workers + 1:
+            return []
+        return [f"{100 * share:.0f} % of the time was spent waiting for data; raise data.workers, which is {workers}"]
 
 
 def _one_step(

@@ -54,7 +54,7 @@ def with_others_pictures(batch: Batch) -> Batch | None:
     """The batch with every read moved on by the same number of pictures, the least that leaves no row a picture of its
     own (a row may have several: frames of a film are nearly alike); None where there is no such number.
     """
-    pictures = len(batch.pixels)
+    pictures = batch.pictures
     rows = [{batch.reads[piece.read].picture for piece in row if isinstance(piece, Slot)} for row in batch.rows]
     for step in range(1, pictures):
         if not any((picture + step) % pictures in own for own in rows for picture in own):
