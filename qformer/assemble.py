@@ -129,7 +129,8 @@ class Assembler:
         began = time.perf_counter()
         content: bytes | None = None
         if self.cache is not None:
-            with suppress(OSError, DataError):  # `load_image` has sentences for these
+            # `load_image` has sentences for what is suppressed; a pipe in the picture's place would not come to it.
+            with images.in_time(f"{where}: the picture {picture}"), suppress(OSError, DataError):
                 content = images.content_of(picture)
         name = "" if content is None else hashlib.sha256(content).hexdigest()
         if (known := self._kept([name], began)) is not None:

@@ -475,12 +475,15 @@ def test_the_summary_of_broken_records_is_of_all_processes_and_all_starts(make, 
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in the file system")
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_picture_that_takes_for_ever_is_a_broken_record(make, data, monkeypatch, workers):
+@pytest.mark.parametrize(("workers", "cached"), [(0, False), (1, False), (0, True)])
+def test_a_picture_that_takes_for_ever_is_a_broken_record(make, data, tmp_path, monkeypatch, workers, cached):
     monkeypatch.setattr(images, "PATIENCE", 0.3)
     (data / "pictures" / "3.png").unlink()
     os.mkfifo(data / "pictures" / "3.png")
     changes = ("train.steps=8", f"data.workers={workers}")
+    if cached:
+        still = ("vision.train_transform.mode=squash", "vision.train_transform.flip=0")
+        changes = (*changes, *still, f"vision.cache={tmp_path / 'features'}")
     with pytest.raises(DataError, match=r"3\.png is not open after 0\.3 seconds; check the file, and the disk"):
         run(make(*changes, name="strict"))
     directory = run(make(*changes, "data.on_error=skip", name="lenient"))

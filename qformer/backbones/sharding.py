@@ -102,9 +102,10 @@ class Shards:
         """FSDP2 notes the order of blocks for a backward pass, which behind answers never comes to clear it."""
         from torch.distributed.fsdp import fully_shard
 
+        known: Any = fully_shard
         with suppress(AttributeError):  # its own affair, and only a matter of bytes
             for block in [self._tower, *chain.from_iterable(self.blocks)]:
-                state: Any = fully_shard.state(block)  # type: ignore[attr-defined]
+                state = known.state(block)
                 state._comm_ctx.post_forward_order.clear()
                 if state._fsdp_param_group is not None:
                     state._fsdp_param_group._post_forward_indices.clear()
