@@ -169,7 +169,7 @@ def _pair(one: Scored, other: Scored, *, despite: bool) -> dict[str, Any]:
         "of": one.result["of"],
         "partial": len(both) < one.result["of"],
         "same_recipe": same,
-        "apart": list(differences(*map(_beside, (one.result, other.result)))),
+        "apart": list(differences(_beside(one.result), _beside(other.result))),
     }
 
 
