@@ -106,7 +106,7 @@ def test_variants_are_scored_on_the_same_part_and_compared_as_a_pair(tmp_path: P
         card = tmp_path / "colours.yaml"
         card.write_text(card.read_text() + "variants: {short: {eval: {metric_options: {normaliser: lower}}}}\n")
         chosen = cards.load_all([f"{card}{variant}"], "eval")
-        given = {"quiet": True, "say": lambda line: None, "limit": 20, "directory": tmp_path / where}
+        given: dict[str, Any] = {"quiet": True, "say": str, "limit": 20, "directory": tmp_path / where}
         return score(Unsure(wrong), chosen, tmp_path, **given)[key]
 
     one, other = part("colours", "one", 3, ""), part("colours:short", "other", 3, ":short")

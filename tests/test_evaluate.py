@@ -157,9 +157,9 @@ def test_a_vocabulary_that_questions_share_is_looked_through_once() -> None:
             looked.append(f"strip {self}")
             return super().strip(*given)
 
-        def encode(self, *given: Any) -> bytes:
+        def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
             looked.append(f"encode {self}")
-            return super().encode(*given)
+            return super().encode(encoding, errors)
 
     given = cards.EvalCard("jsonl", {}, "instruction", "test", "rank", "accuracy")
     words = (Word("shared one"), Word("shared two"))

@@ -36,7 +36,8 @@ def card(section: EvalCard = SECTION, **changes: Any) -> TaskCard:
 
 
 def asked(name: str, **changes: Any) -> Question:
-    given = {"instruction": f"q {name}", "references": (f"a {name}",), "candidates": ("a", name), **changes}
+    given: dict[str, Any] = {"instruction": f"q {name}", "references": (f"a {name}",), "candidates": ("a", name)}
+    given |= changes
     sample = Sample(f"gqa/testdev/{name}", "gqa", (Path("a.png"),), references=given["references"])
     return Question(sample, Rendered(given["instruction"], history=given.get("history", ())), given["candidates"])
 

@@ -107,7 +107,7 @@ def compared(results: Mapping[str, Mapping[str, Any]], published: Published, row
         elif result["partial"]:
             left_out.append(
                 f"{key}: {result['samples']:,} of {result['of']:,} samples were scored, and a part of a set does not "
-                f"stand beside a whole one; leave out --limit."
+                f"stand beside a whole one; leave out --limit, or mend what is broken."
             )
         elif result["published_size"] not in (None, result["of"]):
             left_out.append(
