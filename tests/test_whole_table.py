@@ -21,9 +21,10 @@ from qformer.errors import DataError
 from qformer.evaluate import metrics
 from qformer.evaluate.metrics import METRICS
 from qformer.evaluate.run import in_words
+from qformer.processes import Processes
 from qformer.train import loop
 from tests import fixtures, world
-from tests.test_spread import Threads, predictions, scored, together
+from tests.test_spread import predictions, scored, together
 
 BASELINES = ("shuffled", "most_frequent", "chance")
 
@@ -121,7 +122,7 @@ def test_batches_of_one_two_processes_and_an_interruption_change_nothing(
             _after(model, name, 9)
     where = f"{run.name}-again"
 
-    def asked(processes: Threads) -> dict[str, Any]:
+    def asked(processes: Processes) -> dict[str, Any]:
         given = {"cards": chosen(), "batch_size": 1, "shuffled": False}
         return scored(root, models[processes.index], where, processes=processes, **given)
 
