@@ -301,8 +301,11 @@ def test_a_published_mean_stands_beside_ours_where_all_its_cards_were_scored_who
     [cells] = zip(*(column.cells for column in table.columns))
     assert cells[:6] == ("held_in", "mean", "92.5", "98.8*", "-6.3", "50,312")
     assert cells[7] == "mean over coco_caption, okvqa, aokvqa, textcaps"
-    for spoiled in ({**ours, "okvqa": result(partial=True)}, {**ours, "okvqa": result(score=None)}, {"gqa": result()}):
-        table, _ = published.compared(spoiled, paper, "vicuna7b_no_balancing")
+    spoiled = [
+        {**ours, "okvqa": result(**change)} for change in ({"partial": True}, {"score": None}, {"published_size": 3})
+    ]
+    for given in (*spoiled, {"gqa": result(published_size=None)}):
+        table, _ = published.compared(given, paper, "vicuna7b_no_balancing")
         assert "mean" not in [cell for column in table.columns for cell in column.cells]
     means = {name: row.averages["held_in"] for name, row in paper.rows.items() if row.averages}
     assert means == {

@@ -7,6 +7,7 @@ torchrun, in tests/test_spread.py.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -15,15 +16,22 @@ from typing import Any
 import pytest
 
 from qformer import cards, cli, loading
+from qformer.cards import TaskCard
 from qformer.errors import DataError
 from qformer.evaluate import metrics
 from qformer.evaluate.metrics import METRICS
 from qformer.evaluate.run import in_words
+from qformer.processes import Processes
 from qformer.train import loop
 from tests import fixtures, world
-from tests.test_spread import Threads, predictions, scored, together
+from tests.test_spread import predictions, scored, together
 
 BASELINES = ("shuffled", "most_frequent", "chance")
+
+
+@functools.cache
+def chosen() -> dict[str, TaskCard]:
+    return cards.load_all(["held_out"], "eval")
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +78,9 @@ def score_file(run: Path, name: str) -> dict[str, Any]:
 @FAMILIES
 def test_held_out_is_thirteen_rows_with_metric_baselines_interval_and_recipe(run: Path, said: str) -> None:
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in said.splitlines() if line.startswith("│")]
-    assert [row[0] for row in rows] == list(cards.load_all(["held_out"], "eval")) and len(rows) == 13
+    assert [row[0] for row in rows] == list(chosen()) and len(rows) == 13
     for name, metric, *shown in rows:
-        card, result = cards.load(name).eval, score_file(run, name)
+        card, result = chosen()[name].eval, score_file(run, name)
         assert card is not None and metric == card.metric == result["metric"]
         percent = METRICS[metric].percent
         values = [result, *(result[baseline] for baseline in BASELINES)]
@@ -108,22 +116,21 @@ def test_batches_of_one_two_processes_and_an_interruption_change_nothing(
 ) -> None:
     """The table's batches were of up to thirty-two, asked by one process at once."""
     monkeypatch.setattr(metrics, "DRAWS", 100)
-    chosen = cards.load_all(["held_out"], "eval")
     models = [loading.load(run, report=lambda _: None) for _ in range(2)]
     for model in models:
         for name in ("answer", "rank_samples"):
             _after(model, name, 9)
     where = f"{run.name}-again"
 
-    def asked(processes: Threads) -> dict[str, Any]:
-        given = {"cards": chosen, "batch_size": 1, "shuffled": False}
+    def asked(processes: Processes) -> dict[str, Any]:
+        given = {"cards": chosen(), "batch_size": 1, "shuffled": False}
         return scored(root, models[processes.index], where, processes=processes, **given)
 
     results, failed = together(2, asked), 0
     while any(isinstance(each, Exception) for each in results) and failed < 5:
         results, failed = together(2, asked), failed + 1
     assert failed >= 2
-    assert results[0] == results[1] and set(results[0]) == set(chosen)
+    assert results[0] == results[1] and set(results[0]) == set(chosen())
     mine, theirs = predictions(root / where), predictions(run / "eval")
     assert set(mine) == set(theirs) and len(mine) == 13
     for name, lines in mine.items():

@@ -134,9 +134,9 @@ def compared(results: Mapping[str, Mapping[str, Any]], published: Published, row
             )
     for average, theirs in chosen.averages.items():
         whole = [results[key] for key in published.averages[average] if key in results]
-        if len(whole) == len(published.averages[average]) and not any(
-            result["partial"] or result["score"] is None for result in whole
-        ):
+        lacking = [each for each in whole if each["partial"] or each["score"] is None]
+        other = [each for each in whole if each.get("published_size") not in (None, each["of"])]
+        if len(whole) == len(published.averages[average]) and not lacking and not other:
             ours = sum(100 * result["score"] for result in whole) / len(whole)
             counts = f"{sum(result['samples'] for result in whole):,}"
             over = f"mean over {', '.join(published.averages[average])}"
