@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 from pathlib import Path
@@ -146,6 +147,16 @@ def test_every_held_in_card_has_its_forms_for_the_ablation_without_templates(nam
         assert templates[0] in ("", "{question}", "{answer}", "{instruction}")
     assert [piece for piece in named.preface if piece not in plain.preface] == [named.preface[0]]
     assert named.preface[0].startswith("[") and ":" in named.preface[0] and named.preface[0].endswith("]")
+
+
+@pytest.mark.parametrize("name", ["vqav2", "okvqa", "aokvqa", "vqg_vqav2", "vqg_okvqa", "vqg_aokvqa"])
+@pytest.mark.parametrize("rule", ["sampled", "uniform_distinct"])
+def test_which_of_several_answers_is_trained_on_is_a_variant(name: str, rule: str) -> None:
+    card, plain = load(f"{name}:{rule}"), load(name)
+    assert card.train and plain.train and plain.train.answer == "most_frequent"
+    assert dataclasses.asdict(card.train) == {**dataclasses.asdict(plain.train), "answer": rule}
+    assert card.eval == plain.eval
+    assert any(f"`{rule}`" in note for note in plain.notes)
 
 
 @pytest.mark.parametrize(
