@@ -10,6 +10,7 @@ from typing import Any
 
 from qformer.data.records import Records
 from qformer.data.streams import iterate_lines
+from qformer.data.values import identifies, shown
 from qformer.errors import ConfigError, DataError
 from qformer.sample import Packed, Sample, Turn, Video
 from qformer.videos import ENDINGS
@@ -64,6 +65,8 @@ class JsonLines(Records):
             raise DataError(
                 "holds no JSON object; it must be of the form {'id': …, 'image': …, 'instruction': …, 'target': …}"
             )
+        if not identifies(row["id"]):
+            raise DataError(f"'id' is {shown(row['id'])}; it must be text or a number")
         given = next((name for name in ("video", "images", "image") if name in row), "image")
         if given == "video" and ("image" in row or "images" in row):
             raise DataError("it has a 'video' and pictures beside it; name all it is about as 'images'")

@@ -54,8 +54,7 @@ class CocoCaptions(Records):
         annotations = ((row.get("id"), row) for row in iterate_json(self.file, "annotations"))
         for _, row in self.first(annotations, "among 'annotations'"):
             captions.setdefault(row["image_id"], []).append(row)
-        for name, said in captions.items():
-            yield name, [pictures.get(name), said]
+        yield from self.once((name, [pictures.get(name), said]) for name, said in captions.items())
 
     def _sample(self, key: Any, row: Any) -> Sample:
         picture, annotations = row

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from qformer.cards import MEDIA
 from qformer.data.index import Entry, Index, encoded, in_memory
 from qformer.data.pictures import Pictures
+from qformer.data.values import identifies, shown
 from qformer.errors import ConfigError, DataError, did_you_mean
 from qformer.sample import FRAMES, Packed, Sample, Video
 from qformer.videos import ENDINGS
@@ -114,12 +115,15 @@ class Records(ABC):
         return DataError(f"{self.file}, {self.numbering} {_printable(key)}: {_printable(problem)}.")
 
     def once(self, pairs: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
-        """Keys and rows as they come; a record whose key an earlier one has is noted as broken."""
+        """Keys and rows as they come; a record whose key is none, or one that an earlier has, is noted as broken."""
         seen: set[Any] = set()
         for place, (key, row) in enumerate(pairs):
-            if key in seen:
+            if not identifies(key):
+                self.broken[place] = self.at_fault(key, f"its id is {shown(key)}; it must be text or a number")
+            elif key in seen:
                 self.broken[place] = self.at_fault(key, "an earlier record has the same id")
-            seen.add(key)
+            else:
+                seen.add(key)
             yield key, row
 
     def first(self, parts: Iterable[tuple[Any, Any]], where: str) -> Iterator[tuple[Any, Any]]:

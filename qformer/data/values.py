@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,6 +37,11 @@ def answers(value: Any, what: str, *, blank: bool = False) -> tuple[str, ...]:
             each = str(each)
         found.append("" if blank and isinstance(each, str) and not each.strip() else text(each, f"one of {what}"))
     return tuple(found)
+
+
+def identifies(value: Any) -> bool:
+    """Whether a value can be an id: text or a number, but no NaN, which does not even equal itself."""
+    return isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def several(value: Any, what: str) -> list[Any]:

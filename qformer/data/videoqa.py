@@ -105,12 +105,14 @@ class IVQA(_Videos):
     def _read(self) -> Iterator[tuple[Any, Any]]:
         kept = ("video_id", "start", "end", "question", *ANSWERS)
         for place, row in enumerate(read_table(self.file)):
-            yield place, {name: row[name] for name in kept if name in row}
+            yield place, {name: row[name] for name in kept if name in row} | {"short": None in row.values()}
 
     def _sample(self, key: Any, row: Any) -> Sample:
         name = words(row, "video_id")
         names = [name, *([f"{name}_{row['start']}_{row['end']}"] if row.get("start") and row.get("end") else ())]
         fields = {"question": words(row, "question"), "image_id": names[-1]}
+        if row["short"]:
+            raise DataError("it has fewer columns than the table's head; was the download cut short?")
         given = [row[column] for column in ANSWERS if row.get(column)]
         said = answers(given, " to ".join((ANSWERS[0], ANSWERS[-1])))
         return Sample(self.id(key), self.task, self.video(*names), fields, references=said, candidates=self.vocabulary)
