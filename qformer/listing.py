@@ -13,7 +13,8 @@ from qformer.cards import TaskCard
 
 def table() -> Table:
     """Every shipped card: role, size, reader, prompt, metric, and p_d at the published sizes (four decimals)."""
-    shown = Table(title="task cards", title_justify="left")
+    counted = "samples: S_d of sets that are trained on, what is scored of those held out"
+    shown = Table(title="task cards", title_justify="left", caption=counted, caption_justify="left")
     for column in ("card", "role", "samples", "p_d", "reader", "metric", "prompt"):
         side: Literal["right", "left"] = "right" if column in ("samples", "p_d") else "left"
         shown.add_column(column, justify=side, no_wrap=column != "prompt")

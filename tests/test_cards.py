@@ -128,6 +128,8 @@ def test_the_table_lists_thirteen_held_in_sets_with_their_sizes_and_shares() -> 
 
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(listing.table())
+    counted = "samples: S_d of sets that are trained on, what is scored of those held out"
+    assert counted in console.export_text(clear=False)
     rows = [line.split("│") for line in console.export_text(clear=False).splitlines() if "held-in" in line]
     shown = {cells[1].strip(): (cells[3].strip(), cells[4].strip()) for cells in rows}
     assert set(shown) == set(HELD_IN)
@@ -157,6 +159,18 @@ def test_which_of_several_answers_is_trained_on_is_a_variant(name: str, rule: st
     assert dataclasses.asdict(card.train) == {**dataclasses.asdict(plain.train), "answer": rule}
     assert card.eval == plain.eval
     assert any(f"`{rule}`" in note for note in plain.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("aokvqa", "since its questions are multiple-choice"),
+        ("ocrvqa", "full stop from TextVQA's zero-shot prompt"),
+        ("textcaps", "full stop from TextVQA's zero-shot prompt"),
+    ],
+)
+def test_a_card_says_what_speaks_against_its_choice(name: str, words: str) -> None:
+    assert sum(words in note for note in load(name).notes) == 1
 
 
 @pytest.mark.parametrize(
