@@ -162,10 +162,13 @@ def predict(
                 asked += 1
             advance(len(batch))
 
+    def ask_together(starts: Sequence[int]) -> None:
+        with getattr(model, "together", nullcontext)():  # processes that hold an LLM in parts have unlike batches
+            ask(starts)
+
     starts = range(0, len(questions), batch_size)
-    with getattr(model, "together", nullcontext)():  # processes that hold an LLM in parts have unlike batches
-        for begin in range(0, len(starts), ROUND * processes.count):
-            processes.agreed(functools.partial(ask, starts[begin : begin + ROUND * processes.count]))
+    for begin in range(0, len(starts), ROUND * processes.count):
+        processes.agreed(functools.partial(ask_together, starts[begin : begin + ROUND * processes.count]))
     found = dict(processes.gathered(list(answers.items())))
     return [found[each.key] for each in questions]
 
