@@ -236,7 +236,7 @@ def equal_to_one(
 
 def test_two_processes_equal_one(root: Path, alone: dict[str, Any], tmp_path: Path) -> None:
     """gloo under torchrun, DDP with the LLM whole and in parts: unequal token counts, micro-batches and questions."""
-    equal_to_one(root, alone, tmp_path, [f"--master_port={PORT}", "--nproc_per_node=2"], kinds=("llama", "t5"))
+    equal_to_one(root, alone, tmp_path, [f"--master_port={PORT}", "--nproc_per_node=2"], kinds=("llama",))
 
 
 @pytest.mark.slow

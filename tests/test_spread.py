@@ -454,6 +454,7 @@ def towers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("towers")
 
 
+@pytest.mark.slow  # of one card each: `tests/test_many.py`
 def test_two_processes_equal_one(pictures: Path, towers: Path) -> None:
     """gloo under torchrun, both kinds of LLM, ranking and generating: the same bytes, and each question asked once."""
     alone = {family: scored_whole(pictures, build(pictures, towers, family), f"one-{family}", 4) for family in FAMILIES}
