@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from qformer import __version__, config, exporting, features, modelcard, starting, weights
 from qformer.assemble import Assembler, Item
-from qformer.backbones import sharding
+from qformer.backbones import precision, sharding
 from qformer.backbones.language import LanguageTower
 from qformer.backbones.vision import FrozenTower, OwnTower, VisionSettings
 from qformer.cards import Decoding
@@ -82,8 +82,12 @@ class VLM(nn.Module):
         return self.objective.sums(self, batch)
 
     def encode(self, pixels: Tensor) -> Tokens:
-        """(B, 3, H, W) -> tokens (B, P, V) of the frozen encoder, in the connector's dtype; no gradient is kept."""
-        with torch.no_grad():
+        """(B, 3, H, W) -> tokens (B, P, V) of the frozen encoder, in the connector's dtype; no gradient is kept.
+
+        An encoder in float16 computes in it, whatever autocast says.
+        """
+        first = next(self.vision.parameters(), None)
+        with torch.no_grad(), precision.in_own(None if first is None else first.dtype, self.device):
             tokens = self.vision(pixels.to(self.device))
         return tokens._replace(values=tokens.values.to(self.connector.dtype))
 

@@ -40,6 +40,7 @@ def test_the_page_stands_alone(finished):
     assert not re.search(r"(?:src|href|url)\s*[=(]\s*[\"']?(?:https?:)?//", page)
 
 
+@pytest.mark.slow
 def test_the_full_mixture_takes_the_same_path(tmp_path, monkeypatch, capsys):
     """`qformer demo --full` with few steps and questions, on few pictures: 26 sets are drawn from or scored."""
 

@@ -405,6 +405,7 @@ def language_of(run: RunConfig, family: str) -> str:
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_papers_run_is_planned_with_neither_hub_nor_data(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

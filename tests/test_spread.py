@@ -71,7 +71,7 @@ scored(Path(sys.argv[1]), Mortal(int(sys.argv[2])), "killed")
 """
 
 
-@pytest.mark.parametrize("section", [RANK, GENERATE])
+@pytest.mark.parametrize("section", [RANK, pytest.param(GENERATE, marks=pytest.mark.slow)])
 def test_a_killed_evaluation_goes_on_and_equals_one_that_was_not(tmp_path: Path, section: str) -> None:
     """SIGKILL at the fourth batch of one pass and at the third of the other; a line cut short besides."""
     world(tmp_path, section)

@@ -306,15 +306,16 @@ def test_going_on_equals_never_stopping(make):
     assert [json.loads(line)["loss"] for line in first] == [json.loads(line)["loss"] for line in second]
 
 
-def test_killed_at_random_steps_the_run_ends_bit_equal(make, tmp_path):
-    """Five SIGKILLs at random moments, restarted each time."""
+@pytest.mark.parametrize("wanted", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_killed_at_random_steps_the_run_ends_bit_equal(make, tmp_path, wanted):
+    """SIGKILLs at random moments, restarted each time."""
     changes = ("train.steps=40", "train.checkpoint_every=3", "qformer.dropout=0.1")
     whole = run(make(*changes, name="whole"))
     killed = make(*changes, name="killed")
     command = [sys.executable, "-m", "qformer", "train", str(tmp_path / "killed.yaml"), *changes]
     chance = random.Random(3)
     kills = 0
-    while kills < 5:
+    while kills < wanted:
         before = progress(killed.directory)
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         target = min(38, before + chance.randint(1, 8))

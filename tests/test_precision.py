@@ -1,0 +1,31 @@
+"""Frozen towers in half precision under autocast to the other half, as the paper's runs have them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qformer import loading
+from tests import world
+from tests.test_many import maker_of
+
+
+@pytest.mark.parametrize(("vision", "language"), [("float16", "bfloat16"), ("float32", "float16")])
+def test_a_tower_in_float16_is_trained_in_front_of_and_behind(tmp_path: Path, vision: str, language: str) -> None:
+    """Torch refuses to mix both halves; the loss is that without autocast, as near as bfloat16 comes."""
+    world.write_pictures(tmp_path / "data", count=6)
+    changes = (f"vision.dtype={vision}", f"language.dtype={language}")
+    model = loading.build(
+        world.settings(tmp_path / "towers", tmp_path / "data", tmp_path / "run", *changes), report=lambda line: None
+    )
+    [batch] = maker_of(model.settings, model, batch_size=4, micro_batch_tokens=None, rank=0, ranks=1)[0].batches
+    with torch.no_grad():
+        plain = float(model(batch)["answer"])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(batch)["answer"]
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(plain, rel=2e-2)
+    gradients = [each.grad for each in model.trainable().values() if each.grad is not None]
+    assert all(each.isfinite().all() for each in gradients) and any(each.any() for each in gradients)
