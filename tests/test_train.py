@@ -21,6 +21,7 @@ from qformer.backbones.language import DecoderOnly
 from qformer.config import TrainConfig
 from qformer.data.batch import StepMaker, mixture_of, open_sources
 from qformer.errors import ConfigError, DataError, TrainingError
+from qformer.processes import Processes
 from qformer.sample import row_length
 from qformer.train import checkpoint, lock, loop, monitors, optim
 from qformer.train.step import NotFiniteError, train_step
@@ -728,19 +729,17 @@ def test_processes_open_their_data_in_turn_and_none_waits_for_one_that_failed(
     class State:
         num_processes, is_main_process, is_local_main_process = 4, first_of_all, first_here
 
-        def __init__(self, cpu):
-            pass
-
         def wait_for_everyone(self):
             waits.append("wait")
 
-    monkeypatch.setattr(loop, "PartialState", State)
-    assert loop._in_turn(lambda: len(waits)) == mine
+    monkeypatch.setattr("accelerate.PartialState", State)
+    processes = Processes(mine, State.num_processes)
+    assert processes.in_turn(lambda: len(waits)) == mine
     assert len(waits) == 3
 
     def fail():
         raise DataError("the file is cut short")
 
     with pytest.raises(DataError, match="cut short"):
-        loop._in_turn(fail)
+        processes.in_turn(fail)
     assert len(waits) == 6

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -21,7 +21,7 @@ from qformer.data.batch import StepData, StepMaker, mixture_of, open_sources
 from qformer.data.index import Index
 from qformer.data.proof import LabelProof, lossy_targets
 from qformer.errors import ConfigError, TrainingError, did_you_mean
-from qformer.processes import PATIENCE, Processes, in_turn
+from qformer.processes import PATIENCE, Processes
 from qformer.rollcall import roll_call
 from qformer.sample import Batch, row_length
 from qformer.train import caching, checkpoint, monitors
@@ -34,7 +34,6 @@ VALIDATION = "validation"
 """The key of a validation's mean in metrics.jsonl; `validation/TASK` are its parts."""
 DATA_FILE = "data.json"
 """What the run reads: by set, hashes of card and templates, and the number of records."""
-Value = TypeVar("Value")
 MANY_STEPS, LONG_WAIT = 100, 0.03
 """A share of the time spent waiting for data that is worth a word, after so many steps."""
 PROVEN_STEPS = 3
@@ -91,7 +90,7 @@ def _train(
     run = settings.directory
     task_cards, multipliers = cards.mixture(settings.data)
     index = Index(Path(settings.data.root), settings.data.index, say=say)
-    sources = _in_turn(
+    sources = processes.in_turn(
         lambda: open_sources(task_cards, Path(settings.data.root), on_error=settings.data.on_error, index=index)
     )
     mixture = mixture_of(sources, settings.data, multipliers, settings.seed)
@@ -156,8 +155,7 @@ def _train(
         for line in lossy_targets(model.language.tokenizer, sources, settings.seed):
             say(line)
     if kept:
-        together = Processes(accelerator.process_index, accelerator.num_processes)
-        together.agreed(lambda: caching.announce(kept, maker, settings, start, say) if first_process else None)
+        processes.agreed(lambda: caching.announce(kept, maker, settings, start, say) if first_process else None)
 
     alarm = monitors.BlindnessAlarm()
     dummy = maker.assembler.dummy(model.vision.settings.size)
@@ -242,11 +240,6 @@ def _check_engine() -> None:
 def _join_processes(*, patient: bool) -> PartialState:
     """Joined before anything else, since their patience cannot be changed later: they may wait for a validation."""
     return PartialState(cpu=not torch.cuda.is_available(), **({"timeout": PATIENCE} if patient else {}))
-
-
-def _in_turn(work: Callable[[], Value]) -> Value:
-    """What each process's work gives, the first process's before the others begin."""
-    return in_turn(PartialState(cpu=not torch.cuda.is_available()), work)
 
 
 class _Validation:
