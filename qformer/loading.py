@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -41,7 +40,7 @@ from qformer.processes import ALONE, Processes
 from qformer.starting import Source
 from qformer.text import Profile
 from qformer.untokenized import MissingTokenizer
-from qformer.vlm import ADAPTER_FILE, CONFIG_FILE, FINGERPRINT, TOKENIZER_FOLDER, VLM
+from qformer.vlm import ADAPTER_FILE, CONFIG_FILE, FINGERPRINT, TOKENIZER_FOLDER, VLM, to_stderr
 from qformer.weights import LoadReport
 
 EVA_CLIP_G = "eva_giant_patch14_clip_224"
@@ -549,11 +548,6 @@ def _is_published(path: Path) -> bool:
     if (path / ADAPTER_FILE).is_file() or not (path / CONFIG_FILE).is_file():
         return False
     return is_transformers(read_config(path, str(path)))
-
-
-def to_stderr(line: str) -> None:
-    """Where a report goes that nobody asks for."""
-    print(line, file=sys.stderr)  # noqa: T201
 
 
 def read_adapter(source: str | Path) -> tuple[dict[str, Tensor], QFormerSize, str, float]:

@@ -20,10 +20,10 @@ from qformer.backbones import language as language_backbone
 from qformer.backbones.language import LanguageTower
 from qformer.config import LanguageConfig, VisionConfig
 from qformer.errors import ConfigError, did_you_mean
-from qformer.loading import Unplugged, located, scale_soft_tokens, to_stderr, unplug
+from qformer.loading import Unplugged, located, scale_soft_tokens, unplug
 from qformer.nn.qformer import QFormer, QFormerConnector
 from qformer.untokenized import MissingTokenizer
-from qformer.vlm import VLM
+from qformer.vlm import VLM, to_stderr
 
 Start = Literal["mapped", "random"]
 

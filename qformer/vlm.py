@@ -228,9 +228,8 @@ class VLM(nn.Module):
     def assembler(self, *, training: bool, cache: Cache | None = None) -> Assembler:
         """Makes this model's batches from pictures, or what a cache has of them, and words."""
         room = None if self.language.positions is None else (self.language.positions, self.connector.size.queries)
-        made = assembler(self.settings, self.vision.settings, self.joiner(), training=training, room=room)
-        made.cache = cache
-        return made
+        seen = self.vision.settings
+        return assembler(self.settings, seen, self.joiner(), training=training, room=room, cache=cache)
 
     @functools.cached_property
     def filler(self) -> Filler | None:
@@ -238,7 +237,7 @@ class VLM(nn.Module):
         kept = self.settings.vision.cache
         if kept is None or not Path(kept).is_dir() or isinstance(self.vision, OwnTower):
             return None
-        return features.filler(self.settings, self.vision, training=False, say=_to_stderr)
+        return features.filler(self.settings, self.vision, training=False, say=to_stderr)
 
     @torch.no_grad()
     def answer(
@@ -496,8 +495,9 @@ def assembler(
     *,
     training: bool,
     room: tuple[int, int] | None = None,
+    cache: Cache | None = None,
 ) -> Assembler:
-    """The assembler of a run, for an encoder that wants its pictures so; `room`: see `Assembler`."""
+    """The assembler of a run, for an encoder that wants its pictures so; `room` and `cache`: see `Assembler`."""
     transform = settings.vision.train_transform if training else settings.vision.eval_transform
     return Assembler(
         joiner,
@@ -505,10 +505,12 @@ def assembler(
         settings.data.max_pixels,
         root=Path(settings.data.root),
         room=room,
+        cache=cache,
     )
 
 
-def _to_stderr(line: str) -> None:
+def to_stderr(line: str) -> None:
+    """Where a report goes that nobody asks for."""
     print(line, file=sys.stderr)  # noqa: T201
 
 
