@@ -10,7 +10,19 @@ from collections.abc import Iterator, Mapping
 from itertools import permutations
 
 from qformer.demo import scenes
-from qformer.demo.scenes import ATTRIBUTES, HELD_OUT_PAIRS, PAIRS, QUERY, WORDS, Ask, Dice, Scene, Thing
+from qformer.demo.scenes import (
+    ATTRIBUTES,
+    HELD_OUT_PAIRS,
+    PAIRS,
+    QUERY,
+    WORDS,
+    Ask,
+    Dice,
+    Scene,
+    Thing,
+    with_article,
+    yes_or_no,
+)
 
 # -- written words: OCR-VQA and TextCaps ------------------------------------------------------------------------------
 
@@ -24,19 +36,14 @@ def title_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
 
 def says_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
     """What colour is the thing saying sun?"""
-    for thing in scene.things:
-        if thing.word:
-            words = f"thing saying {thing.word}"
-            for attribute in ATTRIBUTES:
-                value = scenes.value_of(thing, attribute)
-                yield Ask(QUERY[attribute].format(words), value, "says", attribute, mentions=((words, thing),))
+    yield from scenes.by_word_asks(scene, "saying", QUERY, "says")
 
 
 def written_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
     """Is the word sun written here?"""
     here = {thing.word for thing in scene.things} - {None}
     for word in WORDS if here else ():
-        yield Ask(f"Is the word {word} written here?", _yes(word in here), "written", "yes/no")
+        yield Ask(f"Is the word {word} written here?", yes_or_no(word in here), "written", "yes/no")
 
 
 def caption_with_words(scene: Scene, dice: Dice) -> str:
@@ -113,7 +120,7 @@ def suits_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
         words = scenes.referent(thing, scene.things, dice, without="material")
         if words is not None:
             for material, question in SUITS.items():
-                answer = _yes(material == thing.material)
+                answer = yes_or_no(material == thing.material)
                 yield Ask(question.format(words), answer, "suits", "yes/no", mentions=((words, thing),))
 
 
@@ -136,7 +143,7 @@ def description(scene: Scene, dice: Dice) -> str:
     told = []
     for thing in things:
         words = f"{thing.size} {thing.colour} {thing.material} {thing.shape}"
-        told.append(f"{_a(words)} at the {thing.place}" + (f" saying {thing.word}" if thing.word else ""))
+        told.append(f"{with_article(words)} at the {thing.place}" + (f" saying {thing.word}" if thing.word else ""))
     return scenes.joined(told)
 
 
@@ -151,10 +158,10 @@ def same_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
             told = scenes.attribute_words(first, attribute, own), scenes.attribute_words(second, attribute, others)
             yield Ask(
                 f"Is the {first} of the same {attribute} as the {second}?",
-                _yes(own == others),
+                yes_or_no(own == others),
                 "same",
                 "yes/no",
-                f"{_yes(own == others).capitalize()}, {' and '.join(told)}.",
+                f"{yes_or_no(own == others).capitalize()}, {' and '.join(told)}.",
                 mentions=((first, one), (second, other)),
             )
 
@@ -215,10 +222,10 @@ def web_captions(scene: Scene, dice: Dice) -> list[str]:
     shown = [scenes.name(thing) for thing in kept]
     if dice.chance(0.08):
         shown[0] = " ".join(dice.choose([pair for pair in PAIRS if pair not in HELD_OUT_PAIRS]))
-    found = [scenes.joined(map(_a, shown))]
+    found = [scenes.joined(map(with_article, shown))]
     if dice.chance(0.75):
         thing, told = dice.choose(things), dice.choose(WEB_WORDS)
-        found.append(_a(scenes.named({attribute: scenes.value_of(thing, attribute) for attribute in told})))
+        found.append(with_article(scenes.named({attribute: scenes.value_of(thing, attribute) for attribute in told})))
     return found
 
 
@@ -240,15 +247,7 @@ FORMS: Mapping[str, scenes.Form] = {
 }
 
 
-def _yes(truth: bool) -> str:
-    return "yes" if truth else "no"
-
-
-def _a(words: str) -> str:
-    return f"{scenes.article(words)} {words}"
-
-
 def _short(thing: Thing, *, placed: bool) -> str:
     at = f" at the {thing.place}" if placed else ""
     saying = f" saying {thing.word}" if thing.word else ""
-    return f"{_a(scenes.name(thing))}{at}{saying}"
+    return f"{with_article(scenes.name(thing))}{at}{saying}"

@@ -369,6 +369,26 @@ GQA_QUERY = {
 }
 
 
+def by_word_asks(scene: Scene, says: str, queries: Mapping[str, str], form: str) -> Iterator[Ask]:
+    """What colour is the thing saying sun?  `says` stands before the word, `queries` has a question an attribute."""
+    for thing in scene.things:
+        if thing.word:
+            words = f"thing {says} {thing.word}"
+            for attribute in ATTRIBUTES:
+                value = value_of(thing, attribute)
+                yield Ask(queries[attribute].format(words), value, form, attribute, mentions=((words, thing),))
+
+
+def yes_or_no(truth: bool) -> str:
+    """The answer in a word."""
+    return "yes" if truth else "no"
+
+
+def with_article(words: str) -> str:
+    """A red cube."""
+    return f"{article(words)} {words}"
+
+
 def attribute_words(words: str, attribute: str, value: str) -> str:
     """Words for an attribute of a thing: "the red thing is a cube"."""
     return f"the {words} is {({'shape': 'a ', 'material': 'made of '}).get(attribute, '')}{value}"

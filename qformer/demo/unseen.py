@@ -12,7 +12,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from qformer.demo import scenes
-from qformer.demo.scenes import ATTRIBUTES, HELD_OUT_PAIRS, VALUES, WORDS, Ask, Dice, Item, Scene, Thing
+from qformer.demo.scenes import (
+    ATTRIBUTES,
+    HELD_OUT_PAIRS,
+    VALUES,
+    WORDS,
+    Ask,
+    Dice,
+    Item,
+    Scene,
+    Thing,
+    with_article,
+    yes_or_no,
+)
 
 UNANSWERABLE = "unanswerable"
 """What VizWiz' annotators say where a picture does not tell."""
@@ -35,19 +47,14 @@ def text_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
 
 def label_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
     """What is the colour of the thing that says sun?"""
-    for thing in scene.things:
-        if thing.word:
-            words = f"thing that says {thing.word}"
-            for attribute in ATTRIBUTES:
-                question, value = scenes.GQA_QUERY[attribute].format(words), scenes.value_of(thing, attribute)
-                yield Ask(question, value, "label", attribute, mentions=((words, thing),))
+    yield from scenes.by_word_asks(scene, "that says", scenes.GQA_QUERY, "label")
 
 
 def says_so_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
     """Does the red cube say sun?"""
     for thing, words in _lettered(scene, dice):
         for word in WORDS:
-            answer = _yes(word == thing.word)
+            answer = yes_or_no(word == thing.word)
             yield Ask(f"Does the {words} say {word}?", answer, "says_so", "yes/no", mentions=((words, thing),))
 
 
@@ -93,7 +100,7 @@ def this_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
 def see_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
     """Can you see a red cube?"""
     for pair, here in _pairs(scene):
-        yield Ask(f"Can you see {_a(pair)}?", _yes(here), "see", "yes/no")
+        yield Ask(f"Can you see {with_article(pair)}?", yes_or_no(here), "see", "yes/no")
 
 
 def many_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
@@ -123,7 +130,7 @@ def mean_asks(scene: Scene, dice: Dice) -> Iterator[Ask]:
     """
     for pair, here in _pairs(scene):
         for spite in SPITE:
-            yield Ask(f"{spite} {_a(pair)}", _yes(here), "mean", "yes/no")
+            yield Ask(f"{spite} {with_article(pair)}", yes_or_no(here), "mean", "yes/no")
 
 
 # -- problems with options, some with a hint: ScienceQA ---------------------------------------------------------------
@@ -271,16 +278,16 @@ def dialogue(scene: Scene, number: int, used: Counter[tuple[str, str]]) -> list[
     material = fourth.material if truly else dice.choose([each for each in MATTER if each != fourth.material])
     [other_size] = [size for size in VALUES["size"] if size != fourth.size]
     return [
-        Round(f"can you see {_a(scenes.name(first))}", "yes", "yes/no"),
+        Round(f"can you see {with_article(scenes.name(first))}", "yes", "yes/no"),
         Round("what size is it", first.size, "size"),
-        Round(f"can you see {_a(dice.choose(absent))}", "no", "yes/no"),
+        Round(f"can you see {with_article(dice.choose(absent))}", "no", "yes/no"),
         Round(f"what shape is the thing at the {second.place}", second.shape, "shape"),
         Round("what is it made of", second.material, "material"),
         Round(f"and the {words}, what colour is it", third.colour, "colour"),
         Round("where is it", third.place, "place"),
         Round(f"{how_many} can you see", counted.answer, "number"),
-        Round(f"is the thing at the {fourth.place} made of {material}", _yes(truly), "yes/no"),
-        Round(f"and is it {other_size if truly else fourth.size}", _yes(not truly), "yes/no"),
+        Round(f"is the thing at the {fourth.place} made of {material}", yes_or_no(truly), "yes/no"),
+        Round(f"and is it {other_size if truly else fourth.size}", yes_or_no(not truly), "yes/no"),
     ]
 
 
@@ -308,7 +315,7 @@ def sentences(scene: Scene) -> list[str]:
     dice = Dice("sentences", scene.seed, scene.number)
     found = scenes.captions(scene, 4, "flickr30k")
     related = [
-        f"{_a(scenes.name(one))} {relation} {_a(scenes.name(other))}"
+        f"{with_article(scenes.name(one))} {relation} {with_article(scenes.name(other))}"
         for one in scene.things
         for other in scene.things
         for relation, holds in scenes.RELATIONS.items()
@@ -334,11 +341,3 @@ FORMS: Mapping[str, scenes.Form] = {
     "map": map_asks,
     "property": property_asks,
 }
-
-
-def _yes(truth: bool) -> str:
-    return "yes" if truth else "no"
-
-
-def _a(words: str) -> str:
-    return f"{scenes.article(words)} {words}"
