@@ -21,7 +21,7 @@ import pytest
 from qformer import cards
 from qformer.cards import TaskCard
 from qformer.errors import DataError, QFormerError
-from qformer.evaluate.kept import FOLDER, Unfinished
+from qformer.evaluate.kept import FOLDER, Unfinished, forget
 from qformer.evaluate.outcome import Answer
 from qformer.evaluate.run import score
 from qformer.processes import ALONE, Processes
@@ -285,6 +285,19 @@ def test_processes_share_the_questions_and_write_what_one_writes(tmp_path: Path,
     assert max(len(model.batches) for model in models) - min(len(model.batches) for model in models) <= 2
     assert files(tmp_path / "shared") == files(tmp_path / "alone")
     assert len([line for line in said if "recipe" in line]) == 1  # one of them speaks
+
+
+def test_processes_forget_the_same_answers_at_once(tmp_path: Path) -> None:
+    def work(processes: Processes) -> None:
+        for task in range(50):
+            processes.gathered(())
+            forget(tmp_path / str(task), "t")
+
+    for task in range(50):
+        for name in ("t-0a", "t-0b"):
+            (tmp_path / str(task) / FOLDER / name).mkdir(parents=True)
+    assert together(8, work) == [None] * 8
+    assert not list(tmp_path.rglob(FOLDER))
 
 
 def test_another_number_of_processes_goes_on(tmp_path: Path) -> None:

@@ -95,10 +95,10 @@ def _places(choices: tuple[str, ...]) -> dict[str, int]:
 def forget(directory: Path, name: str) -> None:
     """Remove all answers that are kept of a task, of other models too: its score is whole now."""
     parent = directory / FOLDER
-    for folder in parent.glob(f"{name}-*"):
-        if folder.name.removeprefix(f"{name}-").isalnum():
-            shutil.rmtree(folder, ignore_errors=True)
-    with suppress(OSError):  # it holds those of other tasks, or another process was faster
+    with suppress(OSError):  # it holds those of other tasks, or another process was faster, at any of these lines
+        for folder in list(parent.iterdir()):
+            if folder.name.startswith(f"{name}-") and folder.name.removeprefix(f"{name}-").isalnum():
+                shutil.rmtree(folder, ignore_errors=True)
         parent.rmdir()
 
 
