@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import string
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from omegaconf import OmegaConf
@@ -190,6 +192,19 @@ def load(name: str) -> TaskCard:
     """
     base, _, variant = name.partition(":")
     path = resources.find("tasks", base, "task card")
+    return copy.deepcopy(_loaded(path, _content(path), variant))
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None  # reading it as YAML says what is wrong
+
+
+@functools.lru_cache(maxsize=256)  # a tenth of a second a card, and commands ask for all of them more than once
+def _loaded(path: Path, content: bytes | None, variant: str) -> TaskCard:
+    """A card, as long as its file holds `content`."""
     raw = config.read_yaml(path)
     config.check_shape(TaskCard, raw, str(path))
     known = raw.pop("variants", None) or {}

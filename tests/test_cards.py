@@ -287,6 +287,16 @@ def test_decoding_out_of_range_is_refused(change: dict[str, float], message: str
         cards.Decoding(**change)  # type: ignore[arg-type]
 
 
+def test_a_card_is_read_anew_when_its_file_changes_and_is_nobody_elses(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    for version in (1, 2):
+        file.write_text(f"name: mine\nversion: {version}\nnotes: [one]\n")
+        for _ in range(2):
+            card = load(str(file))
+            assert (card.version, card.notes) == (version, ["one"])
+            card.notes.append("another")
+
+
 def test_unknown_names_are_met_with_a_guess() -> None:
     with pytest.raises(ConfigError, match=r"unknown task card 'gqua'\. Did you mean 'gqa'\?"):
         cards.load("gqua")
