@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import io
 from pathlib import Path
 
 import pytest
 
 from qformer import cards, listing, resources, text
+from qformer.cards import load
 from qformer.data.readers import READERS
 from qformer.errors import ConfigError
 from qformer.evaluate.metrics import METRICS
@@ -23,9 +23,6 @@ HELD_OUT = [
     "flickr30k", "gqa", "hatefulmemes", "iconqa", "ivqa", "msrvtt_qa", "msvd_qa", "nocaps", "scienceqa", "textvqa",
     "visdial", "vizwiz", "vsr",
 ]  # fmt: skip
-
-
-load = functools.cache(cards.load)
 
 
 def with_variants() -> list[str]:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -13,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from qformer import cards, resources, text
-from qformer.cards import EvalCard, TaskCard, TrainCard
+from qformer import resources, text
+from qformer.cards import EvalCard, TaskCard, TrainCard, load
 from qformer.data.readers import open_records
 from qformer.evaluate.run import picture_name
 from qformer.images import load_image
@@ -25,9 +24,6 @@ from tests import fixtures
 GOLDEN = fixtures.HERE / "golden.txt"
 SHOWN = 6
 """Candidates of a sample that are written out."""
-
-
-load = functools.cache(cards.load)
 
 
 def named() -> list[str]:
@@ -52,7 +48,7 @@ def golden(root: Path) -> str:
 
 def _card(root: Path, card: TaskCard) -> Iterator[str]:
     base = load(card.name)
-    if card.train and (card is base or card.train != base.train):
+    if card.train and (not card.variant or card.train != base.train):
         templates = text.load_templates(card.train.template)
         yield f"==== {card.key}, trained on"
         for number, sample in enumerate(read(root, card, card.train)):
@@ -64,7 +60,7 @@ def _card(root: Path, card: TaskCard) -> Iterator[str]:
             else:
                 yield from _rendered(text.render_train(card.train, templates, sample, seed=0, number=0))
         yield ""
-    if card.eval and (card is base or card.eval != base.eval):
+    if card.eval and (not card.variant or card.eval != base.eval):
         templates = text.load_templates(card.eval.template)
         yield f"==== {card.key}, scored on {card.eval.split}"
         for number, sample in enumerate(read(root, card, card.eval)):

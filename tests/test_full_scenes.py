@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from qformer import cards, config, resources, text
+from qformer.cards import load
 from qformer.data.readers import open_records
 from qformer.demo import formats, full, heldout, sayings, scenes, thirteen
 from qformer.demo.scenes import COLOURS, HELD_OUT_PAIRS, SHAPES, VALUES, WORDS, Ask, Dice, Scene, Thing
@@ -36,9 +37,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-load = cache(cards.load)
-
-
 @cache
 def read(root: Path, name: str, section: str = "train") -> list[Sample]:
     card = load(name)
@@ -51,7 +49,7 @@ def loaded(path: Path) -> Any:
 
 
 def rows(root: Path, name: str) -> list[text.Rendered]:
-    card = cards.load(name)
+    card = load(name)
     assert card.train
     templates = text.load_templates(card.train.template)
     found = [text.render_train(card.train, templates, sample, seed=0, number=0) for sample in read(root, name)]
@@ -131,7 +129,7 @@ def test_new_sets_are_read_and_rendered_through_their_own_cards(root: Path, name
 
 @pytest.mark.parametrize("name", SCORED)
 def test_splits_that_are_scored_are_read_too_and_show_other_pictures(root: Path, name: str) -> None:
-    card = cards.load(name)
+    card = load(name)
     assert card.eval
     templates = text.load_templates(card.eval.template)
     samples = read(root, name, "eval")
@@ -158,7 +156,7 @@ def test_most_records_are_web_captions_and_the_config_keeps_the_papers_order(roo
     assert max(counts, key=counts.__getitem__) == "web_capfilt"
     tasks = config.load("demo_full").data.tasks
     assert sorted(tasks) == sorted(counts)
-    sizes = {name: section.size for name in tasks if (section := cards.load(name).train) and section.size}
+    sizes = {name: section.size for name in tasks if (section := load(name).train) and section.size}
     shares = cards.probabilities(sizes, tasks)
     assert max(shares, key=shares.__getitem__) == "web_capfilt"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import shutil
 import zipfile
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 
 from qformer import cards, cli, config
-from qformer.cards import Decoding, EvalCard, TaskCard
+from qformer.cards import Decoding, EvalCard, TaskCard, load
 from qformer.data.readers import READERS, open_records
 from qformer.data.records import Records
 from qformer.data.videoqa import read_vocabulary
@@ -29,7 +28,6 @@ from qformer.videos import frames
 from tests import fixtures
 from tests.films import film
 
-load = functools.cache(cards.load)
 REGISTERED = [name for name in fixtures.HELD_OUT if load(name).eval.metric in METRICS]  # type: ignore[union-attr]
 UNSCORED = ["vqav2:test_dev", "vqav2:test", "vizwiz:test_dev", "textvqa:test", "aokvqa:test"]
 

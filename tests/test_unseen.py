@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from collections import Counter
@@ -14,7 +13,8 @@ from typing import Any
 import pytest
 from PIL import Image, ImageChops
 
-from qformer import cards, text
+from qformer import text
+from qformer.cards import load
 from qformer.data.readers import open_records
 from qformer.demo import formats, heldout, scenes, thirteen, unseen
 from qformer.demo.scenes import COLOURS, HELD_OUT_PAIRS, PICTURE, SHAPES, VALUES, WORDS, Ask, Dice, Scene, Thing
@@ -24,7 +24,6 @@ from tests import fixtures
 TEST = 60
 SETS = ("flickr30k", "textvqa", "visdial", "hatefulmemes", "vizwiz", "scienceqa")
 MADE = [scenes.sample_scene(9, number, held_out=True) for number in range(120)]
-load = functools.cache(cards.load)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,7 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @cache
 def read(root: Path, name: str) -> list[Sample]:
-    section = cards.load(name).eval
+    section = load(name).eval
     assert section is not None
     return list(open_records(section, root, load(name.partition(":")[0])))
 
