@@ -43,13 +43,14 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def tower(kind: str) -> LanguageTower:
-    """An LLM with random weights; its tokenizer is never asked."""
+    """An LLM with random weights; its tokenizer is never asked.  Its rows are padded: the baseline is one padded call."""
     torch.manual_seed(0)
     profile = Profile(layout="plain", opening=(), end=(2,), pad=0, encoder_decoder=kind == "t5")
     if kind == "t5":
         model: Any = T5ForConditionalGeneration(T5Config(**T5_SMALL)).eval()
         return EncoderDecoder(model, _NoTokenizer(), profile)
-    return DecoderOnly(AutoModelForCausalLM.from_config(LlamaConfig(**SMOL)).eval(), _NoTokenizer(), profile)
+    llama = AutoModelForCausalLM.from_config(LlamaConfig(**SMOL)).eval()
+    return DecoderOnly(llama, _NoTokenizer(), profile, packing=False)
 
 
 class _NoTokenizer:
