@@ -43,7 +43,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def tower(kind: str) -> LanguageTower:
-    """An LLM with random weights; its tokenizer is never asked.  Its rows are padded: the baseline is one padded call."""
+    """An LLM with random weights; its tokenizer is never asked.  Rows are padded: the baseline is one padded call."""
     torch.manual_seed(0)
     profile = Profile(layout="plain", opening=(), end=(2,), pad=0, encoder_decoder=kind == "t5")
     if kind == "t5":

@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     command = commands.add_parser("demo", help="the whole pipeline on the embedded default, then a report")
+    command.add_argument("changes", nargs="*", metavar="key=value", help="settings to change")
     command.add_argument("--full", action="store_true", help="all 26 sets; takes twice as long")
     command.add_argument("--output", help="the run directory (runs/demo, or runs/demo_full)")
     command.add_argument("--steps", type=int, help="training steps, instead of the demo's own number")
@@ -212,7 +213,8 @@ def _demo(options: argparse.Namespace) -> None:
     from qformer.demo.run import demo
 
     size = {"steps": options.steps, "limit": options.limit}
-    demo(output=options.output, full=options.full, seed=options.seed, **size, say=_say)
+    overrides = tuple(options.changes)
+    demo(output=options.output, full=options.full, seed=options.seed, **size, overrides=overrides, say=_say)
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -209,6 +209,7 @@ def test_a_card_with_an_unknown_reader_or_metric_is_refused(place, type_in):
         (["demo", "--limit", 0], "evaluate.limit is 0; it must be at least 1."),
         (["demo", "--steps", 0], "train.steps is 0; it must be at least 1."),
         (["demo", "--seed", -1], "seed is -1"),
+        (["demo", "train.rat=1e-3"], "Did you mean 'rate'?"),
     ],
 )
 def test_numbers_on_the_command_line_are_held_to_the_same_bounds(tmp_path, monkeypatch, type_in, words, sentence):

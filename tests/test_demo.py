@@ -19,12 +19,13 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo_run, "PICTURES_TRAIN", 60)
         patch.setattr(demo_run, "PICTURES_TEST", 60)
-        assert cli.main(["demo", "--output", str(output), "--steps", "30", "--limit", "40"]) == 0
+        assert cli.main(["demo", "--output", str(output), "--steps", "30", "--limit", "40", "train.log_every=6"]) == 0
     return output
 
 
 def test_the_demo_leaves_what_it_promises(finished):
-    assert config.load(finished / "config.yaml").train.steps == 30
+    settings = config.load(finished / "config.yaml")
+    assert (settings.train.steps, settings.train.log_every) == (30, 6)
     mixture = json.loads((finished / "mixture.json").read_text())
     assert set(mixture) == {"coco_caption", "vqav2", "vqg_vqav2", "aokvqa", "llava_conversation"}
     assert sum(each["asked"] for each in mixture.values()) == pytest.approx(1.0)

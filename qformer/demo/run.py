@@ -41,7 +41,7 @@ def demo(
     output = Path("runs", name) if output is None else Path(output)
     settings = demo_settings(output, seed, steps, limit, overrides, name=name)
     data = Path(settings.data.root)
-    write_scenes(data, seed, PICTURES_TRAIN, PICTURES_TEST, full=full, say=say)
+    write_scenes(data, settings.seed, PICTURES_TRAIN, PICTURES_TEST, full=full, say=say)
     directory = pipeline.fit(settings, say=say)
     say(f"demo done in {(time.perf_counter() - began) / 60:.1f} minutes; open {directory / 'report.html'}")
     return directory
