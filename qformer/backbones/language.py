@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qformer.backbones import inside, packing, ranking
+from qformer.backbones import inside, packing, ranking, reading
 from qformer.backbones.ranking import Group
 from qformer.backbones.sharding import Shards
 from qformer.cards import Decoding
@@ -429,7 +429,57 @@ class DecoderOnly(LanguageTower):
         # hand: behind embeddings `generate` takes it off a padded row's first new tokens, as many as it has padding.
         given = {"inputs_embeds": joined.inputs, "attention_mask": joined.mask, "logits_processor": [penalty]}
         with self._answering():
+            lengths = joined.mask.sum(1).tolist()
+            if reading.worth(lengths) and self.reads_ahead and max(lengths) <= self._window:
+                given[self._cache_name] = self._read(joined, lengths, copies=settings["num_beams"])
             return self.model.generate(**given, **settings)
+
+    def _read(
+        self, joined: Joined, lengths: Sequence[int], copies: int, bins: Sequence[Sequence[int]] | None = None
+    ) -> Any:
+        """The cache of prompts padded on the left, all but the last position of each, so many copies of a prompt."""
+        from transformers import DynamicCache
+
+        layout = reading.Layout.of(lengths, self.width, bins)
+        packed = layout.packing.to(self.device)
+        given = self._given(layout.packed(joined.inputs), packed.mask(self.dtype), packed.positions, cache=True)
+        read = DynamicCache()
+        if self._head_stands_alone:
+            self.model.base_model(**given, **{self._cache_name: read})
+        else:
+            self.model(**given, **{self._cache_name: read}, logits_to_keep=1)
+        return layout.padded(read.layers, DynamicCache(config=self.model.config.get_text_config(decoder=True)), copies)
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether prompts of unlike length are read side by side before an answer is written."""
+        return self.packing and self.shards is None and self._reads_ahead
+
+    @cached_property
+    @torch.no_grad()
+    def _reads_ahead(self) -> bool:
+        """Whether what is read side by side is continued as what is read padded: asked of the model, as `_packs` is."""
+        if not (self._head_stands_alone or self._keeps_positions):
+            return False
+        soft = self._embeddings(torch.arange(2, device=self.device)[None])
+        texts = [(3, 4, 5, 9), (6,), (7, 3, 8)]
+        near = 1e-3 if self.dtype in (torch.float32, torch.float64) else 0.05
+        found = []
+        with self._answering():
+            for turned in (False, True):
+                rows = [(Slot(0), Text(ids[::-1] if turned and n != 1 else ids)) for n, ids in enumerate(texts)]
+                joined = self._join(soft, rows, left=True)
+                last = joined.inputs[:, -1:], joined.mask, joined.positions[:, -1:]
+                try:
+                    cache = self._read(joined, joined.mask.sum(1).tolist(), 1, [range(3)])
+                    after = self.model(**self._given(*last, cache=True), **{self._cache_name: cache}).logits[:, -1]
+                except CANNOT:
+                    return False
+                whole = self.model(**self._given(joined.inputs, joined.mask, joined.positions)).logits[:, -1]
+                if not torch.allclose(after, whole, rtol=near, atol=near):
+                    return False
+                found.append(after[1])
+        return torch.equal(*found)
 
     @property
     def _scorers(self) -> dict[str, Callable[[Tensor, Sequence[Group]], Tensor]]:
