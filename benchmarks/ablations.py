@@ -37,7 +37,8 @@ def run(folder: Path, seed: int, overrides: tuple[str, ...], options: argparse.N
     """Scores of one demo by task, in per cent but for CIDEr; made unless they are there."""
     name, overrides = "demo_full" if options.full else "demo", (*overrides, UNSHUFFLED, *options.set)
     settings = demo_settings(folder, seed, options.steps, options.limit, overrides, name=name)
-    if (saved := folder / "config.yaml").exists() and config.load(str(saved)) != settings:
+    here = (f"output={folder}", f"data.root={folder / 'data'}")
+    if (saved := folder / "config.yaml").exists() and config.load(str(saved), here) != settings:
         raise SystemExit(f"{folder}: made with other settings; give those of its config.yaml, or another --output.")
     places, tasks = folder / "eval", settings.evaluate.tasks
     files = {c: places / f"{file_name(c, partial=bool(options.limit))}.json" for c in cards.load_all(tasks, "eval")}

@@ -296,14 +296,17 @@ def _carried(content: Mapping[str, Any]) -> str:
 def _types(scores: Sequence[Score]) -> str:
     rows = [
         f'<tr><td class="name"><b>{escape(score.title)}</b>, {escape(kind)}</td>'
-        + _cell("Score", NONE if entry["score"] is None else score.shown(entry["score"]))
+        + "".join(
+            _cell(head, NONE if entry.get(name) is None else score.shown(entry[name]))
+            for head, name in (("Score", "score"), ("Shuffled pictures", "shuffled"))
+        )
         + _cell("Samples", f"{entry['samples']:,}")
         + "</tr>"
         for score in scores
         if len(score.by_type) > 1
         for kind, entry in score.by_type.items()
     ]
-    table = _table(("Set and type", "Score", "Samples"), rows, names=1)
+    table = _table(("Set and type", "Score", "Shuffled pictures", "Samples"), rows, names=1)
     return f"<details><summary>By question type</summary>{table}</details>" if rows else ""
 
 

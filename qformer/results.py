@@ -33,7 +33,7 @@ class Score:
     root: Path | None
     """Where the names of its pictures start."""
     by_type: Mapping[str, Mapping[str, Any]]
-    """Score and number of samples of each question type."""
+    """Score, score with shuffled pictures, and number of samples of each question type."""
     predictions: Sequence[Record]
     beside: Mapping[str, float | None] = field(default_factory=dict)
     """Further numbers of the same answers."""

@@ -104,7 +104,11 @@ def test_a_model_that_looks_is_right_and_falls_with_shuffled_pictures(tmp_path: 
     assert result["most_frequent"]["score"] == pytest.approx(1 / 3)
     low, high = result["most_frequent"]["interval"]
     assert low < 1 / 3 < high < 0.6
-    assert result["by_type"] == {kind: {"score": 1.0, "samples": 30} for kind in ("even", "odd")}
+    types = result["by_type"]
+    assert list(types) == ["even", "odd"] and all(
+        each["score"] == 1 and each["samples"] == 30 for each in types.values()
+    )
+    assert sum(each["shuffled"] for each in types.values()) / 2 == pytest.approx(result["shuffled"]["score"])
     assert (result["samples"], result["of"], result["pictures"], result["partial"]) == (60, 60, 30, False)
     assert {"qformer", "torch", "transformers", "numpy", "python"} <= set(result["libraries"])
     assert result["root"] == str(tmp_path)
@@ -224,6 +228,7 @@ def test_without_the_shuffled_baseline_each_sample_is_asked_once(tmp_path: Path)
     model = Namer()
     result = scores(tmp_path, model, shuffled=False)
     assert result["shuffled"] is None
+    assert all("shuffled" not in each for each in result["by_type"].values())
     assert sum(model.batches) == 60
     assert "shuffled_prediction" not in predictions(tmp_path)[0]
 

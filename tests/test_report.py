@@ -234,11 +234,11 @@ def test_captions_are_shown_as_best_and_worst(run: Path) -> None:
 
 
 def test_scores_by_question_type_are_listed(run: Path) -> None:
-    types = {"colour": {"score": 0.75, "samples": 60}, HOSTILE: {"score": None, "samples": 20}}
+    types = {"colour": {"score": 0.75, "shuffled": 0.312, "samples": 60}, HOSTILE: {"score": None, "samples": 20}}
     write_scores(run, score_file(by_type=types), [])
     words = page(run).words
     assert "By question type" in words
-    assert "75.0 %" in words
+    assert "75.0 %" in words and "31.2 %" in words
     assert HOSTILE in words
 
 

@@ -513,7 +513,7 @@ def _scored(
         metric_options=task.options,
         metric_version=metric.version,
     )
-    outcome = outcome_of(asked.answers)
+    outcome, blind = outcome_of(asked.answers), outcome_of(asked.blind) if asked.blind else None
     result = {
         "task": key,
         "title": task.card.title or key,
@@ -531,11 +531,11 @@ def _scored(
         "truncations": asked.truncations,
         "empty": sum(not any(map(str.isalnum, answer.text)) for answer in asked.answers),
         "beside": {name: value(np.arange(len(samples))) for name, value in outcome.beside.items()},
-        "shuffled": marked(outcome_of(asked.blind)) if asked.blind else None,
+        "shuffled": None if blind is None else marked(blind),
         "most_frequent": frequent,
         "chance": chance,
         "unreachable": unreachable,
-        "by_type": _by_type(outcome, kinds) if section.question_type else {},
+        "by_type": _by_type(outcome, blind, kinds) if section.question_type else {},
         "seed": seed,
         "recipe": recipe_id(settings),
         "recipe_settings": settings,
@@ -567,14 +567,17 @@ def _sound(answer: Answer | DataError) -> Answer:
     return answer
 
 
-def _by_type(outcome: Outcome, kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Score and number of samples of each question type; the score is null where a type has none of its own."""
+def _by_type(outcome: Outcome, blind: Outcome | None, kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Scores and number of samples of each question type; a score is null where a type has none of its own."""
     places: dict[str, list[int]] = {}
     for place, kind in enumerate(kinds):
         places.setdefault(kind, []).append(place)
-    return {
-        kind: {"score": outcome.value(np.array(places[kind])), "samples": len(places[kind])} for kind in sorted(places)
-    }
+
+    def entry(own: np.ndarray) -> dict[str, Any]:
+        shuffled = {} if blind is None else {"shuffled": blind.value(own)}
+        return {"score": outcome.value(own), **shuffled, "samples": len(own)}
+
+    return {kind: entry(np.array(places[kind])) for kind in sorted(places)}
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

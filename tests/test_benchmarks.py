@@ -1,0 +1,90 @@
+"""What stands in `benchmarks/` beside the scripts: its configs and cards load, and converters write what cards read."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from qformer import cards, config, dryrun
+from qformer.data.readers import open_records
+from qformer.demo.run import demo_settings
+
+ROOT = Path(__file__).parent.parent / "benchmarks"
+
+
+def photographs(root: Path) -> None:
+    """A record of each kind, as the page shows them."""
+    (root / "train").mkdir()
+    Image.new("RGB", (32, 32)).save(root / "train/frog-0001.jpg")
+    asked = {"name": "frog", "yesno": "yes", "kind": "animal"}
+    for split in ("train", "test"):
+        records = [
+            {"id": f"frog-0001-{kind}", "image": "train/frog-0001.jpg", "instruction": "what?", "target": target,
+             "candidates": [target, "no"]}
+            for kind, target in asked.items()
+        ]  # fmt: skip
+        (root / f"{split}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+
+
+def test_the_photographs_page_has_a_config_that_would_run(tmp_path: Path) -> None:
+    photographs(tmp_path)
+    settings = config.load(str(ROOT / "photos/tune.yaml"), [f"data.root={tmp_path}", "language.name=demo:language"])
+    assert settings.train.steps * settings.train.batch_size <= 15_000  # samples that the page is held to
+    [card] = cards.load_all(settings.evaluate.tasks, "eval").values()
+    samples = list(open_records(card.eval, tmp_path, card))
+    assert [sample.fields["kind"] for sample in samples] == ["name", "yesno", "kind"]
+    assert next(iter(dryrun.dry_run(settings)))
+
+
+def test_nlvr_is_converted_to_what_its_card_reads(tmp_path: Path) -> None:
+    """The official layout: a line a sentence, its pictures in up to six orders of the boxes."""
+    for split in ("dev", "test"):
+        folder = tmp_path / "nlvr" / split / "images/2"
+        folder.mkdir(parents=True)
+        for order in (0, 3):
+            Image.new("RGB", (40, 10)).save(folder / f"{split}-15-1-{order}.png")
+        row = {"identifier": "15-1", "sentence": " There is a box. ", "label": "true", "structured_rep": []}
+        (tmp_path / "nlvr" / split / f"{split}.json").write_text(json.dumps(row) + "\n")
+    command = [sys.executable, ROOT / "nlvr/convert.py", tmp_path / "nlvr", tmp_path / "records"]
+    assert "dev.jsonl: 2 records" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    card = cards.load(str(ROOT / "nlvr/nlvr.yaml"))
+    for section in (card.train, card.eval):
+        samples = list(open_records(section, tmp_path, card))
+        assert [sample.references for sample in samples] == [("true",), ("true",)]
+        assert samples[0].fields["instruction"] == "True or false: There is a box."
+        assert samples[0].images[0].is_file()
+
+
+def test_nlvr_without_a_folder_says_how_it_is_called() -> None:
+    ran = subprocess.run([sys.executable, ROOT / "nlvr/convert.py"], capture_output=True, text=True, check=False)
+    assert ran.returncode == 1 and "python convert.py NLVR_FOLDER OUT" in ran.stderr
+
+
+def test_ablations_take_scores_of_the_same_settings_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    import ablations
+
+    monkeypatch.setattr(ablations, "VARIANTS", {"as it is": ()})
+    place = tmp_path / "out" / "as_it_is-0"
+    (place / "eval").mkdir(parents=True)
+    config.save(demo_settings(place, 0, 960, None, (ablations.UNSHUFFLED,)), place / "config.yaml")
+    for task in ("gqa", "vsr", "iconqa", "nocaps"):
+        (place / "eval" / f"{task}.json").write_text(json.dumps({"score": 0.5, "metric": "accuracy"}))
+    monkeypatch.chdir(tmp_path)
+    words = ["ablations.py", "--seeds", "1", "--output", "out"]
+    monkeypatch.setattr(sys, "argv", words)
+    ablations.main()
+    assert "| as it is | 50.00 (50.00 to 50.00) |" in capsys.readouterr().out
+    for change in (["--steps", "7"], ["--set", "language.packing=false"]):
+        monkeypatch.setattr(sys, "argv", [*words, *change])
+        with pytest.raises(
+            SystemExit, match=r"as_it_is-0: made with other settings; give those of its config\.yaml, or"
+        ):
+            ablations.main()
