@@ -140,12 +140,24 @@ def test_a_wrong_setting_is_one_sentence_and_writes_nothing(place, type_in, chan
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda lines: lines[3].pop("instruction"), r"records\.jsonl, line 4: there is no field 'instruction'"),
+        (
+            lambda lines: lines[3].pop("instruction"),
+            r"records\.jsonl, line 4: there is no field 'instruction'; mend or remove the record\.",
+        ),
         (lambda lines: lines[3].pop("image"), r"records\.jsonl, line 4: .*'image'"),
-        (lambda lines: lines[3].update(target=""), r"records\.jsonl, line 4: 'target' is empty"),
+        (
+            lambda lines: lines[3].update(target=""),
+            r"records\.jsonl, line 4: 'target' is empty; fill it, or remove the record\.",
+        ),
         (lambda lines: lines[3].update(target=True), r"records\.jsonl, line 4: .*'target'"),
-        (lambda lines: lines[3].update(target="teal"), r"line 4: the target 'teal' is not among the candidates"),
-        (lambda lines: lines[3].update(id="r2"), r"line 4: the id 'r2' was given in line 3 already"),
+        (
+            lambda lines: lines[3].update(target="teal"),
+            r"line 4: the target 'teal' is not among the candidates .*; add it to them, or mend it\.",
+        ),
+        (
+            lambda lines: lines[3].update(id="r2"),
+            r"line 4: the id 'r2' was given in line 3 already; give each line its own\.",
+        ),
         (
             lambda lines: lines[3].update(image="pictures/none.png"),
             r"'r3'.*none\.png is missing|r3.*none\.png.* missing",
@@ -176,8 +188,11 @@ def test_a_missing_file_says_what_is_expected_where(place, type_in):
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
-        (lambda file: file.write_bytes(b"no picture at all"), "is not a picture"),
-        (lambda file: file.write_bytes(file.read_bytes()[:60]), "is cut short"),
+        (
+            lambda file: file.write_bytes(b"no picture at all"),
+            "is not a picture that can be read; fetch it again or save it as PNG.",
+        ),
+        (lambda file: file.write_bytes(file.read_bytes()[:60]), "); fetch it again."),
         (lambda file: Image.new("RGB", (300, 300)).save(file), "more than data.max_pixels"),
     ],
 )

@@ -399,7 +399,10 @@ def test_the_first_value_that_is_not_finite_stops_the_run_and_is_saved(make, mon
         return model
 
     monkeypatch.setattr(loading, "build", spoiled)
-    with pytest.raises(NotFiniteError, match=r"qformer\.blocks\.0\.query_feed_forward.* at step 1, with the samples"):
+    with pytest.raises(
+        NotFiniteError,
+        match=r"qformer\.blocks\.0\.query_feed_forward.* at step 1, with the samples r.*; lower train\.rate",
+    ):
         run(settings)
     saved = json.loads((settings.directory / "not_finite.json").read_text())
     assert saved["step"] == 1 and len(saved["samples"]) == 6

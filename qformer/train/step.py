@@ -76,7 +76,8 @@ class NotFiniteError(TrainingError):
     def __init__(self, where: str, samples: Sequence[str]):
         self.where, self.samples = where, tuple(samples)
         shown = ", ".join(self.samples[:8]) + (" …" if len(self.samples) > 8 else "")
-        super().__init__(f"a value that is not finite in {where}, with the samples {shown}.")
+        found = f"a value that is not finite in {where}, with the samples {shown}"
+        super().__init__(f"{found}; lower train.rate, or look at these samples.")
 
 
 def check_finite(value: Tensor, batch: Batch, where: str) -> None:
