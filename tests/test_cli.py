@@ -286,7 +286,8 @@ def test_ctrl_c_exits_with_130_and_keeps_the_last_checkpoint(place, type_in, mon
 
     monkeypatch.setattr(checkpoint, "save", interrupted)
     code, _, said = type_in("train", place / "run.yaml", "train.checkpoint_every=2")
-    assert code == 130 and "Traceback" not in said and "goes on from it" in said
+    assert code == 130 and "Traceback" not in said
+    assert "the last checkpoint, if there is one yet, is whole: the same command goes on from it." in said
     monkeypatch.setattr(checkpoint, "save", save)
     assert type_in("train", place / "run.yaml", "train.checkpoint_every=2")[0] == 0
     assert [path.name for path in sorted((place / "run" / "checkpoints").iterdir())] == ["step-2", "step-4"]
@@ -301,11 +302,14 @@ def test_ctrl_c_that_a_library_hides_still_exits_with_130(type_in, monkeypatch):
             raise ImportError("cannot import name 'Tensor'") from None
 
     before = signal.getsignal(signal.SIGINT)
-    for command, words in (("tasks", ()), ("train", ("demo",))):
+    for command, words in (
+        ("tasks", ()), ("train", ("demo",)), ("train", ("demo", "--dry-run")), ("eval", ("one", "other")),
+    ):  # fmt: skip
         monkeypatch.setitem(cli.COMMANDS, command, hides)
         code, _, said = type_in(command, *words)
         assert code == 130 and said.startswith("qformer: interrupted") and said.count("\n") == 1
-        assert ("goes on from it" in said) == (command == "train")
+        assert ("if there is one yet, is whole: the same command goes on" in said) == (words == ("demo",))
+        assert words == ("demo",) or said == "qformer: interrupted.\n"
     assert signal.getsignal(signal.SIGINT) is before
     monkeypatch.setitem(cli.COMMANDS, "tasks", lambda options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
