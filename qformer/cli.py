@@ -17,8 +17,8 @@ from qformer import __version__
 from qformer.errors import ConfigError, QFormerError
 
 INTERRUPTED = 130
-GOING_ON = ("train", "demo", "plug", "eval")
-"""Commands that go on where they were interrupted."""
+TRAINING = ("train", "demo", "plug")
+"""Commands that go on from the last checkpoint."""
 NARROWEST_TABLE = 130
 """Columns a table is given at least: it reads better cut off on the right than folded into slivers."""
 
@@ -165,10 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (Exception, KeyboardInterrupt) as error:
             # A library that is being imported may turn the interruption into an error of its own.
             if interrupted() or isinstance(error, KeyboardInterrupt):
-                goes_on = "; the last checkpoint is whole, the same command goes on from it"
-                if options.command == "eval":
-                    goes_on = "; the answers given so far are kept, the same command goes on from them"
-                print(f"qformer: interrupted{goes_on if options.command in GOING_ON else ''}.", file=sys.stderr)
+                print(f"qformer: interrupted{_going_on(options)}.", file=sys.stderr)
                 return INTERRUPTED
             if isinstance(error, BrokenPipeError):
                 return 0
@@ -176,6 +173,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise
             print(f"qformer: {error}", file=sys.stderr)
             return error.exit_code
+
+
+def _going_on(options: argparse.Namespace) -> str:
+    """What an interruption has left, of commands that go on where they were interrupted."""
+    if options.command == "eval" and (isinstance(options.source, str) or len(options.source) == 1):  # two: compared
+        return "; the answers given so far are kept, the same command goes on from them"
+    if options.command in TRAINING and not getattr(options, "dry_run", False):
+        return "; the last checkpoint, if there is one yet, is whole: the same command goes on from it"
+    return ""
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:

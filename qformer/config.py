@@ -456,7 +456,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         node = OmegaConf.load(path)
     except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such file.") from None
+        raise ConfigError(f"{path}: there is no such file; check its path.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: it cannot be read: {error}") from None
     except Exception as error:  # the YAML library raises many kinds

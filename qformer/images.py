@@ -114,15 +114,15 @@ def _opened(source: Path | str | bytes | Packed | Image.Image, max_pixels: int, 
     except FileNotFoundError:
         raise DataError(f"{name} is missing; check its name and its folder.") from None
     except IsADirectoryError:
-        raise DataError(f"{name} is a folder, not a picture.") from None
+        raise DataError(f"{name} is a folder, not a picture; name a file in it.") from None
     except UnidentifiedImageError:
-        raise DataError(f"{name} is not a picture that can be read.") from None
+        raise DataError(f"{name} is not a picture that can be read; fetch it again or save it as PNG.") from None
     except DataError:
         raise
     except PermissionError:
         raise DataError(f"{name} may not be read; change its permissions.") from None
     except Exception as error:  # each format's decoder raises kinds of its own
-        raise DataError(f"{name} is cut short or broken ({error}).") from None
+        raise DataError(f"{name} is cut short or broken ({error}); fetch it again.") from None
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 

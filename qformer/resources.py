@@ -35,7 +35,8 @@ def find(kind: str, name: str, what: str) -> Path:
     given = Path(name)
     if given.suffix in (".yaml", ".yml"):
         if not given.is_file():
-            raise ConfigError(f"{what} '{name}': there is no such file.")
+            told = f"{what} '{name}': there is no such file; check its path, or take a shipped one."
+            raise ConfigError(f"{told}{did_you_mean(given.stem, names(kind))}")
         return given
     shipped = folder(kind) / f"{name}.yaml"
     if not shipped.is_file():

@@ -21,7 +21,7 @@ def load_tensors(path: Path, wanted: Callable[[str], bool] = lambda _: True) -> 
         ConfigError: the file is not there, or is not whole.
     """
     if not path.is_file():
-        raise ConfigError(f"{path}: there is no such file.")
+        raise ConfigError(f"{path}: there is no such file; check its path.")
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118 (not a mapping)
@@ -36,7 +36,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
         ConfigError: there is no such file, it is not whole or not safe to read, or it holds no names.
     """
     if not path.is_file():
-        raise ConfigError(f"{path}: there is no such file.")
+        raise ConfigError(f"{path}: there is no such file; check its path.")
     try:
         with path.open("rb") as file:
             if file.read(2) not in (b"PK", b"\x80\x02"):

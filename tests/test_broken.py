@@ -191,6 +191,8 @@ def test_a_missing_field_is_named(cases: dict[str, Case], tmp_path: Path, name: 
     found = spoilt(cases[name], tmp_path, edited(cases[name], remove))
     messages = [found.error] if found.error else found.broken
     assert messages and f"there is no field '{field}'" in messages[0]
+    remedy = "is it the file that the card means?" if found.error else "; mend or remove the record."
+    assert messages[0].endswith(remedy)
 
 
 @pytest.mark.parametrize(("name", "field"), [(name, field) for name, fields in FIELDS.items() for field in fields])
@@ -345,22 +347,22 @@ def test_a_set_whose_pictures_are_elsewhere_lists_every_record(
 
 
 DOUBLED = {
-    "aokvqa": "an earlier record has the same id",
-    "coco_caption": "an earlier record has the same id",
-    "gqa": "an earlier record has the same id",
-    "iconqa": "an earlier record has the same id",
-    "scienceqa": "an earlier record has the same id",
-    "ocrvqa:ocr": "an earlier record has the same id",
-    "okvqa": "an earlier record has the same id",
-    "textcaps": "an earlier record has the same id",
-    "vqav2": "an earlier record has the same id",
-    "vqg_vqav2:per_answer": "an earlier record has the same id",
-    "hatefulmemes": "an earlier record has the same id",
-    "msvd_qa": "an earlier record has the same id",
-    "textvqa": "an earlier record has the same id",
-    "visdial": "an earlier record has the same id",
-    "vizwiz": "an earlier record has the same id",
-    "jsonl": r"the id 'a' was given in line 1 already",
+    "aokvqa": "an earlier record has the same id; remove one of them",
+    "coco_caption": "an earlier record has the same id; remove one of them",
+    "gqa": "an earlier record has the same id; remove one of them",
+    "iconqa": "an earlier record has the same id; remove one of them",
+    "scienceqa": "an earlier record has the same id; remove one of them",
+    "ocrvqa:ocr": "an earlier record has the same id; remove one of them",
+    "okvqa": "an earlier record has the same id; remove one of them",
+    "textcaps": "an earlier record has the same id; remove one of them",
+    "vqav2": "an earlier record has the same id; remove one of them",
+    "vqg_vqav2:per_answer": "an earlier record has the same id; remove one of them",
+    "hatefulmemes": "an earlier record has the same id; remove one of them",
+    "msvd_qa": "an earlier record has the same id; remove one of them",
+    "textvqa": "an earlier record has the same id; remove one of them",
+    "visdial": "an earlier record has the same id; remove one of them",
+    "vizwiz": "an earlier record has the same id; remove one of them",
+    "jsonl": "the id 'a' was given in line 1 already; give each line its own",
 }
 """Readers whose ids are the file's; the others number their records."""
 SPLITS = {"iconqa": "choose_txt_test", "scienceqa": "train"}

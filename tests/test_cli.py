@@ -75,7 +75,10 @@ def test_train_eval_ask_render_and_report(place, type_in):
     code, out, said = type_in("ask", run, place / "pictures" / "0.png", "what " * 300, "--max-new-tokens", 1)
     assert code == 0 and "the instruction was cut on the left to its limit" in said
     code, out, _ = type_in("render", place / "run.yaml", "-n", 2, "--ids")
-    assert code == 0 and "⟨4 soft tokens of picture 1⟩" in out and "▸" in out and "[CLS]" in out
+    assert code == 0 and "⟨4 soft tokens of picture 1⟩" in out and "▸" in out
+    assert re.search(r"Q-Former +\[CLS\]\[\d+\] what\[\d+\] ", out) and re.search(r"▸\S*\[\d+\] it\[\d+\] ", out)
+    plain = type_in("render", place / "run.yaml", "-n", 2)[1]
+    assert "[CLS] what" in plain and not re.search(r"\[\d+\]", plain)
 
 
 def test_cards_are_listed(type_in):
@@ -140,12 +143,24 @@ def test_a_wrong_setting_is_one_sentence_and_writes_nothing(place, type_in, chan
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda lines: lines[3].pop("instruction"), r"records\.jsonl, line 4: there is no field 'instruction'"),
+        (
+            lambda lines: lines[3].pop("instruction"),
+            r"records\.jsonl, line 4: there is no field 'instruction'; mend or remove the record\.",
+        ),
         (lambda lines: lines[3].pop("image"), r"records\.jsonl, line 4: .*'image'"),
-        (lambda lines: lines[3].update(target=""), r"records\.jsonl, line 4: 'target' is empty"),
+        (
+            lambda lines: lines[3].update(target=""),
+            r"records\.jsonl, line 4: 'target' is empty; fill it, or remove the record\.",
+        ),
         (lambda lines: lines[3].update(target=True), r"records\.jsonl, line 4: .*'target'"),
-        (lambda lines: lines[3].update(target="teal"), r"line 4: the target 'teal' is not among the candidates"),
-        (lambda lines: lines[3].update(id="r2"), r"line 4: the id 'r2' was given in line 3 already"),
+        (
+            lambda lines: lines[3].update(target="teal"),
+            r"line 4: the target 'teal' is not among the candidates .*; add it to them, or mend it\.",
+        ),
+        (
+            lambda lines: lines[3].update(id="r2"),
+            r"line 4: the id 'r2' was given in line 3 already; give each line its own\.",
+        ),
         (
             lambda lines: lines[3].update(image="pictures/none.png"),
             r"'r3'.*none\.png is missing|r3.*none\.png.* missing",
@@ -176,8 +191,11 @@ def test_a_missing_file_says_what_is_expected_where(place, type_in):
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
-        (lambda file: file.write_bytes(b"no picture at all"), "is not a picture"),
-        (lambda file: file.write_bytes(file.read_bytes()[:60]), "is cut short"),
+        (
+            lambda file: file.write_bytes(b"no picture at all"),
+            "is not a picture that can be read; fetch it again or save it as PNG.",
+        ),
+        (lambda file: file.write_bytes(file.read_bytes()[:60]), "); fetch it again."),
         (lambda file: Image.new("RGB", (300, 300)).save(file), "more than data.max_pixels"),
     ],
 )
@@ -269,7 +287,8 @@ def test_ctrl_c_exits_with_130_and_keeps_the_last_checkpoint(place, type_in, mon
 
     monkeypatch.setattr(checkpoint, "save", interrupted)
     code, _, said = type_in("train", place / "run.yaml", "train.checkpoint_every=2")
-    assert code == 130 and "Traceback" not in said and "goes on from it" in said
+    assert code == 130 and "Traceback" not in said
+    assert "the last checkpoint, if there is one yet, is whole: the same command goes on from it." in said
     monkeypatch.setattr(checkpoint, "save", save)
     assert type_in("train", place / "run.yaml", "train.checkpoint_every=2")[0] == 0
     assert [path.name for path in sorted((place / "run" / "checkpoints").iterdir())] == ["step-2", "step-4"]
@@ -284,11 +303,14 @@ def test_ctrl_c_that_a_library_hides_still_exits_with_130(type_in, monkeypatch):
             raise ImportError("cannot import name 'Tensor'") from None
 
     before = signal.getsignal(signal.SIGINT)
-    for command, words in (("tasks", ()), ("train", ("demo",))):
+    for command, words in (
+        ("tasks", ()), ("train", ("demo",)), ("train", ("demo", "--dry-run")), ("eval", ("one", "other")),
+    ):  # fmt: skip
         monkeypatch.setitem(cli.COMMANDS, command, hides)
         code, _, said = type_in(command, *words)
         assert code == 130 and said.startswith("qformer: interrupted") and said.count("\n") == 1
-        assert ("goes on from it" in said) == (command == "train")
+        assert ("if there is one yet, is whole: the same command goes on" in said) == (words == ("demo",))
+        assert words == ("demo",) or said == "qformer: interrupted.\n"
     assert signal.getsignal(signal.SIGINT) is before
     monkeypatch.setitem(cli.COMMANDS, "tasks", lambda options: 1 / 0)
     with pytest.raises(ZeroDivisionError):

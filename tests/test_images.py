@@ -111,7 +111,7 @@ def test_whatever_a_decoder_raises_is_a_broken_picture(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"sample 's': a picture is cut short or broken \(Unknown pixel format"):
         load_image(bytes(odd), 1000, "sample 's'")
     for raised, sentence in (
-        (RuntimeError("Failed to decode image"), r"a\.avif is cut short or broken \(Failed to decode image\)"),
+        (RuntimeError("Failed to decode image"), r"a\.avif is cut short or broken \(Failed to decode image\); fetch"),
         (PermissionError(13, "Permission denied"), r"a\.avif may not be read; change its permissions"),
     ):
         monkeypatch.setattr(images.Image, "open", lambda *_, raised=raised: (_ for _ in ()).throw(raised))
@@ -127,10 +127,10 @@ def test_what_cannot_be_opened_is_named(tmp_path):
     (tmp_path / "empty.jpg").write_bytes(b"")
     for source, sentence in (
         (tmp_path / "none.png", r"sample 's': the picture .*none\.png is missing"),
-        (tmp_path / "cut.png", r"cut\.png is cut short"),
-        (tmp_path / "text.jpg", r"text\.jpg is not a picture"),
+        (tmp_path / "cut.png", r"cut\.png is cut short or broken \(.*\); fetch it again\.$"),
+        (tmp_path / "text.jpg", r"text\.jpg is not a picture that can be read; fetch it again or save it as PNG\.$"),
         (tmp_path / "empty.jpg", r"empty\.jpg is not a picture"),
-        (tmp_path, "is a folder, not a picture"),
+        (tmp_path, "is a folder, not a picture; name a file in it"),
         (whole[:200], "sample 's': a picture is cut short"),
     ):
         with pytest.raises(DataError, match=sentence):

@@ -41,7 +41,7 @@ KINDS = {
     "t5": ("t5", ()),
     "checkpointed": ("llama", ("language.gradient_checkpointing=true",)),
 }
-"""Family and settings of models that are compared; by two processes in the ordinary suite the first two."""
+"""Family and settings of models that are compared; by two processes in the ordinary suite the first alone."""
 STEPS = {"uneven": (7, 60), "empty": (1, None)}
 """Samples of a step and the budget of its micro-batches: unequal numbers of both, and ranks without any row."""
 

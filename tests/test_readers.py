@@ -66,21 +66,21 @@ class TestJsonLines:
     @pytest.mark.parametrize(
         ("row", "message"),
         [
-            ('{"id": "b", ', "not valid JSON"),
+            ('{"id": "b", ', r"not valid JSON \(.* at column \d+\); mend or remove the line\.$"),
             ("[1, 2]", "holds no JSON object"),
-            ({**RECORD, "id": "a"}, "the id 'a' was given in line 1 already"),
-            ({"id": "b", "image": "a.png", "target": "cat"}, "there is no field 'instruction'"),
-            ({"id": "b", "image": "a.png", "instruction": "What?"}, "there is no field 'target'"),
-            ({"image": "a.png", "instruction": "What?", "target": "cat"}, "there is no field 'id'"),
-            ({"id": "b", "instruction": "What?", "target": "cat"}, "there is no field 'image'"),
+            ({**RECORD, "id": "a"}, "the id 'a' was given in line 1 already; give each line its own"),
+            ({"id": "b", "image": "a.png", "target": "cat"}, "there is no field 'instruction'; mend or remove"),
+            ({"id": "b", "image": "a.png", "instruction": "What?"}, "there is no field 'target'; mend or remove"),
+            ({"image": "a.png", "instruction": "What?", "target": "cat"}, "there is no field 'id'; mend or remove"),
+            ({"id": "b", "instruction": "What?", "target": "cat"}, "there is no field 'image'; mend or remove"),
             ({**RECORD, "id": "b", "images": []}, "'images' must be a list of at least one"),
             ({**RECORD, "id": "b", "images": [3]}, "'images' holds 3 where text belongs"),
-            ({**RECORD, "id": "b", "target": " "}, "'target' is empty"),
+            ({**RECORD, "id": "b", "target": " "}, "'target' is empty; fill it, or remove the record"),
             ({**RECORD, "id": "b", "target": []}, "'target' is .*; it must be text or a list"),
             ({**RECORD, "id": "b", "target": True}, "'target' holds true where text belongs; put it in quotes"),
-            ({**RECORD, "id": "b", "instruction": ""}, "'instruction' is empty"),
-            ({**RECORD, "id": "b", "candidates": ["dog", "cow"]}, "'cat' is not among the candidates dog, cow"),
-            ({**RECORD, "id": "b", "candidates": ["cat", "cat"]}, "a candidate is given twice"),
+            ({**RECORD, "id": "b", "instruction": ""}, "'instruction' is empty; fill it, or remove the record"),
+            ({**RECORD, "id": "b", "candidates": ["dog", "cow"]}, "not among the candidates dog, cow; add it to"),
+            ({**RECORD, "id": "b", "candidates": ["cat", "cat"]}, "a candidate is given twice; name each once"),
             ({**RECORD, "id": "b", "candidates": "cat"}, "'candidates' is \"cat\"; it must be"),
             ({"id": "b", "image": "a.png", "turns": [{"instruction": "Who?"}]}, "there is no field 'answer'"),
             ({"id": "b", "image": "a.png", "turns": ["Who?"]}, "not of the form expected"),
@@ -134,7 +134,7 @@ def test_coco_captions_make_a_record_of_each_caption_or_of_each_picture(tmp_path
     captions = opened(tmp_path, "coco_captions", captions=COCO)
     assert [captions[place].references for place in range(3)] == [("A kite.",), ("A red kite.",), ("A tuba.",)]
     assert captions[1].id == "set/split/2"
-    with pytest.raises(DataError, match="record 4: its image_id 9 is not among 'images'"):
+    with pytest.raises(DataError, match="record 4: its image_id 9 is not among 'images'; remove the caption"):
         captions[3]
     pictures = opened(tmp_path, "coco_captions", {"per": "image"}, captions=COCO)
     assert pictures[0].references == ("A kite.", "A red kite.")
@@ -143,7 +143,7 @@ def test_coco_captions_make_a_record_of_each_caption_or_of_each_picture(tmp_path
     with pytest.raises(ConfigError, match=r"options\.per is 'row'; it takes caption or image"):
         opened(tmp_path, "coco_captions", {"per": "row"}, captions=COCO)
     uncaptioned = {"images": COCO["images"], "annotations": []}
-    with pytest.raises(DataError, match="record 5: its picture has no caption"):
+    with pytest.raises(DataError, match="record 5: its picture has no caption; write one, or remove the picture"):
         opened(tmp_path, "coco_captions", {"per": "image"}, captions=uncaptioned)[0]
 
 
@@ -179,7 +179,9 @@ def test_vqa_joins_questions_and_annotations_and_keeps_ten_answers(tmp_path: Pat
         "answer_type": "other",
     }
     assert records[0].id == "set/split/42000"
-    with pytest.raises(DataError, match=r"record 42001: there is no such question_id in .*annotations\.json"):
+    with pytest.raises(
+        DataError, match=r"record 42001: its question_id is not in .*annotations\.json; add its answers"
+    ):
         records[1]
     assert opened(tmp_path, "vqa", {"answer": "raw_answer"}, **contents)[0].references == ("reddish",) * 10
 
@@ -213,7 +215,7 @@ def test_llava_conversations_lose_the_image_tag_and_keep_their_turns(tmp_path: P
     assert records[0].id != records[1].id
     with pytest.raises(DataError, match="record 2: its turns are by human, gpt, human; they must be"):
         records[2]
-    with pytest.raises(DataError, match="record 3: turn 1 is empty"):
+    with pytest.raises(DataError, match="record 3: turn 1 is empty; fill it, or remove the dialogue"):
         records[3]
 
 
@@ -236,7 +238,7 @@ def test_vsr_says_its_labels_in_the_cards_words(tmp_path: Path) -> None:
         wrong = opened(tmp_path, "vsr", {"words": ["false", "true"]}, statements=lines({**rows[0], "label": label}))
         with pytest.raises(DataError, match=f"record 1: 'label' is {label}; it must be at least 0 and below 2"):
             wrong[0]
-    with pytest.raises(DataError, match="line 2: not valid JSON"):
+    with pytest.raises(DataError, match=r"line 2: not valid JSON \(.*\); mend or remove the line\.$"):
         opened(tmp_path, "vsr", {"words": ["false", "true"]}, statements=lines(rows[0], "{"))
 
 
@@ -259,7 +261,7 @@ def test_iconqa_offers_its_choices(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ('{"a": ', "not valid JSON .*cut short"),
-        ("{}", "holds no record"),
+        ("{}", r"holds no record; is it the file that the card means\?"),
         ("[]", "not of the form expected"),
     ],
 )

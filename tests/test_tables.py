@@ -211,7 +211,7 @@ class TestHeldOutMirrors:
         greens = [load_image(records[place].images[0], 1000, "here").getpixel((5, 5))[1] for place in (0, 1)]  # type: ignore[arg-type, index]
         assert greens[0] > 100 > greens[1]
         assert records[0].images != records[1].images
-        with pytest.raises(DataError, match=r"record 203: its picture 'n9' is not in .*testdev_balanced_images"):
+        with pytest.raises(DataError, match=r"record 203: its picture 'n9' is not in .*_images; fetch both again"):
             records[2]
         assert set(records.sources()) == {"table", "pictures"}
         files, options = dict(records.files), dict(records.options)
@@ -468,7 +468,7 @@ class TestShards:
         ("members", "message"),
         [
             ({"a.jpg": jpeg("red")}, "record 0/a: its caption is null where text belongs"),
-            ({"a.jpg": jpeg("red"), "a.txt": b" \n"}, "its caption is empty"),
+            ({"a.jpg": jpeg("red"), "a.txt": b" \n"}, "its caption is empty; fill it, or remove the record"),
             ({"a.jpg": jpeg("red"), "a.txt": b"\xff\xfe"}, "its caption is null"),
             ({"a.jpg": jpeg("red"), "a.txt": b"x" * ((1 << 20) + 1)}, "its caption is null"),
             ({"a.jpg": jpeg("red"), "a.txt": None}, "its caption is null"),

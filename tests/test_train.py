@@ -2,19 +2,23 @@
 
 import dataclasses
 import errno
+import itertools
 import json
+import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, tracking
 
 from qformer import cards, images, loading, vlm
 from qformer.backbones.language import DecoderOnly
@@ -127,6 +131,27 @@ def test_any_split_of_a_step_gives_the_same_gradient(make, family, packed):
     for name in expected:
         if not name.endswith("key.bias"):
             assert (found[name] - expected[name]).norm() <= 1e-4 * expected[name].norm(), name
+
+
+def test_gradients_are_clipped_to_the_norm_that_is_asked_for(make, monkeypatch):
+    """Told by what the optimizer is given; what is logged is the norm before."""
+    given, optimizer_for = [], optim.optimizer_for
+
+    def watched(named, settings):
+        optimizer = optimizer_for(named, settings)
+        norm = torch.nn.utils.get_total_norm
+        optimizer.register_step_pre_hook(
+            lambda *_: given.append(float(norm([p.grad for p in named.values() if p.grad is not None])))
+        )
+        return optimizer
+
+    monkeypatch.setattr(loop, "optimizer_for", watched)
+    free, clipped = (
+        run(make("train.steps=1", *more, name=f"run{len(more)}")) for more in ((), ("train.max_norm=1e-3",))
+    )
+    logged = [json.loads((directory / "metrics.jsonl").read_text())["gradient_norm"] for directory in (free, clipped)]
+    assert logged[0] == logged[1] > 0.01
+    assert given == pytest.approx([logged[0], 1e-3], rel=1e-3)
 
 
 def test_rows_that_cannot_be_kept_apart_are_padded_and_that_is_said_once(make, monkeypatch):
@@ -245,6 +270,11 @@ def test_a_run_learns_and_leaves_what_it_promises(make):
     assert [line["step"] for line in lines] == list(range(1, 31))
     assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
     assert {"gap", "cosine", "entropy"} <= lines[9].keys() and "gap" not in lines[8]
+    for number, line in enumerate(lines):
+        measured = [line[name] for name in ("gradient_norm", "samples_per_second", "tokens_per_second")]
+        assert all(math.isfinite(value) and value > 0 for value in measured)
+        assert line["tokens_per_second"] > 4 * line["samples_per_second"]  # four soft tokens, and words behind them
+        assert line["learning_rate"] == optim.learning_rate(number, settings.train) > 0
     mixture = json.loads((directory / "mixture.json").read_text())
     assert mixture["colours"]["drawn"] == 180 and mixture["colours"]["passes"] == 7.5
     assert (directory / "checkpoints" / "step-30" / "adapter.safetensors").exists()
@@ -399,10 +429,30 @@ def test_the_first_value_that_is_not_finite_stops_the_run_and_is_saved(make, mon
         return model
 
     monkeypatch.setattr(loading, "build", spoiled)
-    with pytest.raises(NotFiniteError, match=r"qformer\.blocks\.0\.query_feed_forward.* at step 1, with the samples"):
+    with pytest.raises(
+        NotFiniteError,
+        match=r"qformer\.blocks\.0\.query_feed_forward.* at step 1, with the samples r.*; lower train\.rate",
+    ):
         run(settings)
     saved = json.loads((settings.directory / "not_finite.json").read_text())
     assert saved["step"] == 1 and len(saved["samples"]) == 6
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_though_its_loss_is_finite(make, monkeypatch):
+    settings, build = make(), loading.build
+    name = "connector.qformer.blocks.1.query_feed_forward.outer.weight"
+
+    def spoiled(*arguments, **more):
+        model = build(*arguments, **more)
+        dict(model.named_parameters())[name].register_hook(lambda gradient: gradient * float("inf"))
+        return model
+
+    monkeypatch.setattr(loading, "build", spoiled)
+    with pytest.raises(NotFiniteError, match=rf"not finite in the gradient of {re.escape(name)} at step 1, with the"):
+        run(settings)
+    saved = json.loads((settings.directory / "not_finite.json").read_text())
+    assert saved["where"] == f"the gradient of {name}" and len(saved["samples"]) == 6
+    assert not loading.checkpoints(settings.directory)
 
 
 def test_a_value_that_is_not_finite_leaves_the_checkpoint_before_it_good(make, monkeypatch):
@@ -639,16 +689,41 @@ def test_trackers_that_cannot_log_are_refused(make, monkeypatch):
         run(make("train.log_with=[wandb]"))
 
 
-@pytest.mark.filterwarnings("ignore:.*no supported trackers:UserWarning")
+class Notes(tracking.GeneralTracker):
+    """A tracker that writes a file."""
+
+    name = "tensorboard"
+    requires_logging_directory = True
+
+    def __init__(self, run_name, logging_dir):
+        super().__init__()
+        self.file = Path(logging_dir) / f"{run_name}.notes"
+
+    @property
+    def tracker(self):
+        return self.file
+
+    def store_init_configuration(self, values):
+        self.log(values)
+
+    def log(self, values, step=None, **_):
+        with self.file.open("a") as file:
+            file.write(json.dumps([step, values]) + "\n")
+
+    def finish(self):
+        self.log({"finished": True})
+
+
 def test_what_is_measured_reaches_the_trackers(make, monkeypatch):
-    logged = []
-    monkeypatch.setattr(loop, "check_trackers", lambda names: None)
-    monkeypatch.setattr(Accelerator, "init_trackers", lambda self, name, config: logged.append(name))
-    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logged.append((step, values["loss"])))
-    monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda *_: [])
-    directory = run(make("train.log_with=[wandb]", "train.steps=2"))
+    """All of accelerate's own way of doing it, with a tracker in tensorboard's place that needs no package."""
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", Notes)
+    monkeypatch.setattr(tracking, "_available_trackers", [tracking.LoggerType.TENSORBOARD])
+    directory = run(make("train.log_with=[tensorboard]", "train.steps=2", "train.monitor_every=2"))
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    assert logged == ["run", *((line["step"], line["loss"]) for line in lines)]
+    first, *logged, last = [json.loads(line) for line in (directory / "run.notes").read_text().splitlines()]
+    assert json.loads(first[1]["settings"])["train"]["steps"] == 2
+    assert [{"step": step, **values} for step, values in logged] == lines and "gap" in lines[1]
+    assert last == [None, {"finished": True}]
 
 
 # -- monitors ---------------------------------------------------------------------------------------------------------
@@ -663,6 +738,76 @@ def test_alarm_speaks_after_three_bad_readings_in_a_row():
     assert alarm(blind) == alarm(blind) == []
     assert "pictures hardly matter" in alarm(blind)[0]
     assert alarm({"cosine": 0.1, "entropy": 1.0, "gap": 0.5}) == []
+
+
+def test_a_run_says_what_three_bad_readings_in_a_row_mean(make, monkeypatch):
+    build, said = loading.build, []
+
+    def collapsed(*arguments, **more):
+        model = build(*arguments, **more)
+        with torch.no_grad():
+            model.connector.qformer.queries[:] = model.connector.qformer.queries[:1]
+        return model
+
+    monkeypatch.setattr(loading, "build", collapsed)
+    settings = make("train.steps=3", "train.monitor_every=1", "train.rate=1e-8", "train.warmup_steps=0")
+    loop.train(settings, say=said.append, quiet=True)
+    warnings = [line for line in said if re.match(r"step \d", line)]
+    assert [line.partition(" (")[0] for line in warnings] == [
+        "step 3: the query outputs are nearly equal",
+        "step 3: the pictures hardly matter",  # to weights as they were drawn
+    ]
+
+
+def test_readings_have_the_values_of_what_they_measure(make):
+    """Equal queries have the cosine 1, attention without questions the entropy 1, equal pictures the gap 0."""
+    settings = make()
+    model = loading.build(settings, report=lambda _: None)
+    [batch] = maker_of(settings, model)[0].batches
+    found = monitors.readings(model, batch)
+    with torch.no_grad():
+        outputs, _ = model.eval().look(batch)
+        others = dataclasses.replace(batch, pixels=batch.pixels.roll(-1, 0))
+        worse = float(model(others)["answer"] - model(batch)["answer"]) / model.objective.counts(batch)["answer"]
+    pairs = [
+        torch.cosine_similarity(row[one], row[two], dim=0)
+        for row in outputs
+        for one, two in itertools.combinations(range(4), 2)
+    ]
+    assert found["cosine"] == pytest.approx(float(torch.stack(pairs).mean()), abs=1e-5) and found["cosine"] < 0.9
+    assert 0 < found["entropy"] < 1
+    assert found["gap"] == pytest.approx(worse, abs=1e-6) and abs(worse) > 1e-5
+    qformer = model.connector.qformer
+    with torch.no_grad():
+        qformer.queries[:] = qformer.queries[:1]
+        for name, parameter in qformer.named_parameters():
+            if "cross_attention.query" in name:
+                parameter.zero_()
+    equal = dataclasses.replace(batch, pixels=batch.pixels[:1].expand_as(batch.pixels))
+    found = monitors.readings(model, equal)
+    assert found == pytest.approx({"cosine": 1.0, "entropy": 1.0, "gap": 0.0}, abs=1e-5)
+
+
+def test_the_gap_is_positive_where_another_samples_picture_makes_it_worse():
+    from qformer.sample import Batch, Read, Slot, Text
+
+    class Sees(torch.nn.Module):
+        """Loses half a nat a row on the picture of that number, and three on any other."""
+
+        device = torch.device("cpu")
+        objective = SimpleNamespace(counts=lambda batch: {"answer": 6})
+
+        def look(self, batch):
+            return torch.eye(3)[None, [0, 0, 1]], torch.tensor(0.25)
+
+        def forward(self, batch):
+            own = [read.picture == number for number, read in enumerate(batch.reads)]
+            return {"answer": torch.tensor([0.5 if each else 3.0 for each in own]).sum()}
+
+    rows = tuple((Slot(number), Text((1, 2), trained=True)) for number in range(3))
+    batch = Batch(torch.zeros(3, 3, 1, 1), tuple(Read(number, (number,)) for number in range(3)), rows)
+    found = monitors.readings(Sees(), batch)
+    assert found == pytest.approx({"cosine": 1 / 3, "entropy": 0.25, "gap": 3 * (3.0 - 0.5) / 6})
 
 
 def test_the_gap_is_measured_with_other_samples_pictures():

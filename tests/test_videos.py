@@ -309,7 +309,8 @@ def test_only_files_are_opened_and_only_those_named(tmp_path: Path) -> None:
 def test_a_broken_frame_of_a_folder_is_named(tmp_path: Path) -> None:
     path = folder(tmp_path / "f", ["1.png", "2.png"])
     (path / "2.png").write_bytes(b"no picture")
-    assert _refused_frame(path) == f"sample 7: the picture {path / '2.png'} is not a picture that can be read."
+    told = "is not a picture that can be read; fetch it again or save it as PNG."
+    assert _refused_frame(path) == f"sample 7: the picture {path / '2.png'} {told}"
 
 
 def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

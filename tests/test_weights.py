@@ -344,7 +344,7 @@ def test_an_interrupted_write_leaves_nothing_behind(tmp_path: Path):
 
 def test_files_that_are_not_whole_are_refused(tmp_path: Path):
     path = tmp_path / "x.safetensors"
-    with pytest.raises(ConfigError, match=r"x\.safetensors: there is no such file"):
+    with pytest.raises(ConfigError, match=r"x\.safetensors: there is no such file; check its path"):
         load_tensors(path)
     save_tensors(path, {"a": torch.ones(200)})
     path.write_bytes(path.read_bytes()[:-50])

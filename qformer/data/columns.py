@@ -149,7 +149,7 @@ class Columns(Records):
     def _picture(self, row: Mapping[str, Any]) -> tuple[Path | Packed, ...]:
         if "hung" in row:
             if row["hung"] is None:
-                raise DataError(f"its picture '{row['image']}' is not in {self.files['pictures']}")
+                raise DataError(f"its picture '{row['image']}' is not in {self.files['pictures']}; fetch both again")
             return (Cell(self.files["pictures"], str(row["hung"]), self.shown, row["hung"], named=True),)
         if "image" in row:
             return self.image(row["image"])

@@ -49,15 +49,15 @@ class JsonLines(Records):
                 row = json.loads(line)
                 name = str(row["id"]) if isinstance(row, dict) and "id" in row else None
                 if name in first_line:
-                    self.broken[place] = self.at_fault(
-                        number, f"the id '{name}' was given in line {first_line[name]} already"
-                    )
+                    told = f"the id '{name}' was given in line {first_line[name]} already; give each line its own"
+                    self.broken[place] = self.at_fault(number, told)
                 elif name is not None:
                     first_line[name] = number
             except json.JSONDecodeError as error:
-                self.broken[place] = self.at_fault(number, f"not valid JSON ({error.msg} at column {error.colno})")
+                told = f"not valid JSON ({error.msg} at column {error.colno}); mend or remove the line"
+                self.broken[place] = self.at_fault(number, told)
             except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
-                self.broken[place] = self.at_fault(number, f"not JSON that can be read ({error})")
+                self.broken[place] = self.at_fault(number, f"not JSON that can be read ({error}); mend or remove it")
             yield number, row
             place += 1
 
@@ -84,9 +84,12 @@ class JsonLines(Records):
         for name, values in ((given, names), ("target", targets), ("candidates", candidates)):
             _all_words(values, name)
         if candidates and not set(targets) & set(candidates):
-            raise DataError(f"the target '{targets[0]}' is not among the candidates {', '.join(candidates)}")
+            listed = ", ".join(candidates)
+            raise DataError(
+                f"the target '{targets[0]}' is not among the candidates {listed}; add it to them, or mend it"
+            )
         if len(set(candidates)) < len(candidates):
-            raise DataError("a candidate is given twice")
+            raise DataError("a candidate is given twice; name each once")
         taken = {"image", "images", "video", "target", "candidates", "turns"}
         fields = {name: value for name, value in row.items() if name not in taken}
         if "kind" in self.options:
@@ -122,4 +125,4 @@ def _all_words(values: Any, name: str) -> None:
             shown = json.dumps(value, ensure_ascii=False)
             raise DataError(f"'{name}' holds {shown} where text belongs; put it in quotes")
         if not value.strip():
-            raise DataError(f"'{name}' is empty")
+            raise DataError(f"'{name}' is empty; fill it, or remove the record")

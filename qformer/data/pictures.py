@@ -49,7 +49,8 @@ class Pictures:
         found = self.first(*names)
         if found is None:
             named = " or ".join(f"'{name}'" for name in names)
-            raise DataError(f"there is no picture {named} in {' or '.join(map(str, self.roots))}")
+            roots = " or ".join(map(str, self.roots))
+            raise DataError(f"there is no picture {named} in {roots}; check its name, and files.images of the card")
         return found
 
     def first(self, *names: str) -> Path | Packed | None:
@@ -169,11 +170,11 @@ class ZipMember(Packed):
             with opened.open(info) as stream:
                 return stream.read(info.file_size)
         except KeyError:
-            raise DataError(f"there is no '{self.name}' in {self.container}") from None
+            raise DataError(f"there is no '{self.name}' in {self.container} any more; fetch it again") from None
         except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError) as error:
-            raise DataError(f"the file {self} cannot be unpacked ({error})") from None
+            raise DataError(f"the file {self} cannot be unpacked ({error}); fetch it again") from None
         except RuntimeError as error:  # a member that is encrypted
-            raise DataError(f"the file {self} cannot be unpacked ({error})") from None
+            raise DataError(f"the file {self} cannot be unpacked ({error}); unpack the archive once") from None
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ class Span(Packed):
         except (OSError, ValueError) as error:
             raise DataError(f"the file {self} cannot be read ({error})") from None
         if len(content) < self.size:
-            raise DataError(f"the file {self} is cut short: the archive ends within it")
+            raise DataError(f"the file {self} is cut short: the archive ends within it; fetch it again")
         return content
 
 

@@ -59,9 +59,10 @@ class CocoCaptions(Records):
     def _sample(self, key: Any, row: Any) -> Sample:
         picture, annotations = row
         if picture is None:
-            raise DataError(f"its image_id {annotations[0]['image_id']} is not among 'images'")
+            missing = annotations[0]["image_id"]
+            raise DataError(f"its image_id {missing} is not among 'images'; remove the caption, or add its picture")
         if not annotations:
-            raise DataError("its picture has no caption")
+            raise DataError("its picture has no caption; write one, or remove the picture")
         fields = {"image_id": picture["id"]}
         if "domain" in picture:
             fields["domain"] = picture["domain"]
@@ -250,7 +251,7 @@ class VQA(Records):
         if "annotations" not in self.files:
             return Sample(self.id(key), self.task, picture, fields)
         if not row["annotated"]:
-            raise DataError(f"there is no such question_id in {self.files['annotations']}")
+            raise DataError(f"its question_id is not in {self.files['annotations']}; add its answers, or remove it")
         fields |= {name: row[name] for name in ("question_type", "answer_type")}
         return Sample(
             self.id(key), self.task, picture, fields, references=answers(row["answers"], "'answers'", blank=True)
@@ -295,7 +296,7 @@ class AOKVQA(Records):
             return Sample(self.id(key), self.task, picture, fields, candidates=choices)
         right = (chosen(choices, row["correct_choice_idx"], "correct_choice_idx"),)
         if self.form == "direct_answer" and "answers" not in row:
-            raise DataError("there is no field 'direct_answers'")
+            raise KeyError("direct_answers")
         said = right if self.form == "multiple_choice" else answers(row["answers"], "'direct_answers'")
         return Sample(self.id(key), self.task, picture, fields, references=said, candidates=choices)
 
@@ -376,7 +377,7 @@ class LLaVA(Records):
             raise DataError(f"its turns are by {', '.join(speakers)}; they must be by human, gpt in turn")
         spoken = [each["value"].replace("<image>", "").strip() for each in said]
         if "" in spoken:
-            raise DataError(f"turn {spoken.index('') + 1} is empty")
+            raise DataError(f"turn {spoken.index('') + 1} is empty; fill it, or remove the dialogue")
         turns = tuple(Turn(*pair) for pair in zip(spoken[::2], spoken[1::2], strict=True))
         image = words(row, "image")
         stem = PurePosixPath(image).stem
@@ -509,7 +510,7 @@ class IconQA(Records):
 
     def _sample(self, key: Any, row: Any) -> Sample:
         if row is None:
-            raise DataError(f"it is in {self.files['splits']} and not among the problems")
+            raise DataError(f"it is in {self.files['splits']} and not among the problems; fetch both files again")
         options, choices = offered(answers(row["choices"], "'choices'"), self.rank)
         fields = {"question": words(row, "question"), "image_id": key, "grade": row.get("grade", ""), **options}
         return Sample(
@@ -585,8 +586,8 @@ def _lines(file: Path) -> Iterator[tuple[int, Any]]:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                problem = getattr(error, "msg", str(error))
-                raise DataError(f"{file}, line {line_number}: not valid JSON ({problem}).") from None
+                problem = f"not valid JSON ({getattr(error, 'msg', str(error))}); mend or remove the line"
+                raise DataError(f"{file}, line {line_number}: {problem}.") from None
             yield line_number, row
 
 

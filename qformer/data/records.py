@@ -92,7 +92,7 @@ class Records(ABC):
         self.rows = in_memory(self.entries()) if index is None else index.rows(self)
         self.broken = {place: DataError(words) for place, words in self.rows.broken.items()}
         if not self.rows:
-            raise DataError(f"{self.file}: holds no record.")
+            raise DataError(f"{self.file}: holds no record; is it the file that the card means?")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -112,10 +112,10 @@ class Records(ABC):
         except DataError as error:
             raise self.at_fault(key, str(error)) from None
         except MISFORMED as error:
-            raise self.at_fault(key, _what_is_wrong(error)) from None
+            raise self.at_fault(key, f"{_what_is_wrong(error)}; mend or remove the record") from None
 
     def at_fault(self, key: Any, problem: str) -> DataError:
-        """The error of one record, which names it."""
+        """The error of one record, which names it; the problem says what would work too."""
         return DataError(f"{self.file}, {self.numbering} {_printable(key)}: {_printable(problem)}.")
 
     def once(self, pairs: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
@@ -125,7 +125,7 @@ class Records(ABC):
             if not identifies(key):
                 self.broken[place] = self.at_fault(key, f"its id is {shown(key)}; it must be text or a number")
             elif key in seen:
-                self.broken[place] = self.at_fault(key, "an earlier record has the same id")
+                self.broken[place] = self.at_fault(key, "an earlier record has the same id; remove one of them")
             else:
                 seen.add(key)
             yield key, row
@@ -178,7 +178,7 @@ class Records(ABC):
             try:
                 entry = encoded(key), encoded(row)
             except (TypeError, ValueError, RecursionError) as error:
-                raise self.at_fault(key, f"it holds what JSON cannot ({error})") from None
+                raise self.at_fault(key, f"it holds what JSON cannot ({error}); mend or remove the record") from None
             yield *entry, str(self.broken[place]) if place in self.broken else None
         yield from self.surplus
 

@@ -44,7 +44,7 @@ class ScienceQA(Records):
 
     def _sample(self, key: Any, row: Any) -> Sample:
         if row is None:
-            raise DataError(f"it is in {self.files['splits']} and not among the problems")
+            raise DataError(f"it is in {self.files['splits']} and not among the problems; fetch both files again")
         options, choices = offered(answers(row["choices"], "'choices'"), self.rank)
         fields = {
             "question": words(row, "question"),

@@ -25,7 +25,7 @@ def text(value: Any, what: str) -> str:
         raise DataError(f"{what} is {shown(value)} where text belongs")
     line = " ".join(value.split())
     if not line:
-        raise DataError(f"{what} is empty")
+        raise DataError(f"{what} is empty; fill it, or remove the record")
     return line
 
 

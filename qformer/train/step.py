@@ -50,9 +50,11 @@ def train_step(
             check_finite(loss, batch, "the loss")
             (loss * accelerator.num_processes).backward()  # DDP averages over ranks; ours is a sum
         total += loss.detach()
-    norm = nn.utils.clip_grad_norm_(parameters, max_norm if max_norm is not None else float("inf"))
-    if not torch.isfinite(norm):
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if not torch.isfinite(norm):  # told before clipping, which would spread it to all gradients
         raise NotFiniteError(first_not_finite(model), [name for batch in batches for name in batch.samples])
+    if max_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return StepReport(float(accelerator.reduce(total, "sum")), float(norm), counts)
@@ -76,7 +78,8 @@ class NotFiniteError(TrainingError):
     def __init__(self, where: str, samples: Sequence[str]):
         self.where, self.samples = where, tuple(samples)
         shown = ", ".join(self.samples[:8]) + (" …" if len(self.samples) > 8 else "")
-        super().__init__(f"a value that is not finite in {where}, with the samples {shown}.")
+        found = f"a value that is not finite in {where}, with the samples {shown}"
+        super().__init__(f"{found}; lower train.rate, or look at these samples.")
 
 
 def check_finite(value: Tensor, batch: Batch, where: str) -> None:
