@@ -67,8 +67,9 @@ def compile_blocks(model: VLM) -> str:
 
 
 def as_written(model: VLM) -> AbstractContextManager[Any]:
-    """A while without compiled code."""
-    return torch.compiler.set_stance("force_eager") if model.settings.train.compile else nullcontext()
+    """A while without compiled code; nothing for a model that has none, since torch's compiler is slow to import."""
+    compiled = any(block._compiled_call_impl is not None for block in model.connector.qformer.blocks)
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def _deep(model: nn.Module) -> list[nn.Module]:
