@@ -412,6 +412,8 @@ class Both:
 
 def training(both: Both, only: Sequence[str], repeats: int, top: float | None) -> Iterator[tuple[str, float, int]]:
     """Rows of steps with and without features at hand; each with its seconds and the bytes that ours held."""
+    if not {"training", "cached"} & set(only):
+        return
     settings, device = both.settings, both.device
     both.ours.train(), both.theirs.train()
     both.theirs.vision_model.eval(), both.theirs.language_model.eval()  # frozen towers stay so, as ours do
