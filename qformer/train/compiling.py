@@ -32,8 +32,7 @@ def check(device: str) -> None:
     Raises:
         ConfigError: torch cannot compile here; says why.
     """
-    from torch._inductor import config as compiler  # slow to import
-
+    compiler: Any = torch._inductor.config  # slow to import
     try:
         with compiler.patch(force_disable_caches=True):  # what was compiled before proves nothing about today
             torch.compile(lambda x: x.sin() + 1, backend=BACKEND)(torch.ones(8, device=device))
@@ -58,8 +57,10 @@ def compile_blocks(model: VLM) -> str:
         "the Q-Former": list(model.connector.qformer.blocks),
         "the LLM": [] if model.language is None else _deep(model.language.model),
     }
-    settings: Any = torch._dynamo.config
-    settings.recompile_limit = max(settings.recompile_limit, VARIANTS)
+    tracer: Any = torch._dynamo.config
+    compiler: Any = torch._inductor.config
+    tracer.recompile_limit = max(tracer.recompile_limit, VARIANTS)
+    compiler.fallback_random = True  # dropout draws what it draws in blocks as they are written
     for block in chain.from_iterable(parts.values()):
         block.compile(dynamic=True, backend=BACKEND)
     told = ", ".join(f"{len(blocks)} of {part}" for part, blocks in parts.items())
