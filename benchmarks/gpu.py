@@ -92,6 +92,7 @@ TINY_LANGUAGE = {
         "num_key_value_heads": 4, "head_dim": 12,
     },
 }  # fmt: skip
+TINY_WORDS = 1000
 TINY_QFORMER = {"hidden": TINY_WIDTH, "layers": 2, "heads": 4, "intermediate": 64}
 
 
@@ -171,9 +172,10 @@ def settings_of(name: str, size: str, folder: Path, changes: Sequence[str]) -> R
     settings = config.load(name, [f"data.root={folder / 'nothing'}", f"data.index={folder / 'index'}", *changes])
     if size != "tiny":
         return settings
+    ranking.IDS = TINY_WORDS
     (folder / "vision").mkdir(exist_ok=True)
     (folder / "vision" / "config.json").write_text(json.dumps(TINY_VISION), encoding="utf-8")
-    architecture = {**settings.language.architecture, **TINY_LANGUAGE[settings.language.name]}
+    architecture = {**settings.language.architecture, **TINY_LANGUAGE[settings.language.name], "vocab_size": TINY_WORDS}
     return dataclasses.replace(
         settings,
         vision=dataclasses.replace(settings.vision, name=str(folder / "vision"), dtype="bfloat16"),
@@ -274,7 +276,7 @@ def filled(row: Prepared, seed: int) -> Prepared:
         piece if isinstance(piece, Slot) else Text(speed.ids(len(piece.ids), seed + 7 * place), piece.trained)
         for place, piece in enumerate(row.row)
     )
-    return dataclasses.replace(row, instruction=speed.ids(len(row.instruction), seed, 20_000), row=tuple(pieces))
+    return dataclasses.replace(row, instruction=speed.ids(len(row.instruction), seed), row=tuple(pieces))
 
 
 def usual(steps: Sequence[Step]) -> Step:
@@ -494,7 +496,7 @@ def table(settings: RunConfig, options: argparse.Namespace, device: torch.device
     with hub.asked_if_there():
         found = plan.sizes(settings)
         data = plan.look(settings, found)
-    both = Both(settings, found, data, device)
+        both = Both(settings, found, data, device)
     top = (peaks.gpu(options.gpu).bfloat16 or 0) * 1e12 if options.gpu else None
     yield f"## {settings.name}\n"
     yield (

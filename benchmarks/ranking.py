@@ -28,6 +28,8 @@ from qformer.sample import Row, Slot, Text
 from qformer.text import Profile
 
 QUERIES, PROMPT, VOCABULARY = 32, 72, 49_152
+IDS = 30_000
+"""What random ids are below."""
 SMOL = {
     "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
     "num_key_value_heads": 3, "vocab_size": VOCABULARY, "tie_word_embeddings": True,
@@ -62,7 +64,7 @@ class _NoTokenizer:
 def candidates(count: int) -> tuple[tuple[int, ...], ...]:
     """Distinct candidates of one to four tokens, equally many of each length."""
     dice = random.Random(count)
-    return tuple(tuple(dice.randrange(3, 30_000) for _ in range(1 + number % 4)) for number in range(count))
+    return tuple(tuple(dice.randrange(3, IDS) for _ in range(1 + number % 4)) for number in range(count))
 
 
 def measure(llm: LanguageTower, count: int, repeats: int, clock: Any) -> tuple[list[float], list[float]]:

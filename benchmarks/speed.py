@@ -88,9 +88,9 @@ class Both:
         return mine, torch.optim.AdamW(trained, lr=0.0, fused=True)
 
 
-def ids(count: int, seed: int, below: int = 30_000) -> tuple[int, ...]:
+def ids(count: int, seed: int) -> tuple[int, ...]:
     dice = torch.Generator().manual_seed(seed)
-    return tuple(torch.randint(10, below, (count,), generator=dice).tolist())
+    return tuple(torch.randint(10, ranking.IDS, (count,), generator=dice).tolist())
 
 
 def batch(shapes: Sequence[tuple[int, int]], pictures: int, *, queries: int = QUERIES, frames: int = 1) -> Batch:
@@ -99,7 +99,7 @@ def batch(shapes: Sequence[tuple[int, int]], pictures: int, *, queries: int = QU
     for number, (prompt, answer) in enumerate(shapes):
         first = len(reads)
         own = [(number * frames + frame) % (pictures * frames) for frame in range(frames)]
-        reads += [Read(picture, ids(prompt, number, 20_000)) for picture in own]
+        reads += [Read(picture, ids(prompt, number)) for picture in own]
         said = (Text(ids(answer, 1000 + number), trained=True),) if answer else ()
         rows.append((*(Slot(first + frame) for frame in range(frames)), Text(ids(prompt, number)), *said))
     pixels = torch.randn(pictures * frames, 3, 224, 224, generator=torch.Generator().manual_seed(1))

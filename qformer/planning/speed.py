@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -77,6 +77,7 @@ class Speed:
         return {**times, "optimizer": trained * self.optimizer}
 
 
+@cache
 def known() -> GPUs:
     """The GPUs shipped here."""
     return config.shipped(GPUs, "configs/planning", "gpus", "list of GPUs")
