@@ -16,7 +16,7 @@ the data sheet's peak.
 - ranking: as `benchmarks/ranking.py` measures it, 4 and 100 candidates behind a prefix of 72;
 - generation: as `benchmarks/speed.py` measures it, 16 prompts, greedy, 20 new tokens each.
 
-`--set KEY=VALUE …` changes settings of both configs (train.micro_batch_tokens=16384, train.compile=true).  Without a
+`--set KEY=VALUE …` changes settings of both configs (train.micro_batch_tokens=4096, train.compile=true).  Without a
 GPU nothing is measured, unless by `--device cpu --size tiny`, the same code with models that are no work.
 """
 
