@@ -2,7 +2,8 @@
 
 On the rows and the models of `benchmarks/speed.py`.  Each saving is switched off by itself; steps with and without it
 are timed in turn, and their losses compared before.  The floor is what the step's floating-point operations would take
-at the speed of this machine's own large matrix products.
+at the speed of this machine's own large matrix products.  `--compile` has the blocks compiled as `train.compile` does,
+which takes minutes before the first step, and times that as one more saving.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qformer.nn.attention import Places
 from qformer.sample import Batch
+from qformer.train import compiling
 from qformer.train.step import train_step
 from qformer.vlm import VLM
 
@@ -75,14 +77,20 @@ SAVINGS: dict[str, tuple[int, Switch | None]] = {
 """Pictures of the 14 rows, and what switches the saving off (None: a batch with copies)."""
 
 
-def table(both: speed.Both, repeats: int) -> Iterator[str]:
-    """A row a saving, and the floor."""
+def table(both: speed.Both, repeats: int, compiled: bool) -> Iterator[str]:
+    """A row a saving, and the floor; what is `compiled` is so from its row on."""
     yield "| saving | with it (s) | without (s) | brings | range |"
     yield "|---|---|---|---|---|"
     for name, (pictures, off) in SAVINGS.items():
         yield f"| {name} | {saved(both, speed.batch(speed.SHAPES, pictures), off, repeats)} |"
+    if compiled:
+        compiling.compile_blocks(both.ours)
+        given = speed.batch(speed.SHAPES, len(speed.SHAPES))
+        yield f"| blocks compiled (train.compile) | {saved(both, given, compiling.as_written, repeats)} |"
     yield ""
-    yield floor(both, repeats)
+    with compiling.as_written(both.ours):
+        told = floor(both, repeats)
+    yield told
 
 
 def saved(both: speed.Both, given: Batch, off: Switch | None, repeats: int) -> str:
@@ -142,10 +150,11 @@ def main() -> None:
     """Print the table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="time compiled blocks too")
     options = parser.parse_args()
     print(speed.machine(options.repeats))
     with tempfile.TemporaryDirectory() as folder:
-        for line in table(speed.Both(Path(folder)), options.repeats):
+        for line in table(speed.Both(Path(folder)), options.repeats, options.compile):
             print(line, flush=True)
 
 

@@ -56,6 +56,8 @@ PROMPTS = (6, 12, 40, 12) * 4
 NEW_TOKENS = 20
 PARTS = ("training", "cached", "two pictures", "generation", "ranking", "own", "growth")
 ASKED = {"training": "2.0×", "cached": "2.2×", "two pictures": "2.1×", "generation": "1.1×", "own": "3 %"}
+RANKED = {100: "12×", 4: "2.5×"}
+"""What is asked of so many candidates."""
 GROWTH = {
     "rows": (8, 16, 32, 64), "text": (16, 64, 128, 256), "queries": (8, 32, 64, 128), "frames": (1, 2, 4, 8),
 }  # fmt: skip
@@ -86,9 +88,9 @@ class Both:
         return mine, torch.optim.AdamW(trained, lr=0.0, fused=True)
 
 
-def ids(count: int, seed: int, below: int = 30_000) -> tuple[int, ...]:
+def ids(count: int, seed: int) -> tuple[int, ...]:
     dice = torch.Generator().manual_seed(seed)
-    return tuple(torch.randint(10, below, (count,), generator=dice).tolist())
+    return tuple(torch.randint(10, ranking.IDS, (count,), generator=dice).tolist())
 
 
 def batch(shapes: Sequence[tuple[int, int]], pictures: int, *, queries: int = QUERIES, frames: int = 1) -> Batch:
@@ -97,29 +99,40 @@ def batch(shapes: Sequence[tuple[int, int]], pictures: int, *, queries: int = QU
     for number, (prompt, answer) in enumerate(shapes):
         first = len(reads)
         own = [(number * frames + frame) % (pictures * frames) for frame in range(frames)]
-        reads += [Read(picture, ids(prompt, number, 20_000)) for picture in own]
+        reads += [Read(picture, ids(prompt, number)) for picture in own]
         said = (Text(ids(answer, 1000 + number), trained=True),) if answer else ()
         rows.append((*(Slot(first + frame) for frame in range(frames)), Text(ids(prompt, number)), *said))
     pixels = torch.randn(pictures * frames, 3, 224, 224, generator=torch.Generator().manual_seed(1))
     return Batch(pixels, tuple(reads), tuple(rows), tuple(f"row {number}" for number in range(len(rows))))
 
 
-def theirs_of(ours: Batch, *, left: bool = False) -> dict[str, Tensor]:
-    """The same rows as transformers takes them: a picture a row, all padded to the longest."""
+def theirs_of(
+    ours: Batch, *, left: bool = False, image: int = IMAGE, closing: Sequence[int] | None = None
+) -> dict[str, Tensor]:
+    """The same rows as transformers takes them: a picture a row, all padded to the longest.
+
+    `image`: the id that stands for a soft token; `closing`: of an encoder–decoder, whose answers stand apart as labels,
+    what ends a prompt.
+    """
     rows = [[piece for piece in row if isinstance(piece, Text)] for row in ours.rows]
-    words = [[each for piece in row for each in piece.ids] for row in rows]
-    labels = [[each if piece.trained else -100 for piece in row for each in piece.ids] for row in rows]
+    if closing is None:
+        words = [[each for piece in row for each in piece.ids] for row in rows]
+        labels = [[each if piece.trained else -100 for piece in row for each in piece.ids] for row in rows]
+    else:
+        words = [[*(each for piece in row if not piece.trained for each in piece.ids), *closing] for row in rows]
+        labels = [[each for piece in row if piece.trained for each in piece.ids] for row in rows]
     read = [list(each.instruction) for each in ours.reads]
     ones = torch.ones(len(rows), QUERIES, dtype=torch.long)  # the soft tokens stand in front, before any padding too
     given = {
         "pixel_values": ours.pixels[[each.picture for each in ours.reads]],
         "qformer_input_ids": _padded(read, 0),
         "qformer_attention_mask": _padded([[1] * len(each) for each in read], 0),
-        "input_ids": torch.cat([IMAGE * ones, _padded(words, 0, left)], 1),
+        "input_ids": torch.cat([image * ones, _padded(words, 0, left)], 1),
         "attention_mask": torch.cat([ones, _padded([[1] * len(each) for each in words], 0, left)], 1),
     }
-    if not left:
-        given["labels"] = torch.cat([-100 * ones, _padded(labels, -100)], 1)
+    if any(piece.trained for row in rows for piece in row):
+        answers = _padded(labels, -100)
+        given["labels"] = answers if closing is not None else torch.cat([-100 * ones, answers], 1)
     return given
 
 
@@ -143,12 +156,12 @@ def in_turn(slow: Callable[[], Any], fast: Callable[[], Any], repeats: int) -> t
     return seconds
 
 
-def line(what: str, part: str, seconds: tuple[list[float], list[float]]) -> str:
+def line(what: str, asked: str, seconds: tuple[list[float], list[float]]) -> str:
     """A row of the table."""
     slow, fast = seconds
     ratios = [a / b for a, b in zip(slow, fast, strict=True)]
     return (
-        f"| {what} | {ASKED[part]} | {statistics.median(slow):.2f} | {statistics.median(fast):.2f} | "
+        f"| {what} | {asked} | {statistics.median(slow):.3g} | {statistics.median(fast):.3g} | "
         f"**{statistics.median(ratios):.2f}×** | {min(ratios):.2f}–{max(ratios):.2f}× |"
     )
 
@@ -176,7 +189,7 @@ def training(both: Both, part: str, repeats: int) -> str:
         assert math.isclose(losses["ours"], losses["theirs"], rel_tol=1e-4), losses
         seconds = in_turn(their_step, our_step, repeats)
     what = {"training": "14 pictures", "cached": "14 pictures, features at hand", "two pictures": "two pictures"}[part]
-    return line(f"training step, 14 rows on {what}", part, seconds)
+    return line(f"training step, 14 rows on {what}", ASKED[part], seconds)
 
 
 @contextmanager
@@ -210,28 +223,24 @@ def generation(both: Both, repeats: int) -> Iterator[str]:
     our_words(), their_words()
     new = written["theirs"][:, -NEW_TOKENS:]
     assert torch.equal(written["ours"], new), (written["ours"], new)
-    yield line("generation, 16 prompts, 20 tokens each", "generation", in_turn(their_words, our_words, repeats))
+    seconds = in_turn(their_words, our_words, repeats)
+    yield line("generation, 16 prompts, 20 tokens each", ASKED["generation"], seconds)
     with torch.inference_mode():
         soft, rows = both.ours.seen(ours)
-        seconds = []
+        alone = []
         for _ in range(repeats):
             began = time.perf_counter()
             both.ours.language.write(soft, rows, max_new_tokens=NEW_TOKENS)
-            seconds.append(time.perf_counter() - began)
-    yield f"| of ours, writing with the soft tokens at hand | – | – | {statistics.median(seconds):.2f} | – | – |"
+            alone.append(time.perf_counter() - began)
+    yield f"| of ours, writing with the soft tokens at hand | – | – | {statistics.median(alone):.3g} | – | – |"
 
 
 def ranked(repeats: int) -> Iterator[str]:
     """The decoder-only rows of `benchmarks/ranking.py`."""
     llm = ranking.tower("decoder-only")
-    for count, asked in ((100, "12×"), (4, "2.5×")):
-        slow, fast = ranking.measure(llm, count, repeats, time.perf_counter)
-        ratios = [a / b for a, b in zip(slow, fast, strict=True)]
-        yield (
-            f"| ranking {count} candidates, against a pass each | {asked} | {statistics.median(slow):.2f} | "
-            f"{statistics.median(fast):.2f} | **{statistics.median(ratios):.1f}×** | "
-            f"{min(ratios):.1f}–{max(ratios):.1f}× |"
-        )
+    for count, asked in RANKED.items():
+        seconds = ranking.measure(llm, count, repeats, time.perf_counter)
+        yield line(f"ranking {count} candidates, against a pass each", asked, seconds)
 
 
 # -- our own code -----------------------------------------------------------------------------------------------------

@@ -321,6 +321,9 @@ class TrainConfig:
     """Gradient norm that steps are clipped to; null: no clipping."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 computes under autocast; weights, gradients and optimizer states stay float32."""
+    compile: bool = False
+    """Whether training steps run the blocks of towers and Q-Former as torch.compile makes them, which takes minutes at
+    the start.  Losses and gradients are equal but for rounding; a run that goes on is so too, not to the bit."""
     log_every: int = 10
     monitor_every: int = 100
     """Steps between the costlier readings (query cosine, attention entropy, image-shuffle gap); 0: none."""

@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 
 from qformer import cli, config
 from qformer.assemble import Prepared
+from qformer.backbones.stacks import blocks_of
 from qformer.config import RunConfig
 from qformer.errors import ConfigError, DataError
 from qformer.nn.qformer import QFormer, QFormerConnector, QFormerSize
@@ -297,13 +298,13 @@ def test_activations_traced_are_those_that_a_real_pass_keeps() -> None:
 def test_an_encoder_decoders_stacks_are_told_apart() -> None:
     with torch.device("meta"):
         model = T5ForConditionalGeneration(T5Config(**T5)).requires_grad_(False)
-    assert [(name, len(blocks)) for name, blocks in trace.blocks_of(model)] == [
+    assert [(name, len(blocks)) for name, blocks in blocks_of(model)] == [
         ("encoder.block", 3), ("decoder.block", 2),
     ]  # fmt: skip
     held = trace.language_held(model, BOTH, queries=4)
     assert [number for number, _ in held.blocks] == [3, 2] and held.kept > held.base.kept > 0
     assert held.blocks[0][1].kept != held.blocks[1][1].kept
-    assert [len(blocks) for _, blocks in trace.blocks_of(model)] == [3, 2] and next(model.parameters()).is_meta
+    assert [len(blocks) for _, blocks in blocks_of(model)] == [3, 2] and next(model.parameters()).is_meta
 
 
 GIVEN = Weights(vision=1000, blocks=8000, rest=500, trained=200, frozen=50)

@@ -8,6 +8,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from qformer.train import compiling
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 TINY_LLM = {
     "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -50,12 +52,14 @@ def test_every_row_of_the_table_is_measured(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("tiny")
+@pytest.mark.filterwarnings("ignore")  # torch warns of its own doings while it traces
 def test_each_saving_is_measured_by_itself(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import parts
 
-    monkeypatch.setattr(sys, "argv", ["parts.py", "--repeats", "1"])
+    monkeypatch.setattr(sys, "argv", ["parts.py", "--repeats", "1", "--compile"])
     monkeypatch.setattr(parts, "SIDE", 64)
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
     parts.main()
     out = capsys.readouterr().out
-    assert all(f"| {name} | " in out for name in parts.SAVINGS)
+    assert all(f"| {name} | " in out for name in (*parts.SAVINGS, "blocks compiled (train.compile)"))
     assert "times the floor" in out

@@ -1,4 +1,6 @@
-"""Towers counted without their weights: made of their configs on torch's `meta` device, where tensors hold nothing."""
+"""Towers made of their configs alone: on torch's `meta` device, where tensors hold nothing and can be counted, or on
+another, where their weights are random.
+"""
 
 from __future__ import annotations
 
@@ -40,13 +42,13 @@ def vision(settings: VisionConfig) -> Blueprint:
     return Blueprint(count(tower), tower.width, "its architecture")
 
 
-def blank_vision(settings: VisionConfig) -> FrozenTower:
-    """An encoder on the meta device.
+def blank_vision(settings: VisionConfig, device: str | torch.device = "meta") -> FrozenTower:
+    """An encoder made on a device; on any but the meta device with random weights.
 
     Raises:
         ConfigError: as `vision`.
     """
-    with torch.device("meta"):
+    with torch.device(device):
         return load_vision(dataclasses.replace(settings, pretrained=False, checkpoint=None))
 
 
@@ -60,8 +62,8 @@ def language(settings: LanguageConfig) -> Blueprint:
     return Blueprint(language_parameters(model), int(model.get_input_embeddings().weight.shape[1]), known_from)
 
 
-def blank_language(settings: LanguageConfig) -> tuple[Any, str]:
-    """An LLM on the meta device, and where its sizes are known from.
+def blank_language(settings: LanguageConfig, device: str | torch.device = "meta") -> tuple[Any, str]:
+    """An LLM made on a device, likewise, and where its sizes are known from.
 
     Raises:
         ConfigError: as `language`, or an unknown dtype.
@@ -83,7 +85,7 @@ def blank_language(settings: LanguageConfig) -> tuple[Any, str]:
     config = config if tower is None else tower.config
     rebuild(config, settings)
     auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
-    with torch.device("meta"):
+    with torch.device(device):
         return auto.from_config(config, dtype=DTYPES[settings.dtype]), known_from
 
 

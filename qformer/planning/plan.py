@@ -56,6 +56,8 @@ class Sizes:
 class Data:
     """The mixture as rows: steps of one process, the cards, the sets that are not there, why words are not counted."""
 
+    mixture: Mixture
+    kind: LLMKind
     steps: Steps
     cards: dict[str, TaskCard]
     missing: tuple[str, ...]
@@ -203,7 +205,7 @@ def look(settings: RunConfig, found: Sizes, ranks: int = 1) -> Data:
             f"plan: all of the first {steps.broken} draws are of broken records; qformer data check --data "
             f"{settings.data.root} says what is wrong with them."
         )
-    return Data(steps, chosen, tuple(missing), why)
+    return Data(mixture, kind, steps, chosen, tuple(missing), why)
 
 
 def work_of(settings: RunConfig, found: Sizes, micro: MicroBatch) -> dict[str, float]:

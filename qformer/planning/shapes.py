@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -51,6 +52,7 @@ class StatedLengths:
         return self.sets.get(card.name) or self.categories.get(card.category) or self.other
 
 
+@cache
 def stated_lengths() -> StatedLengths:
     """The lengths shipped here."""
     return config.shipped(StatedLengths, "configs/planning", "lengths", "list of lengths")
@@ -125,7 +127,23 @@ def steps_of(
     ranks: int = 1,
 ) -> Steps:
     """The first steps of a run as one of `ranks` processes makes them; pictures are neither opened nor looked for."""
-    maker = StepMaker(
+    maker = maker_of(settings, mixture, sources, kind.packs, ranks)
+    count = max(1, -(-DRAWS // max(1, settings.train.batch_size // ranks)))
+    broken = 0
+    steps = []
+    for step in range(min(count, settings.train.steps)):
+        prepared, failed = rows_of(maker, step, cards, joiner, settings)
+        broken += failed
+        steps.append(tuple(shape(group, settings.qformer.queries, kind) for group in maker.groups(prepared)))
+    share = -(-settings.train.batch_size // ranks)
+    return Steps(tuple(steps), share, tuple(name for name in mixture.names if name in sources), broken)
+
+
+def maker_of(
+    settings: RunConfig, mixture: Mixture, sources: Mapping[str, Source], packs: bool, ranks: int = 1
+) -> StepMaker:
+    """What draws samples and cuts their rows into micro-batches, without an assembler."""
+    return StepMaker(
         mixture,
         sources,
         cast(Assembler, None),
@@ -133,26 +151,26 @@ def steps_of(
         steps=settings.train.steps,
         soft_tokens=settings.qformer.queries,
         micro_batch_tokens=settings.train.micro_batch_tokens,
-        packed=kind.packs,
+        packed=packs,
         ranks=ranks,
     )
-    count = max(1, -(-DRAWS // max(1, settings.train.batch_size // ranks)))
-    lengths, broken = stated_lengths(), 0
-    steps = []
-    for step in range(min(count, settings.train.steps)):
-        prepared: list[Prepared] = []
-        for draw in maker.draws(step):
-            try:
-                prepared += (
-                    _counted(maker, draw, joiner, settings)
-                    if draw.task in sources
-                    else _stated(lengths.of(cards[draw.task]), draw, settings)
-                )
-            except DataError:
-                broken += 1
-        steps.append(tuple(shape(group, settings.qformer.queries, kind) for group in maker.groups(prepared)))
-    share = -(-settings.train.batch_size // ranks)
-    return Steps(tuple(steps), share, tuple(name for name in mixture.names if name in sources), broken)
+
+
+def rows_of(
+    maker: StepMaker, step: int, cards: Mapping[str, TaskCard], joiner: Joiner | None, settings: RunConfig
+) -> tuple[list[Prepared], int]:
+    """The rows of a step, those of sets that are not there of stated lengths; and how many of its draws are broken."""
+    lengths, prepared, broken = stated_lengths(), list[Prepared](), 0
+    for draw in maker.draws(step):
+        try:
+            prepared += (
+                _counted(maker, draw, joiner, settings)
+                if draw.task in maker.sources
+                else _stated(lengths.of(cards[draw.task]), draw, settings)
+            )
+        except DataError:
+            broken += 1
+    return prepared, broken
 
 
 def shape(group: Sequence[Prepared], queries: int, kind: LLMKind) -> MicroBatch:

@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -21,13 +21,14 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from qformer import config
+from qformer.backbones.stacks import blocks_of
 from qformer.config import RunConfig, TrainConfig
 from qformer.errors import ConfigError, lookup
 from qformer.nn.losses import token_log_likelihood
 from qformer.nn.qformer import QFormer, QFormerConnector, QFormerSize
 from qformer.nn.tokens import Tokens
 from qformer.planning.shapes import MicroBatch
-from qformer.planning.trace import blocks_of, computing, cut, faked, materialised, run_language
+from qformer.planning.trace import computing, cut, faked, materialised, run_language
 from qformer.planning.work import EncoderWork, LLMWork, former_step
 from qformer.train.optim import optimizer_for
 
@@ -76,6 +77,7 @@ class Speed:
         return {**times, "optimizer": trained * self.optimizer}
 
 
+@cache
 def known() -> GPUs:
     """The GPUs shipped here."""
     return config.shipped(GPUs, "configs/planning", "gpus", "list of GPUs")

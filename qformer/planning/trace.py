@@ -22,13 +22,11 @@ from torch.utils._pytree import tree_leaves
 from transformers.modeling_outputs import BaseModelOutput
 
 from qformer.backbones import ranking
+from qformer.backbones.stacks import blocks_of
 from qformer.nn.losses import token_log_likelihood
 from qformer.nn.qformer import QFormer, QFormerConnector, QFormerSize
 from qformer.nn.tokens import Tokens
 from qformer.planning.shapes import MicroBatch
-
-LEAST_PART = 0.05
-"""Of a model's parameters, what a list of alike blocks holds at least to count as its depth."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -279,15 +277,3 @@ def run_language(model: Any, inputs: Tensor, micro: MicroBatch) -> Tensor:
     given = {"inputs_embeds": inputs, "attention_mask": mask, "use_cache": False}
     given["position_ids"] = torch.zeros(micro.rows, micro.span, dtype=torch.long, device=inputs.device)
     return model.base_model(**{name: value for name, value in given.items() if name in known}).last_hidden_state
-
-
-def blocks_of(model: nn.Module) -> list[tuple[str, Any]]:
-    """Lists of alike blocks that make a model deep, by name: one in most, two in encoder–decoders, none in others."""
-    found: list[tuple[str, Any]] = []
-    whole = sum(each.numel() for each in model.parameters())
-    for name, each in model.named_modules():
-        alike = isinstance(each, nn.ModuleList | nn.Sequential) and len({type(block) for block in each}) == 1
-        inside = any(name.startswith(f"{outer}.") for outer, _ in found)
-        if alike and not inside and sum(p.numel() for p in each.parameters()) >= LEAST_PART * whole:
-            found.append((name, each))
-    return found

@@ -26,9 +26,9 @@ BEST_FILE = "validation.json"
 FREE = {
     "name", "output", "data.root", "data.index", "data.workers", "data.max_pixels", "data.on_error",
     "train.steps", "train.log_every", "train.monitor_every", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.log_with", "validation.batch_size", "evaluate", "vision.cache", "language.shard",
+    "train.log_with", "train.compile", "validation.batch_size", "evaluate", "vision.cache", "language.shard",
 }  # fmt: skip
-"""Settings that may change when a run goes on: how long, how it is reported, where things are."""
+"""Settings that may change when a run goes on: how long, how it is reported, where things are, and by what code."""
 PATHS = {"vision.name", "vision.checkpoint", "language.name", "qformer.init", "qformer.tokenizer"}
 """Settings that may name the same thing at another place: the last part of the path must stay."""
 

@@ -24,7 +24,7 @@ from qformer.errors import ConfigError, TrainingError, did_you_mean
 from qformer.processes import PATIENCE, Processes
 from qformer.rollcall import roll_call
 from qformer.sample import Batch, row_length
-from qformer.train import caching, checkpoint, monitors
+from qformer.train import caching, checkpoint, compiling, monitors
 from qformer.train.lock import locked
 from qformer.train.optim import learning_rate, optimizer_for
 from qformer.train.step import NotFiniteError, StepReport, train_step
@@ -102,6 +102,8 @@ def _train(
         checkpoint.same_data(run / DATA_FILE, described)
     if last:
         checkpoint.enough_steps(last[0], settings.train.steps)
+    if settings.train.compile:
+        processes.agreed(lambda: compiling.check("cuda" if torch.cuda.is_available() else "cpu"))
 
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
@@ -116,6 +118,8 @@ def _train(
     model.train()
     optimizer = optimizer_for(model.trainable(), settings.train)
     start = checkpoint.restore(last[0], model, optimizer) if last else 0
+    if settings.train.compile:
+        say(compiling.compile_blocks(model))
     wrapped = accelerator.prepare_model(model, device_placement=False)
     kept = caching.opened(settings, model, say)
     maker = StepMaker(

@@ -11,6 +11,7 @@ import torch
 
 from qformer.nn.qformer import query_cosine
 from qformer.sample import Batch, Slot
+from qformer.train import compiling
 from qformer.vlm import VLM
 
 COSINE_LIMIT = 0.99
@@ -20,10 +21,10 @@ READINGS = 3
 
 @contextmanager
 def undisturbed(model: VLM) -> Iterator[None]:
-    """Evaluation mode without gradients, every random state and mode left as it was found."""
+    """Evaluation mode without gradients, every random state and mode left as it was found, and nothing compiled."""
     training = model.training
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad():
+    with torch.random.fork_rng(devices), torch.no_grad(), compiling.as_written(model):
         model.eval()
         try:
             yield
