@@ -79,8 +79,8 @@ def test_marks_blanks_and_line_ends_are_no_content(tmp_path: Path) -> None:
         ("{rows: [1]}", "Expecting property name"),
         (b'{"rows": ["\xff"]}', "it cannot be read: 'utf-8' codec"),
         (b'{"rows": [1]} \xe2\x80', "it cannot be read: 'utf-8' codec"),
-        ('{"rows": [' + "[" * 100_000, "nested too deeply at line 1, character 11"),
-        ('{"rows": [' + "1" * 5000 + "]}", "a number cannot be read at line 1, character 11"),
+        ('{"rows": [' + "[" * 100_000, "nested too deeply at line 1, character 11; fetch it again"),
+        ('{"rows": [' + "1" * 5000 + "]}", r"a number cannot be read at line 1, character 11 \(.*\); mend it"),
     ],
 )
 @pytest.mark.parametrize("piece", [5, 1 << 20])

@@ -472,7 +472,7 @@ class TestShards:
             ({"a.jpg": jpeg("red"), "a.txt": b"\xff\xfe"}, "its caption is null"),
             ({"a.jpg": jpeg("red"), "a.txt": b"x" * ((1 << 20) + 1)}, "its caption is null"),
             ({"a.jpg": jpeg("red"), "a.txt": None}, "its caption is null"),
-            ({"a.jpg": None, "a.txt": b"words"}, r"'a\.jpg' in 0\.tar is a link, and is not followed"),
+            ({"a.jpg": None, "a.txt": b"words"}, r"'a\.jpg' in 0\.tar is a link, and is not followed; pack"),
         ],
     )
     def test_what_is_wrong_with_a_member_is_said(

@@ -225,7 +225,7 @@ def _in_zip(archive: Path, name: str) -> ZipMember | None:
     if info is None:
         return None
     if info.external_attr >> 16 & 0o170000 == 0o120000:
-        raise DataError(f"'{name}' in {archive} is a link, and is not followed")
+        raise DataError(f"'{name}' in {archive} is a link, and is not followed; pack the picture itself")
     return ZipMember(archive, name)
 
 
@@ -234,7 +234,7 @@ def _in_tar(archive: Path, name: str) -> Span | None:
     if found is None:
         return None
     if found[0] < 0:
-        raise DataError(f"'{name}' in {archive} is a link, and is not followed")
+        raise DataError(f"'{name}' in {archive} is a link, and is not followed; pack the picture itself")
     return Span(archive, name, *found)
 
 

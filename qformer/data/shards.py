@@ -57,7 +57,9 @@ class Shards(Records):
 
     def _sample(self, key: Any, row: Any) -> Sample:
         if row["start"] < 0:
-            raise DataError(f"'{row['name']}' in {row['shard']} is a link, and is not followed")
+            raise DataError(
+                f"'{row['name']}' in {row['shard']} is a link, and is not followed; pack the picture itself"
+            )
         shard = self.file / row["shard"] if self.file.is_dir() else self.file
         picture = Span(shard, row["name"], row["start"], row["size"])
         caption = text(row["caption"], "its caption")

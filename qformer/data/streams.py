@@ -178,11 +178,13 @@ class _Reading:
             what = f"{error.msg.removesuffix(' at')} {self.window.place(error.pos)}"
             raise DataError(f"{self.path}: not valid JSON ({what}); was the download cut short?") from None
         if isinstance(error, RecursionError):
-            raise DataError(f"{self.path}: its JSON is nested too deeply {self.window.place()}.") from None
+            raise DataError(
+                f"{self.path}: its JSON is nested too deeply {self.window.place()}; fetch it again."
+            ) from None
         if isinstance(error, OSError | UnicodeDecodeError):
             raise DataError(f"{self.path}: it cannot be read: {error}.") from None
         if isinstance(error, _NumberError):
-            raise DataError(f"{self.path}: a number cannot be read {self.window.place()} ({error}).") from None
+            raise DataError(f"{self.path}: a number cannot be read {self.window.place()} ({error}); mend it.") from None
 
 
 class _NumberError(Exception):
