@@ -93,7 +93,7 @@ def _train(
     sources = processes.in_turn(
         lambda: open_sources(task_cards, Path(settings.data.root), on_error=settings.data.on_error, index=index)
     )
-    mixture = mixture_of(sources, settings.data, multipliers, settings.seed)
+    mixture = processes.in_turn(lambda: mixture_of(sources, settings.data, multipliers, settings.seed, say))
     described = {key: source.described() for key, source in sources.items()}
     processes.agreed(lambda: held.enter_context(locked(run)) if processes.first else None)
     last = loading.checkpoints(run)[-1:]
