@@ -108,6 +108,17 @@ def groups_of(sources: Mapping[str, Source], per: int | None, say: Callable[[str
     return {key: Groups(each, per) for key, each in found.items() if each.shared}
 
 
+def told_groups(mixture: Mixture, per: int | None) -> str | None:
+    """Which sets of a mixture come in groups, and on how many pictures their records are; None where none was to."""
+    if per is None:
+        return None
+    sets = [f"{name} ({each.records:,} records on {each.pictures:,} pictures)" for name, each in mixture.groups.items()]
+    alone = [name for name in mixture.names if name not in mixture.groups]
+    said = [f"up to {per} records on one picture are drawn together in {', '.join(sets)}"] if sets else []
+    said += [f"no two records share a picture in {', '.join(alone)}"] if alone else []
+    return f"data.per_picture: {'; '.join(said)}"
+
+
 def items_of(source: Source, draw: Draw, seed: int) -> list[Item]:
     """The rows of one draw in words: one, or one per turn of a dialogue.
 

@@ -29,6 +29,11 @@ class Draw:
     place: int
     group: int | None = None
 
+    @property
+    def unit(self) -> object:
+        """The same for all draws of a group, and for no others."""
+        return self.number if self.group is None else (self.task, self.turn, self.group)
+
 
 class Mixture:
     """Sets drawn in proportion to p_d, each set's records in a fresh permutation every pass.
@@ -82,6 +87,14 @@ class Mixture:
         """How many of the first `count` draws each set has had."""
         return dict(zip(self.names, apportioned(count, self._shares), strict=True))
 
+    def pictures(self, first: int, last: int) -> int:
+        """At most how many distinct pictures draws `first` to `last` - 1 look at, where each record has one.
+
+        A group is one; records of sets without groups, and those of several sets, are taken to look at different ones.
+        """
+        drawn = map(self.draw, range(first, last))
+        return len({draw.unit for draw in drawn})
+
     def places(self, first: int, last: int) -> dict[str, Iterable[int]]:
         """By set: the records that draws `first` to `last` - 1 take, each once."""
         before, after = self.totals(first), self.totals(last)
@@ -127,8 +140,7 @@ def dealt(draws: Sequence[Draw], ranks: int) -> list[list[Draw]]:
     room = [len(range(rank, len(draws), ranks)) for rank in range(ranks)]
     groups: dict[object, list[Draw]] = {}
     for draw in draws:
-        alone = draw.group is None
-        groups.setdefault(draw.number if alone else (draw.task, draw.turn, draw.group), []).append(draw)
+        groups.setdefault(draw.unit, []).append(draw)
     shares: list[list[Draw]] = [[] for _ in room]
     for mates in sorted(groups.values(), key=len, reverse=True):
         while mates:

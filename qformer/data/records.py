@@ -167,7 +167,7 @@ class Records(ABC):
                 yield None
 
     def looks_at(self, key: Any, row: Any) -> Any:
-        """What tells the pictures of one record apart; none is looked for where a row names them: there are millions."""
+        """What tells the pictures of one record apart; where a row names them, none is looked for on the disk."""
         if self.picture is not None:
             return row[self.picture]
         return [picture_key(each) for each in self._sample(key, row).images]

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from qformer import cards, config, keyed, loading, vlm, weights
 from qformer.config import RunConfig
-from qformer.data.batch import StepData, StepMaker, mixture_of, open_sources
+from qformer.data.batch import StepData, StepMaker, mixture_of, open_sources, told_groups
 from qformer.data.index import Index
 from qformer.data.proof import LabelProof, lossy_targets
 from qformer.errors import ConfigError, TrainingError, did_you_mean
@@ -149,6 +149,8 @@ def _train(
         f"{run}: steps {start} to {settings.train.steps}, {trained:,} trained parameters, "
         f"{accelerator.num_processes} process(es)"
     )
+    if (groups := told_groups(mixture, settings.data.per_picture)) is not None:
+        say(groups)
     if settings.language.packing and model.language.packs is None and not model.language.is_encoder_decoder:
         say(f"{settings.language.name}: its rows cannot be kept apart in one tensor row, so they are padded")
     if first_process:
