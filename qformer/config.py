@@ -283,8 +283,8 @@ class DataConfig:
     sampling: Literal["sqrt", "proportional", "uniform"] = "sqrt"
     """p_d in proportion to the square root of the set's size, to the size, or the same for all."""
     per_picture: int | None = None
-    """Up to so many records of one picture come one behind the other in their set's order, so that a step encodes fewer
-    pictures; null: each record's place is its own."""
+    """Up to so many records on one picture come one behind the other in their set's order, so that a step encodes fewer
+    pictures (of sets that have several draws in a step); null: every record's place is its own."""
     on_error: Literal["fail", "skip"] = "fail"
     workers: int = 0
     """Processes that read and transform pictures beside the training process."""

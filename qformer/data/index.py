@@ -2,7 +2,8 @@
 
 An index is a file of two columns, the JSON of each record's key and of its row: rows of any shape fit, decoding one
 costs microseconds, and processes share its pages.  Beside it lies a manifest: which files it was made of, by which
-reader and options, and the records that were found broken.
+reader and options, and the records that were found broken.  With `data.per_picture` the places of records, sorted by
+picture, lie beside it too.
 
 An index holds as long as its sources do.  Hashing a gigabyte at every start would cost seconds, so the manifest notes
 size, modification and change time of each source, and only where one of them differs is the content hashed: the same
