@@ -106,7 +106,7 @@ class JsonLines(Records):
 
     def looks_at(self, key: Any, row: Any) -> Any:
         """As `Records.looks_at`: all pictures and videos of a record together."""
-        given = next(name for name in ("video", "images", "image") if name in row)
+        given = next((name for name in ("video", "images") if name in row), "image")
         return row[given] if given == "images" else [row[given]]
 
     def _seen(self, name: str, *, film: bool) -> Path | Packed | Video:
