@@ -487,17 +487,17 @@ def test_a_dry_run_says_how_many_pictures_a_step_looks_at(make: Callable[..., Ru
 
 
 def test_a_plan_counts_the_pictures_that_are_shared(make: Callable[..., RunConfig], tmp_path: Path) -> None:
-    found = {}
+    found, sizes = {}, plan.sizes(make())
     for per in ("null", "5"):
         chosen = make(f"data.per_picture={per}", "train.batch_size=10", "train.steps=4")
-        found[per] = plan.look(chosen, plan.sizes(chosen)).steps.mean("pictures")
+        found[per] = plan.look(chosen, sizes).steps.mean("pictures")
     assert found["5"] == 2.0 < 5 < found["null"] <= 8
     for per in ("null", "4"):  # sets that are not there, as their numbers of pictures are stated
         chosen = make(
             f"data.per_picture={per}", "data.tasks={vqav2: 1.0, web_capfilt: 1.0}", "train.batch_size=64",
             "train.steps=3", f"data.root={tmp_path}",
         )  # fmt: skip
-        found[per] = plan.look(chosen, plan.sizes(chosen)).steps.mean("pictures")
+        found[per] = plan.look(chosen, sizes).steps.mean("pictures")
     assert found["null"] == 64 and 57 < found["4"] < 60  # ten draws of 64 are questions, 5.4 a picture
 
 
