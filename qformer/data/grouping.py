@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy
 import pyarrow
+from numpy.typing import NDArray
 
 from qformer import keyed
 from qformer.data.index import encoded
@@ -47,7 +48,7 @@ class ByPicture:
     """
 
     counts: tuple[tuple[int, int], ...]
-    order: Sequence[int]
+    order: Sequence[int] | NDArray[numpy.uint32]
 
     @property
     def records(self) -> int:

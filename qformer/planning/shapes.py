@@ -62,8 +62,9 @@ def stated_groups(cards: Mapping[str, TaskCard], sizes: Mapping[str, int], per: 
     that are stated; none where `data.per_picture` is off.
     """
     found: dict[str, Groups] = {}
+    lengths = stated_lengths()
     for key, size in sizes.items():
-        pictures = min(stated_lengths().of(cards[key]).pictures or size, size)
+        pictures = min(lengths.of(cards[key]).pictures or size, size)
         many, more = divmod(size, pictures)
         counts = tuple(pair for pair in ((many + 1, more), (many, pictures - more)) if pair[1])
         if per is not None and size > pictures:
