@@ -250,7 +250,7 @@ def _mixture(
 def _pictures(mixture: Mixture, here: Mapping[str, int], settings: RunConfig) -> Text:
     """How many pictures the sets have that are here, and a step."""
     size, looked = settings.train.batch_size, min(STEPS, settings.train.steps)
-    step = mixture.pictures(0, looked * size) / looked
+    mean = sum(mixture.pictures(first, first + size) for first in range(0, looked * size, size)) / looked
     lines = [
         f"{name}: {mixture.groups[name].pictures:,}, up to {settings.data.per_picture} of whose records come together"
         if name in mixture.groups
@@ -260,7 +260,7 @@ def _pictures(mixture: Mixture, here: Mapping[str, int], settings: RunConfig) ->
     ]
     away = [name for name in mixture.names if name not in here]
     lines += [f"not here, and taken to have a picture a record: {', '.join(away)}"] if away else []
-    lines.append(f"a step of {size:,} draws looks at {step:,.1f} of them (the mean of {looked} steps), set by set")
+    lines.append(f"a step of {size:,} draws looks at {mean:,.1f} of them (the mean of {looked} steps), set by set")
     return Text.assemble(("pictures\n", "bold"), *(f"  {line}\n" for line in lines))
 
 

@@ -483,6 +483,10 @@ def test_a_dry_run_says_how_many_pictures_a_step_looks_at(make: Callable[..., Ru
     shown = printed(dryrun.dry_run(make("data.per_picture=5", "train.batch_size=10", "train.steps=4"), samples=0))
     assert "8, up to 5 of whose records come together" in shown
     assert "a step of 10 draws looks at 2.0 of them (the mean of 4 steps), set by set" in shown
+    chosen = make("data.per_picture=5", "train.batch_size=7", "train.steps=5")  # steps cut groups: each counts in both
+    steps = [{draw.unit for draw in maker_of(chosen, None, batch_size=7).draws(step)} for step in range(5)]
+    assert sum(map(len, steps)) / 5 == 2.2
+    assert "a step of 7 draws looks at 2.2 of them" in printed(dryrun.dry_run(chosen, samples=0))
     assert "looks at" not in printed(dryrun.dry_run(make(), samples=0))
 
 
