@@ -33,6 +33,7 @@ from qformer.data.index import FOLDER, Index
 from qformer.data.jsonl import JsonLines
 from qformer.data.mixture import Draw, Mixture, dealt
 from qformer.data.readers import READERS, open_records
+from qformer.data.records import Records
 from qformer.errors import ConfigError, DataError
 from qformer.images import picture_key
 from qformer.planning import plan, shapes
@@ -258,6 +259,17 @@ def test_records_of_several_pictures_are_grouped_by_all_of_them(tmp_path: Path) 
     found = read_by_picture(records_of(tmp_path, rows))
     assert found.counts == ((2, 3), (1, 4))
     assert [sorted(map(int, found.order[place : place + 2])) for place in (0, 2, 4)] == [[0, 3], [1, 4], [5, 7]]
+
+
+def test_a_reader_that_says_nothing_of_pictures_has_its_samples_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"image": "a.png"}, {"images": ["a.png", "b.png"]}, {"image": "a.png"}, {"image": "../a.png"}] * 2
+    told = read_by_picture(records_of(tmp_path, rows))
+    monkeypatch.setattr(JsonLines, "looks_at", Records.looks_at)
+    made = read_by_picture(records_of(tmp_path, rows))
+    assert told.counts == ((4, 1), (2, 2)) and made.counts == ((4, 1), (2, 1), (1, 2))  # two are broken
+    assert list(made.order[:6]) == [0, 2, 4, 6, 1, 5]
 
 
 def test_broken_records_keep_their_places_and_share_with_none(tmp_path: Path) -> None:

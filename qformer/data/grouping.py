@@ -171,6 +171,6 @@ def read_by_picture(records: Records, say: Callable[[str], object] = str) -> ByP
         return table.replace_schema_metadata({"counts": json.dumps(found.counts)})
 
     table = records.rows.beside(f"pictures{FORMAT}", make)
-    column = table["record"].combine_chunks()
+    column = table["record"].chunk(0) if table.num_rows else pyarrow.array([], pyarrow.uint32())
     counts = tuple((many, pictures) for many, pictures in json.loads(table.schema.metadata[b"counts"]))
     return ByPicture(counts, column.to_numpy(zero_copy_only=True))

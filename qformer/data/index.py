@@ -73,8 +73,7 @@ class Rows:
             OSError, ValueError: no such file, or not whole.
         """
         self.source, self.broken = source, dict(broken)
-        opened = pyarrow.memory_map(str(source)) if isinstance(source, Path) else pyarrow.BufferReader(source)
-        table = pyarrow.ipc.open_file(opened, options=pyarrow.ipc.IpcReadOptions(use_threads=False)).read_all()
+        table = _table(source)
         self._keys, self._rows, self._content = table["key"], table["row"], content
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -115,12 +114,12 @@ class Rows:
             return make()
         file = self.source.with_name(f"{self.source.stem}-{name}-{self.content}.arrow")
         with suppress(OSError, ValueError):  # not there, or not whole
-            return _mapped(file)
+            return _table(file)
         made = make()
         with suppress(OSError):  # where it cannot be written, it is made again at the next start
             with _whole(file) as work, pyarrow.ipc.new_file(str(work), made.schema) as writer:
                 writer.write_table(made)
-            return _mapped(file)
+            return _table(file)
         return made
 
     def __len__(self) -> int:
@@ -154,9 +153,9 @@ def _decoded(value: bytes) -> Any:
         return json.loads(value)
 
 
-def _mapped(file: Path) -> pyarrow.Table:
-    """The table in an Arrow file, mapped into memory."""
-    opened = pyarrow.memory_map(str(file))
+def _table(source: Path | pyarrow.Buffer) -> pyarrow.Table:
+    """The table in an Arrow file, which is mapped into memory, or in its bytes."""
+    opened = pyarrow.memory_map(str(source)) if isinstance(source, Path) else pyarrow.BufferReader(source)
     return pyarrow.ipc.open_file(opened, options=pyarrow.ipc.IpcReadOptions(use_threads=False)).read_all()
 
 
