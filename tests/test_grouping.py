@@ -533,7 +533,9 @@ def test_sets_without_shared_pictures_have_no_groups(data: Path) -> None:
     assert groups_of({"shared": source}, None) == {}
 
 
-def test_the_switches_of_the_ablations_can_be_turned(tmp_path: Path) -> None:
+def test_the_switches_of_the_ablations_can_be_turned(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     file = Path(__file__).parent.parent / "benchmarks" / "ablations.py"
     spec = importlib.util.spec_from_file_location("ablations", file)
     assert spec is not None and spec.loader is not None
@@ -545,3 +547,14 @@ def test_the_switches_of_the_ablations_can_be_turned(tmp_path: Path) -> None:
     scores = {"as it is": [{"gqa": 50.0}, {"gqa": 52.0}], "grouped by picture": [{"gqa": 51.0}, {"gqa": 53.5}]}
     page = script.table(scores)
     assert page.splitlines()[-1].startswith("| grouped by picture | 52.25 (51.00 to 53.50); +1.25 ± ")
+    monkeypatch.setattr(script, "run", lambda folder, seed, *_: {"gqa": 50.0 + seed})
+    tmp_path.joinpath("table.md").write_text("of all variants")
+    monkeypatch.setattr("sys.argv", ["ablations", "--only", "grouped by picture", "--output", str(tmp_path)])
+    script.main()
+    rows = (tmp_path / "table_grouped_by_picture.md").read_text().splitlines()
+    assert [row.split("|")[1].strip() for row in rows[2:]] == ["as it is", "grouped by picture"]
+    assert tmp_path.joinpath("table.md").read_text() == "of all variants"
+    monkeypatch.setattr("sys.argv", ["ablations", "--only", "no templates"])
+    with pytest.raises(SystemExit):
+        script.main()
+    assert "'no templates' is a variant of the demo on all thirteen sets; add --full" in capsys.readouterr().err
