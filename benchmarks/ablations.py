@@ -1,10 +1,13 @@
 """The demo with one switch turned, over several seeds: `python benchmarks/ablations.py [--full] [--seeds 3]`.
 
 Variants: the demo as it is; a Q-Former that reads no instruction; a mixture in proportion to the sets' sizes instead
-of their square roots; with `--full`, on all thirteen held-in sets, also inputs and outputs without templates
-(InstructBLIP, table 2 and section 3.3).  A run that is done is not made again, and one that was interrupted goes on, so
-the command can be stopped and started at will.  It ends with a table in Markdown: the mean over seeds, the spread of
-the seeds, and the difference from the whole with a 95 % interval of the paired differences (Student's t over seeds).
+of their square roots; records grouped by picture, up to four together (`data.per_picture`); with `--full`, on all
+thirteen held-in sets, also inputs and outputs without templates (InstructBLIP, table 2 and section 3.3).  A run that is
+done is not made again, and one that was interrupted goes on, so the command can be stopped and started at will.  It
+ends with a table in Markdown: the mean over seeds, the spread of the seeds, and the difference from the whole with a
+95 % interval of the paired differences (Student's t over seeds).
+
+`--only "grouped by picture"` makes that variant, and what it is compared with, alone; it may be given several times.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ VARIANTS = {
     "as it is": (),
     "no instruction in the Q-Former": ("qformer.instruction=false",),
     "no balancing": ("data.sampling=proportional",),
+    "grouped by picture": ("data.per_picture=4",),
     "no templates": ("data.variant=plain",),
 }
 UNSHUFFLED = "evaluate.shuffled=false"
@@ -78,16 +82,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="the demo on all thirteen held-in sets")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", action="append", choices=[*VARIANTS][1:], help="this variant beside the whole")
     parser.add_argument("--output", type=Path, help="runs/ablations, or runs/ablations_full")
     parser.add_argument("--steps", type=int, help="of a run (960, with --full 900)")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of all runs")
     options = parser.parse_args()
+    if "no templates" in (options.only or ()) and not options.full:
+        parser.error("'no templates' is a variant of the demo on all thirteen sets; add --full")
     options.output = options.output or Path("runs", "ablations_full" if options.full else "ablations")
     options.steps = options.steps or STEPS[options.full]
     scores: dict[str, list[dict[str, float]]] = {}
     for name, overrides in VARIANTS.items():
         if name == "no templates" and not options.full:
+            continue
+        if options.only and name not in ("as it is", *options.only):
             continue
         scores[name] = []
         for seed in range(options.seeds):
@@ -96,7 +105,8 @@ def main() -> None:
             scores[name].append(run(folder, seed, overrides, options))
             print(f"{name}, seed {seed}: {scores[name][-1]} ({time.perf_counter() - began:.0f} s)", flush=True)
     page = table(scores)
-    (options.output / "table.md").write_text(page + "\n", encoding="utf-8")
+    chosen = "_".join(["table", *(name.replace(" ", "_") for name in options.only or ())])
+    (options.output / f"{chosen}.md").write_text(page + "\n", encoding="utf-8")
     print(page)
 
 

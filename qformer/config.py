@@ -282,6 +282,9 @@ class DataConfig:
     """Fine-tuning on a set that is otherwise measured zero-shot; its score is then a fine-tuned one."""
     sampling: Literal["sqrt", "proportional", "uniform"] = "sqrt"
     """p_d in proportion to the square root of the set's size, to the size, or the same for all."""
+    per_picture: int | None = None
+    """Up to so many records on one picture come one behind the other in their set's order, so that a step encodes fewer
+    pictures (of sets that have several draws in a step); null: every record's place is its own."""
     on_error: Literal["fail", "skip"] = "fail"
     workers: int = 0
     """Processes that read and transform pictures beside the training process."""
@@ -291,6 +294,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_numbers("data", self, "workers")
         check_numbers("data", self, "max_pixels", least=1)
+        check_numbers("data", self, "per_picture", least=2, most=64)
         for name, multiplier in self.tasks.items():
             if not (math.isfinite(multiplier) and multiplier > 0):
                 raise ConfigError(

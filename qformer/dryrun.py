@@ -18,7 +18,7 @@ from qformer.backbones import blueprints
 from qformer.backbones.blueprints import Blueprint
 from qformer.cards import TaskCard
 from qformer.config import RunConfig
-from qformer.data.batch import Source, items_of, open_sources
+from qformer.data.batch import Source, groups_of, items_of, open_sources
 from qformer.data.index import Index
 from qformer.data.mixture import Mixture
 from qformer.errors import ConfigError, DataError
@@ -28,6 +28,8 @@ from qformer.render import block, joiner_of, words_of
 
 SAMPLES = 10
 """How many are shown of each set."""
+STEPS = 20
+"""How many are looked at to say how many distinct pictures one has."""
 SIZES = ("hidden", "layers", "heads", "intermediate", "queries", "cross_attention_every", "frames")
 """Fields of a Q-Former's size that the settings may fix."""
 OF_ENCODER_WIDTH = r"norm\.|qformer\.blocks\.\d+\.cross_attention\.(key|value)\.weight"
@@ -58,8 +60,11 @@ def _told(settings: RunConfig, samples: int) -> Iterator[Text | Table]:
     sizes = {key: size_of(card, sources, missing) for key, card in chosen.items()}
     shares = cards.probabilities(sizes, multipliers, settings.data.sampling)
     here = {key: len(source.records) for key, source in sources.items()}
-    mixture = Mixture(shares, {**sizes, **here}, settings.seed)
+    groups = groups_of(sources, settings.data.per_picture)
+    mixture = Mixture(shares, {**sizes, **here}, settings.seed, groups)
     yield _mixture(mixture, sizes, multipliers, here, settings)
+    if settings.data.per_picture is not None:
+        yield _pictures(mixture, here, settings)
     yield from _samples(mixture, sources, settings, samples)
     yield _end(missing, _unscorable(scored, Path(settings.data.root)), settings)
 
@@ -240,6 +245,23 @@ def _mixture(
             f"{draws * share:,.0f}", f"{draws * share / mixture.records[key]:,.2f}",
         )  # fmt: skip
     return shown
+
+
+def _pictures(mixture: Mixture, here: Mapping[str, int], settings: RunConfig) -> Text:
+    """How many pictures the sets have that are here, and a step."""
+    size, looked = settings.train.batch_size, min(STEPS, settings.train.steps)
+    mean = sum(mixture.pictures(first, first + size) for first in range(0, looked * size, size)) / looked
+    lines = [
+        f"{name}: {mixture.groups[name].pictures:,}, up to {settings.data.per_picture} of whose records come together"
+        if name in mixture.groups
+        else f"{name}: {here[name]:,}, each with one record"
+        for name in mixture.names
+        if name in here
+    ]
+    away = [name for name in mixture.names if name not in here]
+    lines += [f"not here, and taken to have a picture a record: {', '.join(away)}"] if away else []
+    lines.append(f"a step of {size:,} draws looks at {mean:,.1f} of them (the mean of {looked} steps), set by set")
+    return Text.assemble(("pictures\n", "bold"), *(f"  {line}\n" for line in lines))
 
 
 def _samples(mixture: Mixture, sources: Mapping[str, Source], settings: RunConfig, samples: int) -> Iterator[Text]:

@@ -20,6 +20,7 @@ def trained(settings: RunConfig) -> dict[str, Any]:
         "tasks": {Path(name).name: weight for name, weight in settings.data.tasks.items()},
         **({"variant": settings.data.variant} if settings.data.variant else {}),
         "sampling": settings.data.sampling,
+        **({"per_picture": settings.data.per_picture} if settings.data.per_picture else {}),
         "steps": settings.train.steps,
         "batch_size": settings.train.batch_size,
         "rate": settings.train.rate,

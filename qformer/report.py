@@ -159,12 +159,13 @@ def _what_was_run(settings: Mapping[str, Any]) -> str:
     reads = "reads the instruction" if former.get("instruction", True) else "does not read the instruction"
     sets = ", ".join(f"{name} ×{weight:g}" if weight != 1 else name for name, weight in data.get("tasks", {}).items())
     sampling = {"sqrt": "square root of size", "proportional": "size", "uniform": "the same for all"}
+    grouped = f"; up to {data['per_picture']} records of a picture together" if data.get("per_picture") else ""
     rate = f"rate {train.get('rate'):g}, warm-up {train.get('warmup_steps')} steps" if "rate" in train else ""
     rows = {
         "Image encoder": _tower(vision),
         "Language model": _tower(language),
         "Q-Former": f"{former.get('queries')} queries, {start}, {reads}" if former else "",
-        "Training sets": f"{sets}; shares by {sampling.get(data.get('sampling'), data.get('sampling'))}"
+        "Training sets": f"{sets}; shares by {sampling.get(data.get('sampling'), data.get('sampling'))}{grouped}"
         if sets
         else "",
         "Steps": f"{train.get('steps'):,} of {train.get('batch_size')} samples; {rate}" if "steps" in train else "",

@@ -18,6 +18,7 @@ from typing import Any
 
 from qformer import cards, text
 from qformer.cards import TrainCard
+from qformer.data.grouping import read_by_picture
 from qformer.data.readers import READERS
 from qformer.data.records import Records
 from qformer.errors import QFormerError
@@ -153,6 +154,7 @@ def outcome(case: Case, **changes: Path | list[Path]) -> Outcome:
     except QFormerError as error:
         found.error = printable(error)
         return found
+    assert read_by_picture(records).records == len(records)
     templates = text.load_templates(case.train.template) if case.train else None
     for place in range(len(records)):
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from qformer import keyed
 from qformer.assemble import Assembler, Item, Pixels, Prepared
 from qformer.cards import TaskCard, TrainCard, probabilities
 from qformer.config import DataConfig
+from qformer.data.grouping import Groups, read_by_picture
 from qformer.data.index import Index
-from qformer.data.mixture import Draw, Mixture
+from qformer.data.mixture import Draw, Mixture, dealt
 from qformer.data.readers import Records, open_records
 from qformer.errors import DataError
 from qformer.features import Tally
@@ -83,12 +84,39 @@ def open_sources(
 
 
 def mixture_of(
-    sources: Mapping[str, Source], settings: DataConfig, multipliers: Mapping[str, float], seed: int
+    sources: Mapping[str, Source],
+    settings: DataConfig,
+    multipliers: Mapping[str, float],
+    seed: int,
+    say: Callable[[str], object] = str,
 ) -> Mixture:
-    """The mixture of opened sets: p_d by published (or read) size, passes by the records really there."""
+    """The mixture of opened sets: p_d by published (or read) size, passes by the records really there.
+
+    `say` is given a line where records are sorted by picture and that takes a while.
+    """
     sizes = {key: source.section.size or len(source.records) for key, source in sources.items()}
     shares = probabilities(sizes, multipliers, settings.sampling)
-    return Mixture(shares, {key: len(source.records) for key, source in sources.items()}, seed)
+    here = {key: len(source.records) for key, source in sources.items()}
+    return Mixture(shares, here, seed, groups_of(sources, settings.per_picture, say))
+
+
+def groups_of(sources: Mapping[str, Source], per: int | None, say: Callable[[str], object] = str) -> dict[str, Groups]:
+    """The groups of each set in which any two records share a picture; none where `data.per_picture` is off."""
+    if per is None:
+        return {}
+    found = {key: read_by_picture(source.records, say) for key, source in sources.items()}
+    return {key: Groups(each, per) for key, each in found.items() if each.shared}
+
+
+def told_groups(mixture: Mixture, per: int | None) -> str | None:
+    """Which sets of a mixture come in groups, and on how many pictures their records are; None where none was to."""
+    if per is None:
+        return None
+    sets = [f"{name} ({each.records:,} records on {each.pictures:,} pictures)" for name, each in mixture.groups.items()]
+    alone = [name for name in mixture.names if name not in mixture.groups]
+    said = [f"up to {per} records on one picture are drawn together in {', '.join(sets)}"] if sets else []
+    said += [f"no two records share a picture in {', '.join(alone)}"] if alone else []
+    return f"data.per_picture: {'; '.join(said)}"
 
 
 def items_of(source: Source, draw: Draw, seed: int) -> list[Item]:
@@ -129,8 +157,11 @@ class StepMaker(Dataset[StepData]):
         return self.steps
 
     def draws(self, step: int) -> list[Draw]:
-        """This rank's draws of a step: every `ranks`-th of `batch_size` consecutive ones."""
+        """This rank's draws of a step: every `ranks`-th of `batch_size` consecutive ones, or whole groups of them."""
         first = step * self.batch_size
+        if self.mixture.groups and self.ranks > 1:
+            drawn = [self.mixture.draw(number) for number in range(first, first + self.batch_size)]
+            return dealt(drawn, self.ranks)[self.rank]
         return [self.mixture.draw(number) for number in range(first + self.rank, first + self.batch_size, self.ranks)]
 
     def __getitem__(self, step: int) -> StepData:
@@ -158,11 +189,20 @@ class StepMaker(Dataset[StepData]):
     def groups(self, prepared: Sequence[Prepared]) -> Iterator[list[Prepared]]:
         """Rows by falling length, cut so that a micro-batch holds at most the budget of LLM positions: those of its
         rows where they are packed, else those of a padded rectangle.
+
+        Where records come in groups, rows on the same pictures follow the longest of them, since a picture is encoded
+        once in each micro-batch that it is in.
         """
         budget = self.micro_batch_tokens or 0
         group: list[Prepared] = []
         filled = longest = 0
-        for each in sorted(prepared, key=lambda item: -row_length(item.row, self.soft_tokens)):
+        ordered = sorted(prepared, key=lambda item: -row_length(item.row, self.soft_tokens))
+        if self.mixture.groups:
+            mates: dict[tuple[str, ...], list[Prepared]] = {}
+            for each in ordered:
+                mates.setdefault(each.pictures, []).append(each)
+            ordered = [each for rows in mates.values() for each in rows]
+        for each in ordered:
             length = row_length(each.row, self.soft_tokens)
             positions = filled + length if self.packed else max(longest, length) * (len(group) + 1)
             if group and budget and positions > budget:

@@ -64,6 +64,7 @@ class Columns(Records):
         if not isinstance(columns, Mapping) or "image" not in columns:
             raise ConfigError(f"{self.task}: options.columns must say which column is for what, and name an 'image'.")
         self.columns = {str(use): str(column) for use, column in columns.items()}
+        self._last: tuple[int, str] = (-1, "")
         self.form = self.option("form", ("direct_answer", "multiple_choice"))
         self.keep = self.options.get("keep") or {}
         if not isinstance(self.keep, Mapping):
@@ -156,6 +157,22 @@ class Columns(Records):
         name = row.get("image_id")
         named = name is not None
         return (Cell(self.file, str(name if named else row["place"]), self.shown, row["place"], named),)
+
+    def looks_at(self, key: Any, row: Any) -> Any:
+        """As `Records.looks_at`; a table that names no pictures has them read, each row's once."""
+        named = next((row[name] for name in ("hung", "image", "image_id") if row.get(name) is not None), None)
+        if named is not None or "hung" in row or "image" in row:
+            return named
+        place = row["place"]
+        if self._last[0] != place:
+            (cell,) = self._picture(row)
+            self._last = (place, cell.identity)  # type: ignore[union-attr]  # pictures in the table are cells
+        return self._last[1]
+
+    def looks_inside(self) -> bool:
+        """As `Records.looks_inside`."""
+        packed = self.gallery is None and _holds_pictures(self.table, self.columns["image"])
+        return packed and "image_id" not in self.columns
 
     def _sample(self, key: Any, row: Any) -> Sample:
         picture = self._picture(row)

@@ -28,6 +28,7 @@ class VisDial(Records):
     """
 
     name = "visdial"
+    picture = "image_id"
     roles = ("dialogs", "images")
     optional = ("dense",)
     settings: ClassVar[Settings] = {"image": "%012d.jpg", "exchange": None, "between": " ", "rounds": "all"}

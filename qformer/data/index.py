@@ -2,7 +2,8 @@
 
 An index is a file of two columns, the JSON of each record's key and of its row: rows of any shape fit, decoding one
 costs microseconds, and processes share its pages.  Beside it lies a manifest: which files it was made of, by which
-reader and options, and the records that were found broken.
+reader and options, and the records that were found broken.  With `data.per_picture` the places of records, sorted by
+picture, lie beside it too.
 
 An index holds as long as its sources do.  Hashing a gigabyte at every start would cost seconds, so the manifest notes
 size, modification and change time of each source, and only where one of them differs is the content hashed: the same
@@ -23,7 +24,7 @@ import re
 import secrets
 import time
 from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -72,8 +73,7 @@ class Rows:
             OSError, ValueError: no such file, or not whole.
         """
         self.source, self.broken = source, dict(broken)
-        opened = pyarrow.memory_map(str(source)) if isinstance(source, Path) else pyarrow.BufferReader(source)
-        table = pyarrow.ipc.open_file(opened, options=pyarrow.ipc.IpcReadOptions(use_threads=False)).read_all()
+        table = _table(source)
         self._keys, self._rows, self._content = table["key"], table["row"], content
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -97,6 +97,31 @@ class Rows:
             self._content = whole.hexdigest()
         return self._content
 
+    @property
+    def indexed(self) -> bool:
+        """Whether they lie in a file of an index."""
+        return isinstance(self.source, Path)
+
+    def walk(self) -> Iterator[tuple[Any, Any]]:
+        """Key and row of every record, as fast as can be."""
+        for keys, rows in zip(self._keys.chunks, self._rows.chunks, strict=True):
+            for key, row in zip(keys.to_pylist(), rows.to_pylist(), strict=True):
+                yield _decoded(key), _decoded(row)
+
+    def beside(self, name: str, make: Callable[[], pyarrow.Table]) -> pyarrow.Table:
+        """A table that is made of the rows, and kept beside their file if they lie in one and it can be written."""
+        if not isinstance(self.source, Path):
+            return make()
+        file = self.source.with_name(f"{self.source.stem}-{name}-{self.content}.arrow")
+        with suppress(OSError, ValueError):  # not there, or not whole
+            return _table(file)
+        made = make()
+        with suppress(OSError):  # where it cannot be written, it is made again at the next start
+            with _whole(file) as work, pyarrow.ipc.new_file(str(work), made.schema) as writer:
+                writer.write_table(made)
+            return _table(file)
+        return made
+
     def __len__(self) -> int:
         return len(self._rows)
 
@@ -119,6 +144,19 @@ def encoded(value: Any) -> bytes:
         return orjson.dumps(value)
     except TypeError:  # whole numbers beyond 64 bits, halves of characters: what Python's own JSON writes
         return json.dumps(value).encode()
+
+
+def _decoded(value: bytes) -> Any:
+    try:
+        return orjson.loads(value)
+    except ValueError:  # what Python's own JSON wrote: see `encoded`
+        return json.loads(value)
+
+
+def _table(source: Path | pyarrow.Buffer) -> pyarrow.Table:
+    """The table in an Arrow file, which is mapped into memory, or in its bytes."""
+    opened = pyarrow.memory_map(str(source)) if isinstance(source, Path) else pyarrow.BufferReader(source)
+    return pyarrow.ipc.open_file(opened, options=pyarrow.ipc.IpcReadOptions(use_threads=False)).read_all()
 
 
 def in_memory(entries: Iterable[Entry]) -> Rows:

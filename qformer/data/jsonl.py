@@ -107,6 +107,11 @@ class JsonLines(Records):
             candidates=tuple(candidates),
         )
 
+    def looks_at(self, key: Any, row: Any) -> Any:
+        """As `Records.looks_at`: all pictures and videos of a record together."""
+        given = next((name for name in ("video", "images") if name in row), "image")
+        return row[given] if given == "images" else [row[given]]
+
     def _seen(self, name: str, *, film: bool) -> Path | Packed | Video:
         found = self.pictures.find(name)
         return Video(found, self.frames()) if film or name.lower().endswith(ENDINGS) else found

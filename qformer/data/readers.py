@@ -69,6 +69,10 @@ class CocoCaptions(Records):
         captions = tuple(words(each, "caption") for each in annotations)
         return Sample(self.id(key), self.task, self.image(words(picture, "file_name")), fields, references=captions)
 
+    def looks_at(self, key: Any, row: Any) -> Any:
+        """As `Records.looks_at`."""
+        return row[0]["file_name"]
+
 
 class Karpathy(Records):
     """Karpathy's split of COCO or Flickr30K (`dataset_coco.json`).
@@ -106,6 +110,10 @@ class Karpathy(Records):
         fields = {"image_id": picture["image_id"]}
         return Sample(self.id(key), self.task, self.image(path), fields, references=captions)
 
+    def looks_at(self, key: Any, row: Any) -> Any:
+        """As `Records.looks_at`."""
+        return [row[0]["filepath"], row[0]["filename"]]
+
 
 class CaptionList(Records):
     """A list of pictures with their captions, as BLIP's CapFilt files and LAVIS's own: `[{"image", "caption"}]`.
@@ -138,6 +146,10 @@ class CaptionList(Records):
             )
         return Sample(self.id(key), self.task, self.image(path), {"image_id": row[image]}, references=captions)
 
+    def looks_at(self, key: Any, row: Any) -> Any:
+        """As `Records.looks_at`."""
+        return row[self.fields[0]]
+
 
 class TextVQA(Records):
     """TextCaps and TextVQA: `{"data": [...]}` over pictures with words in them, and those words in a file of their own.
@@ -149,6 +161,7 @@ class TextVQA(Records):
     """
 
     name = "textvqa"
+    picture = "image_id"
     roles = ("records", "images")
     optional = ("ocr",)
     settings: ClassVar[Settings] = {"per": "caption", "image": "%s.jpg", "ocr_tokens": ocr.MOST, "answers": "given"}
@@ -213,6 +226,7 @@ class VQA(Records):
     """
 
     name = "vqa"
+    picture = "image_id"
     roles = ("questions", "images")
     optional = ("annotations",)
     settings: ClassVar[Settings] = {"image": "%012d.jpg", "answer": "answer", "per": "question"}
@@ -268,6 +282,7 @@ class AOKVQA(Records):
     """
 
     name = "aokvqa"
+    picture = "image_id"
     roles = ("questions", "images")
     settings: ClassVar[Settings] = {
         "image": "%012d.jpg", "form": "direct_answer", "difficult": "keep", "per": "question", "answers": "given",
@@ -310,6 +325,7 @@ class OCRVQA(Records):
     """
 
     name = "ocrvqa"
+    picture = "book"
     roles = ("books", "images")
     optional = ("ocr",)
     settings: ClassVar[Settings] = {"splits": [1], "ocr_tokens": ocr.MOST}
@@ -354,6 +370,7 @@ class LLaVA(Records):
     """
 
     name = "llava"
+    picture = "image"
     roles = ("conversations", "images")
     settings: ClassVar[Settings] = {"per": "dialogue", "image": None}
 
@@ -391,6 +408,7 @@ class GQA(Records):
     """GQA's dictionary of questions; the field `kind` is the question's structural type."""
 
     name = "gqa"
+    picture = "imageId"
     roles = ("questions", "images")
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
@@ -413,6 +431,7 @@ class VSR(Records):
     """VSR's statements, one JSON object a line.  Option `words`: what stands for label 0 and for label 1."""
 
     name = "vsr"
+    picture = "image"
     roles = ("statements", "images")
     settings: ClassVar[Settings] = {"words": None}
 
@@ -436,6 +455,7 @@ class HatefulMemes(Records):
     """
 
     name = "hateful_memes"
+    picture = "img"
     roles = ("records", "images")
     settings: ClassVar[Settings] = {"words": None}
 
@@ -460,6 +480,7 @@ class VizWiz(Records):
     """
 
     name = "vizwiz"
+    picture = "image"
     roles = ("questions", "images")
     settings: ClassVar[Settings] = {"answers": "given"}
 
@@ -521,6 +542,10 @@ class IconQA(Records):
             references=(chosen(choices, row["answer"], "answer"),),
             candidates=choices,
         )
+
+    def looks_at(self, key: Any, row: Any) -> Any:
+        """As `Records.looks_at`: each problem has a picture of its own."""
+        return key
 
 
 READERS: dict[str, type[Records]] = {

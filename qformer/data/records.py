@@ -14,6 +14,7 @@ from qformer.data.index import Entry, Index, encoded, in_memory
 from qformer.data.pictures import Pictures
 from qformer.data.values import identifies, shown
 from qformer.errors import ConfigError, DataError, did_you_mean
+from qformer.images import picture_key
 from qformer.sample import Packed, Sample, Video
 from qformer.videos import FILES
 
@@ -42,6 +43,8 @@ class Records(ABC):
     """Roles whose file need not be under data.root."""
     settings: ClassVar[Settings] = {}
     """Names that `options` in a card may have, and what holds where a card has them not; None: nothing."""
+    picture: ClassVar[str | None] = None
+    """The field of a row that tells its picture from others; None: `looks_at` finds out otherwise."""
     numbering: ClassVar[str] = "record"
     """What a record's key counts, in messages."""
 
@@ -154,6 +157,24 @@ class Records(ABC):
     def key(self, place: int) -> Any:
         """What messages call a record: its line, its number, or the file's own key."""
         return self.rows.key(place)
+
+    def looks(self) -> Iterator[Any]:
+        """What tells the pictures of each record apart, as JSON can write it; None of a record that is broken."""
+        for place, (key, row) in enumerate(self.rows.walk()):
+            try:
+                yield None if place in self.broken else self.looks_at(key, row)
+            except (*MISFORMED, DataError):
+                yield None
+
+    def looks_at(self, key: Any, row: Any) -> Any:
+        """What tells the pictures of one record apart; where a row names them, none is looked for on the disk."""
+        if self.picture is not None:
+            return row[self.picture]
+        return [picture_key(each) for each in self._sample(key, row).images]
+
+    def looks_inside(self) -> bool:
+        """Whether `looks` has to read the pictures themselves."""
+        return False
 
     def sources(self) -> dict[str, Path]:
         """The files that records are read from, by role; pictures are looked for when one is opened."""

@@ -62,6 +62,10 @@ class ScienceQA(Records):
             candidates=choices,
         )
 
+    def looks_at(self, key: Any, row: Any) -> Any:
+        """As `Records.looks_at`: each problem has a picture of its own."""
+        return key
+
 
 def _optional(row: Any, name: str) -> str:
     """A text that a record may leave empty, on one line."""

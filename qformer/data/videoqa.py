@@ -92,6 +92,10 @@ class VideoQA(_Videos):
         said = (words(row, "answer"),)
         return Sample(self.id(key), self.task, self.video(*names), fields, references=said, candidates=self.vocabulary)
 
+    def looks_at(self, key: Any, row: Any) -> Any:
+        """As `Records.looks_at`."""
+        return row["video"] if "video" in row else row["video_id"]
+
 
 class IVQA(_Videos):
     """iVQA's tables (`test.csv`) with five answers to a question about a clip.
@@ -123,6 +127,10 @@ class IVQA(_Videos):
         given = [row[column] for column in ANSWERS if row.get(column)]
         said = answers(given, " to ".join((ANSWERS[0], ANSWERS[-1])))
         return Sample(self.id(key), self.task, self.video(*names), fields, references=said, candidates=self.vocabulary)
+
+    def looks_at(self, key: Any, row: Any) -> Any:
+        """As `Records.looks_at`."""
+        return [row["video_id"], row.get("start"), row.get("end")]
 
 
 def read_table(path: Path) -> Iterator[dict[str, Any]]:

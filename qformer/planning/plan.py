@@ -19,6 +19,7 @@ from qformer.backbones import blueprints, ranking
 from qformer.backbones.blueprints import language_parameters
 from qformer.cards import TaskCard
 from qformer.config import RunConfig
+from qformer.data.batch import groups_of
 from qformer.data.mixture import Mixture
 from qformer.errors import ConfigError, DataError
 from qformer.nn.qformer import QFormerSize
@@ -189,7 +190,10 @@ def look(settings: RunConfig, found: Sizes, ranks: int = 1) -> Data:
     published = {key: dryrun.size_of(card, sources, missing) for key, card in chosen.items()}
     shares = cards.probabilities(published, multipliers, settings.data.sampling)
     here = {key: len(source.records) for key, source in sources.items()}
-    mixture = Mixture(shares, {**published, **here}, settings.seed)
+    per = settings.data.per_picture
+    away = {key: published[key] for key in missing}
+    groups = groups_of(sources, per) | shapes.stated_groups(chosen, away, per)
+    mixture = Mixture(shares, {**published, **here}, settings.seed, groups)
     joiner, why = None, ""
     if sources:
         try:

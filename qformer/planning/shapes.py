@@ -17,6 +17,7 @@ from qformer.backbones import packing
 from qformer.cards import TaskCard
 from qformer.config import RunConfig
 from qformer.data.batch import Source, StepMaker
+from qformer.data.grouping import ByPicture, Groups
 from qformer.data.mixture import Draw, Mixture
 from qformer.errors import DataError
 from qformer.sample import Slot, Text, Video, row_length, trained_tokens
@@ -56,6 +57,21 @@ class StatedLengths:
 def stated_lengths() -> StatedLengths:
     """The lengths shipped here."""
     return config.shipped(StatedLengths, "configs/planning", "lengths", "list of lengths")
+
+
+def stated_groups(cards: Mapping[str, TaskCard], sizes: Mapping[str, int], per: int | None) -> dict[str, Groups]:
+    """The groups of sets that are not there, of these sizes: as if their records were evenly spread on the pictures
+    that are stated; none where `data.per_picture` is off.
+    """
+    found: dict[str, Groups] = {}
+    lengths = stated_lengths()
+    for key, size in sizes.items():
+        pictures = min(lengths.of(cards[key]).pictures or size, size)
+        many, more = divmod(size, pictures)
+        counts = tuple(pair for pair in ((many + 1, more), (many, pictures - more)) if pair[1])
+        if per is not None and size > pictures:
+            found[key] = Groups(ByPicture(counts, range(size)), per)
+    return found
 
 
 @dataclass(frozen=True)
@@ -223,12 +239,13 @@ def _counted(maker: StepMaker, draw: Draw, joiner: Joiner | None, settings: RunC
 
 
 def _stated(stated: Stated, draw: Draw, settings: RunConfig) -> Iterator[Prepared]:
-    """The rows of a draw whose set is not there: lengths as stated, by the draw's number; pictures all distinct."""
+    """The rows of a draw whose set is not there: lengths as stated, by the draw's number; a picture each or a group."""
+    picture = str(draw.place) if draw.group is None else f"{draw.turn}/{draw.group}"
     for row in range(stated.rows):
         place = (0, 1, 1, 2)[keyed.keyed_hash(settings.seed, "length", draw.number, row) % 4]
         read = (stated.read or stated.prompt)[place]
         yield _dummy(
-            f"{draw.number}.{row}", (f"{draw.task} {draw.place}",), read, stated.prompt[place], stated.target[place],
+            f"{draw.number}.{row}", (f"{draw.task} {picture}",), read, stated.prompt[place], stated.target[place],
             settings,
         )  # fmt: skip
 

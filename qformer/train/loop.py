@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from qformer import cards, config, keyed, loading, vlm, weights
 from qformer.config import RunConfig
-from qformer.data.batch import StepData, StepMaker, mixture_of, open_sources
+from qformer.data.batch import StepData, StepMaker, mixture_of, open_sources, told_groups
 from qformer.data.index import Index
 from qformer.data.proof import LabelProof, lossy_targets
 from qformer.errors import ConfigError, TrainingError, did_you_mean
@@ -93,7 +93,7 @@ def _train(
     sources = processes.in_turn(
         lambda: open_sources(task_cards, Path(settings.data.root), on_error=settings.data.on_error, index=index)
     )
-    mixture = mixture_of(sources, settings.data, multipliers, settings.seed)
+    mixture = processes.in_turn(lambda: mixture_of(sources, settings.data, multipliers, settings.seed, say))
     described = {key: source.described() for key, source in sources.items()}
     processes.agreed(lambda: held.enter_context(locked(run)) if processes.first else None)
     last = loading.checkpoints(run)[-1:]
@@ -153,6 +153,8 @@ def _train(
         f"{run}: steps {start} to {settings.train.steps}, {trained:,} trained parameters, "
         f"{accelerator.num_processes} process(es)"
     )
+    if (groups := told_groups(mixture, settings.data.per_picture)) is not None:
+        say(groups)
     if settings.language.packing and model.language.packs is None and not model.language.is_encoder_decoder:
         say(f"{settings.language.name}: its rows cannot be kept apart in one tensor row, so they are padded")
     if first_process:
