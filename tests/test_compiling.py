@@ -127,31 +127,25 @@ def test_what_a_feature_cache_keeps_is_not_compiled(root: Path, tmp_path: Path) 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "changes"),
-    [
-        ("llama", ()),
-        ("llama", ("language.gradient_checkpointing=true",)),
-        ("t5", ()),
-        ("llama", ("qformer.dropout=0.1",)),
-    ],
-    ids=["llama", "checkpointed", "t5", "dropout"],
+    [("llama", ("qformer.dropout=0.1",)), ("llama", ("language.gradient_checkpointing=true",)), ("t5", ())],
+    ids=["dropout", "checkpointed", "t5"],
 )
 def test_compiled_losses_and_gradients_are_equal(root: Path, family: str, changes: tuple[str, ...]) -> None:
-    """By the real compiler, over micro-batches of unlike shapes, twice."""
+    """By the real compiler, over micro-batches of unlike shapes, and again by what was compiled then."""
     compiling.check("cpu")
     model = loading.build(settings_of(root, *changes, name=family, family=family), report=str)
     names = list(model.state_dict())
-    makers = [
-        maker_of(model.settings, model, micro_batch_tokens=budget, packed=family == "llama") for budget in (40, None)
-    ]
+    maker = maker_of(model.settings, model, micro_batch_tokens=40, packed=family == "llama")
+    assert len(maker[0].batches) > 2
 
-    def seeded(maker: Any) -> Any:
+    def seeded() -> Any:
         torch.manual_seed(3)  # as each step of a run is
         return gradients(model, maker)
 
-    expected = [seeded(maker) for maker in makers]
+    report, wanted = seeded()
     compiling.compile_blocks(model)
-    for maker, (report, wanted) in [*zip(makers, expected, strict=True)] * 2:
-        own, found = seeded(maker)
+    for _ in range(2):
+        own, found = seeded()
         assert own.loss == pytest.approx(report.loss, rel=1e-5) and own.counts == report.counts
         check_gradients(found, wanted)
     assert list(model.state_dict()) == names
