@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -35,7 +36,6 @@ from tests.test_spread import files, scored
 from tests.test_train import TRAIN, maker_of
 
 MANY_GPUS = Path(__file__).parent.parent / "docs" / "many_gpus.md"
-PORT = 27000 + os.getpid() % 400
 KINDS = {
     "llama": ("llama", ()),
     "t5": ("t5", ()),
@@ -166,6 +166,14 @@ torch.save(found, out / f"{accelerator.process_index}.pt")
 """
 
 
+def free_port() -> int:
+    """One that nobody listens at."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port: int = listening.getsockname()[1]
+        return port
+
+
 def launch(script: str, folder: Path, *given: object, options: Sequence[str]) -> subprocess.Popen[str]:
     """torchrun, on one thread a process."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -236,19 +244,19 @@ def equal_to_one(
 
 def test_two_processes_equal_one(root: Path, alone: dict[str, Any], tmp_path: Path) -> None:
     """gloo under torchrun, DDP with the LLM whole and in parts: unequal token counts, micro-batches and questions."""
-    equal_to_one(root, alone, tmp_path, [f"--master_port={PORT}", "--nproc_per_node=2"], kinds=("llama",))
+    equal_to_one(root, alone, tmp_path, [f"--master_port={free_port()}", "--nproc_per_node=2"], kinds=("llama",))
 
 
 @pytest.mark.slow
 def test_four_processes_equal_one(root: Path, alone: dict[str, Any], tmp_path: Path) -> None:
-    equal_to_one(root, alone, tmp_path, [f"--master_port={PORT + 1}", "--nproc_per_node=4"])
+    equal_to_one(root, alone, tmp_path, [f"--master_port={free_port()}", "--nproc_per_node=4"])
 
 
 @pytest.mark.slow
 def test_two_processes_on_each_of_two_nodes_equal_one(root: Path, alone: dict[str, Any], tmp_path: Path) -> None:
     """By the line of the SLURM script.  Blocks are in parts within a node; the gradients are those of all."""
     [script] = re.findall(r"^srun torchrun (.*?) -m qformer train", MANY_GPUS.read_text(), re.MULTILINE | re.DOTALL)
-    given = {"$SLURM_NNODES": "2", "$SLURM_JOB_ID": "7", "$head:29500": f"127.0.0.1:{PORT + 2}", "node=8": "node=2"}
+    given = {"$SLURM_NNODES": "2", "$SLURM_JOB_ID": "7", "$head:29500": f"127.0.0.1:{free_port()}", "node=8": "node=2"}
     for name, value in given.items():
         assert name in script
         script = script.replace(name, value)
@@ -317,7 +325,7 @@ def test_a_checkpoint_of_two_processes_goes_on_with_one_or_four(root: Path, tmp_
         notes = tmp_path / f"{name}.{ranks}.notes"
         os.environ["NOTES"] = str(notes)
         given = (f"{settings.directory}.yaml", *changes, *more, f"train.steps={steps}")
-        options = [f"--master_port={PORT + 3}", f"--nproc_per_node={ranks}"]
+        options = [f"--master_port={free_port()}", f"--nproc_per_node={ranks}"]
         finished(launch(GOES_ON, tmp_path / "scripts", *given, options=options))
         lines = [json.loads(line) for line in (settings.directory / "metrics.jsonl").read_text().splitlines()]
         names: dict[int, list[str]] = {}
@@ -338,7 +346,7 @@ def test_a_checkpoint_of_two_processes_goes_on_with_one_or_four(root: Path, tmp_
             assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
             assert mine["learning_rate"] == theirs["learning_rate"]
     asked = ["eval", str(tmp_path / "begun"), "--tasks", str(root / "colours.yaml"), "--data", str(root)]
-    options = [f"--master_port={PORT + 4}", "--nproc_per_node=2"]  # its language.shard is true
+    options = [f"--master_port={free_port()}", "--nproc_per_node=2"]  # its language.shard is true
     given = [*asked, "--batch-size", "5", "--output", str(tmp_path / "two")]
     finished(launch(COMMAND, tmp_path / "command", *given, options=options))
     assert cli.main([*asked, "--batch-size", "5", "--output", str(tmp_path / "one")]) == 0
@@ -353,7 +361,7 @@ def test_a_process_that_is_killed_is_named_and_the_run_goes_on(root: Path, tmp_p
     """Of two under torchrun; `make drill` does it with four, and more."""
     changes = ("train.steps=400", "train.checkpoint_every=2")
     directory = world.settings(root / "towers", root, tmp_path / "lost", *changes).directory
-    options = [f"--master_port={PORT + 5}", "--nproc_per_node=2"]
+    options = [f"--master_port={free_port()}", "--nproc_per_node=2"]
     started = launch(COMMAND, tmp_path / "scripts", "train", f"{directory}.yaml", *changes, options=options)
     while not loading.checkpoints(directory):
         assert started.poll() is None, started.communicate()[0]

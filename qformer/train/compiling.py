@@ -71,7 +71,7 @@ def compile_blocks(model: VLM) -> str:
 
 def as_written(model: VLM) -> AbstractContextManager[Any]:
     """A while without compiled code; nothing for a model that has none, since torch's compiler is slow to import."""
-    compiled = any(block._compiled_call_impl is not None for block in model.connector.qformer.blocks)
+    compiled = any(each._compiled_call_impl is not None for each in model.modules())
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
