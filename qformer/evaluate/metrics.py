@@ -278,14 +278,16 @@ def auroc(answers: Sequence[Answer], samples: Sequence[Sample], options: Mapping
     labels = np.array([_label(sample, options) for sample in samples])
     margins = np.array([_margin(answer, options) for answer in answers])
     steps, level = np.unique(margins, return_inverse=True)
+    ranks = level / len(steps)  # what is beyond 0 and 1 would be taken for logits, and squeezed until some are equal
 
     def area(places: Places) -> float | None:
-        """The share of pairs of a positive and a negative that are in order, those of equals counted half."""
-        here, positive = level[places], labels[places] == 1
-        above = np.bincount(here[positive], minlength=len(steps))
-        below = np.bincount(here[~positive], minlength=len(steps))
-        pairs = int(above.sum()) * int(below.sum())
-        return float(above @ (np.cumsum(below) - below / 2)) / pairs if pairs else None
+        import torch
+        from torchmetrics.functional.classification import binary_auroc
+
+        chosen = labels[places]
+        if len(set(chosen.tolist())) < 2:
+            return None
+        return float(binary_auroc(torch.from_numpy(ranks[places]), torch.from_numpy(chosen), validate_args=False))
 
     scores = [float((margin > 0) == bool(label)) for margin, label in zip(margins, labels)]
     classes = [options["positive" if label else "negative"][0] for label in labels]

