@@ -162,23 +162,27 @@ step_of_several(Path(sys.argv[1]))
 
 
 def step_of_several(root: Path) -> None:
-    """A step compiled and as written, the LLM in parts, and answers in between; traced as for the compiler."""
+    """A step compiled and as written, the LLM whole and in parts, and answers between; traced as for the compiler."""
     compiling.BACKEND = "eager"
     accelerator = Accelerator(cpu=True)
     processes = Processes(accelerator.process_index, accelerator.num_processes)
     assert processes.count == 2
-    settings = settings_of(root, "language.shard=true", name=f"shard-{processes.index}")
-    model = loading.build(settings, report=str).settle(accelerator.device, processes)
-    wrapped = accelerator.prepare_model(model, device_placement=False)
-    plain = one_step(model, wrapped, accelerator, 7, 60)
-    with model.together():
-        said = answers(root, model)
-    compiling.compile_blocks(model)
-    step = one_step(model, wrapped, accelerator, 7, 60)
-    assert step["loss"] == pytest.approx(plain["loss"], rel=1e-5)
-    check_gradients(step["gradients"], plain["gradients"])
-    with compiling.as_written(model), model.together():
-        assert answers(root, model) == said
+    for shard in ("false", "true"):
+        settings = settings_of(root, f"language.shard={shard}", name=f"shard-{shard}-{processes.index}")
+        model = loading.build(settings, report=str).settle(accelerator.device, processes)
+        wrapped = accelerator.prepare_model(model, device_placement=False)
+        plain = one_step(model, wrapped, accelerator, 7, 60)
+        with model.together():
+            said = answers(root, model)
+        compiling.compile_blocks(model)
+        step = one_step(model, wrapped, accelerator, 7, 60)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+        assert step["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+        check_gradients(step["gradients"], plain["gradients"])
+        with compiling.as_written(model), model.together():
+            assert answers(root, model) == said
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
 
 
 @pytest.mark.slow
