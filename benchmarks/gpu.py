@@ -13,7 +13,7 @@ the median of the pairs' ratios.  The share of peak is `qformer plan`'s count of
 the data sheet's peak.
 
 - training: forward, backward, AdamW; and with the encoder's outputs at hand, as `vision.cache` keeps them;
-- ranking: as `benchmarks/ranking.py` measures it, 4 and 100 candidates behind a prefix of 72;
+- ranking: as `benchmarks/ranking.py` measures it, 4 and 100 candidates behind a prefix of 72, and 4 behind each of 8;
 - generation: as `benchmarks/speed.py` measures it, 16 prompts, greedy, 20 new tokens each.
 
 `--set KEY=VALUE …` changes settings of both configs (train.micro_batch_tokens=4096, train.compile=true).  Without a
@@ -451,10 +451,10 @@ def training(both: Both, only: Sequence[str], repeats: int, top: float | None) -
 
 def ranked(both: Both, repeats: int) -> Iterator[str]:
     """Candidates behind a prompt, against a pass each."""
-    for count, asked in speed.RANKED.items():
-        pairs = ranking.measure(both.ours.language, count, repeats, clock_of(both.device))
-        what = f"ranking {count} candidates, against a pass each by the same LLM"
-        yield f"{speed.line(what, asked, pairs)} {rates(1, pairs[1])} | {NOTHING} | {NOTHING} | {NOTHING} |"
+    for (prompts, count), asked in speed.RANKED.items():
+        pairs = ranking.measure(both.ours.language, count, repeats, clock_of(both.device), prompts)
+        what = f"{speed.ranked_what(prompts, count)}, against a pass each by the same LLM"
+        yield f"{speed.line(what, asked, pairs)} {rates(prompts, pairs[1])} | {NOTHING} | {NOTHING} | {NOTHING} |"
 
 
 def generation(both: Both, repeats: int) -> str:

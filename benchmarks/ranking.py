@@ -1,8 +1,9 @@
 """How much faster candidates are ranked than by one forward pass each: `python benchmarks/ranking.py`.
 
 A Llama of SmolLM2-135M's sizes with random weights, a prompt of 72 positions, candidates of one to four tokens (2.5 on
-average).  The baseline scores every candidate in a row of its own, all rows in one padded call, with the soft tokens at
-hand and the output layer on the candidates' positions only.  Both are timed in turn in one process; the table gives
+average); one prompt at a time, and eight as an evaluation ranks several.  The baseline scores every candidate in a row
+of its own, all rows in one padded call, with the soft tokens at hand and the output layer on the candidates' positions
+only.  Both are timed in turn in one process; the table gives
 medians of seconds, the median of the paired ratios and their range.  On a machine that does other work as well, the
 clock's seconds tell little: `--clock cpu` counts those that the processor spent on it (OMP_NUM_THREADS=1 beside it).
 """
@@ -15,6 +16,7 @@ import random
 import statistics
 import sys
 import time
+from itertools import product
 from typing import Any
 
 import torch
@@ -68,15 +70,22 @@ def candidates(count: int) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(dice.randrange(3, IDS) for _ in range(1 + number % 4)) for number in range(count))
 
 
-def measure(llm: LanguageTower, count: int, repeats: int, clock: Any) -> tuple[list[float], list[float]]:
-    """Seconds of the baseline and of `rank`'s engine, in turn, after one untimed round of each.
+def prompt(number: int) -> Row:
+    """72 positions, of other words for every number."""
+    first = 3 + number * PROMPT
+    return (Slot(number), Text(tuple(range(first, first + PROMPT - QUERIES))))
+
+
+def measure(
+    llm: LanguageTower, count: int, repeats: int, clock: Any, prompts: int = 1
+) -> tuple[list[float], list[float]]:
+    """Seconds of the baseline and of `rank`'s engine for so many prompts at once, in turn, after one untimed round.
 
     On a GPU `clock` has to wait for what was begun.
     """
-    soft = torch.randn(1, QUERIES, llm.width).to(llm.device)
-    prompt: Row = (Slot(0), Text(tuple(range(3, 3 + PROMPT - QUERIES))))
+    soft = torch.randn(prompts, QUERIES, llm.width).to(llm.device)
     chosen = candidates(count)
-    group = [Group(prompt, chosen)]
+    group = [Group(prompt(number), chosen) for number in range(prompts)]
     near = 1e-4 if llm.dtype == torch.float32 else 0.05
     ways = {"apart": llm._apart, llm.ranks: llm._scorers[llm.ranks]}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -96,6 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--counts", type=int, nargs="*", default=[4, 100])
+    parser.add_argument("--prompts", type=int, nargs="*", default=[1, 8], help="ranked at once")
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS)
     options = parser.parse_args()
@@ -105,15 +115,16 @@ def main() -> None:
         end="",
     )
     print(f"{options.repeats} pairs\n")
-    print("| LLM | way | candidates | one pass each (s) | ranked (s) | faster | range of ratios |")
-    print("|---|---|---|---|---|---|---|")
+    print("| LLM | way | prompts at once | candidates | one pass each (s) | ranked (s) | faster | range of ratios |")
+    print("|---|---|---|---|---|---|---|---|")
     for kind in options.kinds:
         llm = tower(kind)
-        for count in options.counts:
-            slow, fast = measure(llm, count, options.repeats, CLOCKS[options.clock])
+        for prompts, count in product(options.prompts, options.counts):
+            slow, fast = measure(llm, count, options.repeats, CLOCKS[options.clock], prompts)
             ratios = [a / b for a, b in zip(slow, fast, strict=True)]
             print(
-                f"| {kind} | {llm.ranks} | {count} | {statistics.median(slow):.3f} | {statistics.median(fast):.3f} | "
+                f"| {kind} | {llm.ranks} | {prompts} | {count} | "
+                f"{statistics.median(slow):.3f} | {statistics.median(fast):.3f} | "
                 f"{statistics.median(ratios):.1f}× | {min(ratios):.1f}–{max(ratios):.1f}× |",
                 flush=True,
             )

@@ -7,7 +7,7 @@ untimed round in which losses, tokens or scores are compared; *faster* is the me
 - training: 14 rows (6 of 12 prompt tokens and 2 answer tokens, 6 of 6 and 12, 2 of 40 and 100), forward, backward,
   AdamW.  transformers is given what its users give it: one padded batch, a picture a row;
 - generation: 16 prompts of 6, 12 and 40 tokens, greedy, 20 new tokens each;
-- ranking: as `benchmarks/ranking.py` measures it, 4 and 100 candidates behind a prefix of 72;
+- ranking: as `benchmarks/ranking.py` measures it, 4 and 100 candidates behind a prefix of 72, and 4 behind each of 8;
 - our own code: the time of a step that is spent in no tower, Q-Former, head, backward pass or optimizer;
 - growth: the time of a step by rows, text, queries and frames, with a straight line through the LLM's positions.
 
@@ -56,8 +56,8 @@ PROMPTS = (6, 12, 40, 12) * 4
 NEW_TOKENS = 20
 PARTS = ("training", "cached", "two pictures", "generation", "ranking", "own", "growth")
 ASKED = {"training": "2.0×", "cached": "2.2×", "two pictures": "2.1×", "generation": "1.1×", "own": "3 %"}
-RANKED = {100: "12×", 4: "2.5×"}
-"""What is asked of so many candidates."""
+RANKED = {(1, 100): "12×", (1, 4): "2.5×", (8, 4): "2.5×"}
+"""What is asked of so many prompts at once with so many candidates."""
 GROWTH = {
     "rows": (8, 16, 32, 64), "text": (16, 64, 128, 256), "queries": (8, 32, 64, 128), "frames": (1, 2, 4, 8),
 }  # fmt: skip
@@ -238,9 +238,14 @@ def generation(both: Both, repeats: int) -> Iterator[str]:
 def ranked(repeats: int) -> Iterator[str]:
     """The decoder-only rows of `benchmarks/ranking.py`."""
     llm = ranking.tower("decoder-only")
-    for count, asked in RANKED.items():
-        seconds = ranking.measure(llm, count, repeats, time.perf_counter)
-        yield line(f"ranking {count} candidates, against a pass each", asked, seconds)
+    for (prompts, count), asked in RANKED.items():
+        seconds = ranking.measure(llm, count, repeats, time.perf_counter, prompts)
+        yield line(f"{ranked_what(prompts, count)}, against a pass each", asked, seconds)
+
+
+def ranked_what(prompts: int, count: int) -> str:
+    """A row's name."""
+    return f"ranking {count} candidates" + (f" behind each of {prompts} prompts" if prompts > 1 else "")
 
 
 # -- our own code -----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qformer import config, presets, resources, starting, weights
-from qformer.backbones import inside
+from qformer.backbones import inside, language_loading
 from qformer.backbones import language as language_backbone
 from qformer.backbones import vision as vision_backbone
 from qformer.backbones.language import LanguageTower
@@ -65,7 +65,7 @@ def build(
     if vision is None:
         vision_backbone.check_vision(located(settings.vision))
     encoder, settings = _encoder(settings, vision)
-    language = language_backbone.load_language(located(settings.language))
+    language = language_loading.load_language(located(settings.language))
     given = settings.qformer
     generator = torch.Generator().manual_seed(settings.seed)
     if (sources := _adapters(given.init)) is not None:
@@ -220,7 +220,7 @@ def load(
     say = report or to_stderr
     spoken: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")} if dtype else {}
     if quantization is not None:
-        spoken["quantization"] = language_backbone.quantization_values(quantization)
+        spoken["quantization"] = language_loading.quantization_values(quantization)
     named = Named(vision, language, spoken, revision)
     path = place(source, revision)
     if path.is_file():
@@ -541,7 +541,7 @@ def _towers(
     if own is None:
         vision_backbone.check_vision(located(settings.vision))
     encoder, settings = _encoder(settings, own)
-    return (encoder, language_backbone.load_language(located(settings.language))), settings
+    return (encoder, language_loading.load_language(located(settings.language))), settings
 
 
 def _is_published(path: Path) -> bool:
@@ -754,7 +754,7 @@ def _tokenizer(source: str | Path) -> Any:
 def _check_reading(size: QFormerSize, tokenizer: Any | None, given: QFormerConfig) -> None:
     if tokenizer is None:
         return
-    if not language_backbone.LEAST_SHARE * size.vocabulary <= len(tokenizer) <= size.vocabulary:
+    if not language_loading.LEAST_SHARE * size.vocabulary <= len(tokenizer) <= size.vocabulary:
         raise ConfigError(
             f"qformer.tokenizer: '{given.tokenizer or given.init}' has {len(tokenizer)} words and the Q-Former "
             f"{size.vocabulary} word embeddings; use the tokenizer that belongs to qformer.init."

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qformer import weights
 from qformer.backbones import language as language_backbone
+from qformer.backbones import language_loading
 from qformer.backbones.language import LanguageTower
 from qformer.config import LanguageConfig, VisionConfig
 from qformer.errors import ConfigError, did_you_mean
@@ -84,7 +85,7 @@ def plug(
     if start == "mapped":
         _check_mappable(adapter)
     spoken = spoken_by(language, own, dtype, quantization)
-    tower = language_backbone.load_language(located(spoken))
+    tower = language_loading.load_language(located(spoken))
     _check_another(adapter, tower, spoken.name)
     generator = torch.Generator().manual_seed(seed)
     connector = QFormerConnector(QFormer(adapter.size, generator), tower.width, generator, adapter.norm_eps)
@@ -123,7 +124,7 @@ def spoken_by(
     if dtype is not None:
         language = dataclasses.replace(language, dtype=str(dtype).removeprefix("torch."))
     if quantization is not None:
-        language = dataclasses.replace(language, quantization=language_backbone.quantization_values(quantization))
+        language = dataclasses.replace(language, quantization=language_loading.quantization_values(quantization))
     return language
 
 
@@ -150,7 +151,7 @@ def _map_projection(projection: nn.Linear, adapter: Unplugged, new: LanguageTowe
     """Fill a projection with the old one carried over by words; what was done, in words."""
     own = adapter.settings.language
     try:
-        old = language_backbone.load_language(located(own))
+        old = language_loading.load_language(located(own))
     except ConfigError as error:
         raise ConfigError(
             f"{adapter.source}: a mapped start needs the LLM that it was trained with, which cannot be read "

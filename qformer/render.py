@@ -10,7 +10,7 @@ from rich.text import Text as Styled
 
 from qformer import cards
 from qformer.assemble import Item, reads_of
-from qformer.backbones.language import load_profile
+from qformer.backbones.language_loading import load_profile
 from qformer.config import RunConfig
 from qformer.data.batch import items_of, mixture_of, open_sources
 from qformer.data.index import Index

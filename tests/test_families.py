@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from qformer import loading
-from qformer.backbones.language import LanguageTower, load_language
+from qformer.backbones.language import LanguageTower
+from qformer.backbones.language_loading import load_language
 from qformer.config import LanguageConfig
 from qformer.errors import ConfigError, DataError
 from qformer.sample import Row, Slot, Text, row_length, trained_tokens

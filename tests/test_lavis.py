@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 import qformer
 from qformer import checkpoints, presets
-from qformer.backbones.language import load_language
+from qformer.backbones.language_loading import load_language
 from qformer.cards import Decoding
 from qformer.config import LanguageConfig
 from qformer.nn.qformer import QFormer, QFormerConnector, QFormerSize

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qformer.backbones import packing, ranking
-from qformer.backbones.language import DecoderOnly, load_language
+from qformer.backbones.language import DecoderOnly
+from qformer.backbones.language_loading import load_language
 from qformer.config import LanguageConfig
 from qformer.sample import Row, Slot, Text, row_length
 from tests.families import CAUSAL, family_llm

@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import qformer
 from qformer import checkpoints, cli, config, loading, plugging, run, stages, weights
-from qformer.backbones.language import LanguageTower, load_language
+from qformer.backbones.language import LanguageTower
+from qformer.backbones.language_loading import load_language
 from qformer.comparison import PLUG_FILE
 from qformer.config import LanguageConfig, TrainConfig
 from qformer.errors import ConfigError

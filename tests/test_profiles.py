@@ -11,7 +11,7 @@ import pytest
 import transformers
 
 from qformer import config, resources, text
-from qformer.backbones import language
+from qformer.backbones import language_loading
 from qformer.config import ProfileConfig
 from qformer.errors import ConfigError
 from qformer.sample import Row, Slot, Turn
@@ -229,10 +229,10 @@ def test_a_config_names_a_profile_and_changes_it(tmp_path: Path) -> None:
     file.write_text(
         f"vision: {{name: vit}}\nlanguage: {{name: '{tmp_path / 'llm'}', profile: {{name: smollm2, stop: ['Q:']}}}}"
     )
-    tokenizer, profile = language.load_profile(config.load(file).language)
+    tokenizer, profile = language_loading.load_profile(config.load(file).language)
     assert profile == speak("smollm2", tokenizer, stop=["Q:"])[1]
     changed = config.load(file, ["language.profile.name=plain"]).language
-    assert language.load_profile(changed)[1].layout == "plain"
+    assert language_loading.load_profile(changed)[1].layout == "plain"
 
 
 def test_a_profile_that_cannot_be_is_refused_with_what_would_work() -> None:

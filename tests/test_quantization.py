@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from qformer import loading, weights
-from qformer.backbones.language import load_language, quantization_values, same_language
+from qformer.backbones.language import same_language
+from qformer.backbones.language_loading import load_language, quantization_values
 from qformer.config import LanguageConfig, RunConfig
 from qformer.errors import ConfigError
 from qformer.sample import Slot, Text

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from qformer.backbones import ranking
-from qformer.backbones.language import LanguageTower, load_language
+from qformer.backbones.language import LanguageTower
+from qformer.backbones.language_loading import load_language
 from qformer.config import LanguageConfig
 from qformer.sample import Row, Slot, Text
 from qformer.text import Joiner, Rendered

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qformer.backbones import packing, reading
-from qformer.backbones.language import load_language
+from qformer.backbones.language_loading import load_language
 from qformer.config import LanguageConfig
 from qformer.sample import Row, Slot, Text
 from tests.families import CAUSAL, family_llm

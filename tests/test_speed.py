@@ -44,7 +44,8 @@ def test_every_row_of_the_table_is_measured(
     named = [line.split(" | ")[0] for line in lines]
     assert [name.removeprefix("| ").split(",")[0] for name in named] == [
         "work", "training step", "training step", "training step", "our own code", "generation", "of ours",
-        "ranking 100 candidates", "ranking 4 candidates", "what grows", "rows", "text", "queries", "frames",
+        "ranking 100 candidates", "ranking 4 candidates",
+        "ranking 4 candidates behind each of 8 prompts", "what grows", "rows", "text", "queries", "frames",
     ]  # fmt: skip
     drawing = ElementTree.parse(plot).getroot()
     assert len(list(drawing.iter("{http://www.w3.org/2000/svg}polyline"))) == 4

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qformer import resources
-from qformer.backbones.language import load_language
+from qformer.backbones.language_loading import load_language
 from qformer.backbones.vision import load_vision, vision_settings
 from qformer.config import LanguageConfig, VisionConfig
 from qformer.demo import scenes, towers

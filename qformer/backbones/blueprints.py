@@ -14,7 +14,7 @@ from torch import nn
 from qformer import config as settings_files
 from qformer import resources
 from qformer.backbones import inside
-from qformer.backbones.language import DTYPES, read_architecture, rebuild
+from qformer.backbones.language_loading import DTYPES, read_architecture, rebuild
 from qformer.backbones.vision import FrozenTower, load_vision
 from qformer.config import LanguageConfig, VisionConfig
 from qformer.errors import ConfigError

@@ -1,0 +1,132 @@
+"""What a run's adapter sees of its LLM in fewer bits: `python benchmarks/quantized.py RUN [KEY=VALUE ...]`.
+
+The first samples of the run's mixture go through the run's adapter (`--fresh`: as it was before training), in front of
+its LLM in float32, in bfloat16, and in 8 and 4 bit by whichever of transformers' backends are installed.  For each a
+row: the loss in nats a trained token; the cosine of the gradient of all adapter parameters, taken as one vector, with
+that in front of float32, of the whole batch and sample by sample (median and least); what the LLM takes in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import platform
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from qformer import cards, config, loading
+from qformer.config import RunConfig
+from qformer.data.batch import StepMaker, mixture_of, open_sources
+from qformer.data.index import Index
+from qformer.sample import Batch
+from qformer.vlm import VLM
+
+WAYS: dict[str, tuple[str, str, dict[str, Any] | None]] = {
+    "float32": ("torch", "float32", None),
+    "bfloat16": ("torch", "bfloat16", None),
+    "8 bit, bitsandbytes (LLM.int8)": ("bitsandbytes", "float32", {"load_in_8bit": True}),
+    "8 bit, torchao, weights only": (
+        "torchao", "float32",
+        {"quant_method": "torchao",
+         "quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {}}}},
+    ),
+    "8 bit, quanto, weights only": ("optimum.quanto", "float32", {"quant_method": "quanto", "weights": "int8"}),
+    "4 bit, bitsandbytes NF4": (
+        "bitsandbytes", "float32", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    ),
+    "4 bit, bitsandbytes FP4": (
+        "bitsandbytes", "float32", {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    ),
+}  # fmt: skip
+"""The module that a way needs, the LLM's dtype, and what is asked of transformers."""
+
+
+def installed(module: str) -> bool:
+    """Whether it can be imported; a part of a package that is not there cannot."""
+    package = module.partition(".")[0]
+    return importlib.util.find_spec(package) is not None and importlib.util.find_spec(module) is not None
+
+
+def batches(model: VLM, settings: RunConfig, count: int) -> Iterator[Batch]:
+    """The first samples of the run's own mixture, one at a time, as training would show them."""
+    named, multipliers = cards.mixture(settings.data)
+    root = Path(settings.data.root)
+    sources = open_sources(named, root, index=Index(root, settings.data.index))
+    mixture = mixture_of(sources, settings.data, multipliers, settings.seed)
+    maker = StepMaker(
+        mixture,
+        sources,
+        model.assembler(training=True),
+        batch_size=1,
+        steps=count,
+        soft_tokens=settings.qformer.queries,
+        micro_batch_tokens=settings.train.micro_batch_tokens,
+        packed=model.language.packs is not None,
+    )
+    for step in range(count):
+        yield from maker[step].batches
+
+
+def gradients(model: VLM, given: Sequence[Batch]) -> tuple[float, list[Tensor]]:
+    """Loss in nats a token over all batches, and each one's gradient (parameters,) of all that is trained."""
+    model.eval()  # no dropout, which would differ from way to way
+    lost, tokens, found = 0.0, 0, []
+    for batch in given:
+        sums, counts = model(batch)["answer"], model.objective.counts(batch)["answer"]
+        sums.backward()
+        trained = model.trainable().values()
+        found.append(torch.cat([p.grad.double().flatten() for p in trained if p.grad is not None]))
+        model.zero_grad()
+        lost, tokens = lost + float(sums), tokens + counts
+    return lost / tokens, found
+
+
+def row(name: str, model: VLM, given: Sequence[Batch], whole: list[Tensor]) -> tuple[str, list[Tensor]]:
+    """A row of the table, and the gradients; the first way's are what all are compared with."""
+    loss, found = gradients(model, given)
+    whole = whole or found
+    each = [float(torch.cosine_similarity(a, b, dim=0)) for a, b in zip(found, whole, strict=True)]
+    together = float(torch.cosine_similarity(torch.stack(found).sum(0), torch.stack(whole).sum(0), dim=0))
+    size = model.language.model.get_memory_footprint() / 1e6
+    cells = f"{loss:.4f} | {together:.4f} | {statistics.median(each):.4f} ({min(each):.4f}) | {size:,.0f} MB"
+    return f"| {name} | {cells} |", found
+
+
+def main() -> None:
+    """Print the table in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("changes", nargs="*", metavar="KEY=VALUE", help="settings, where data or towers have moved")
+    parser.add_argument("--fresh", action="store_true", help="the adapter as it starts")
+    parser.add_argument("--samples", type=int, default=32)
+    options = parser.parse_args()
+    settings = config.load(options.run / "config.yaml", options.changes)
+    print(f"{platform.machine()}, Python {sys.version.split()[0]}, torch {torch.__version__}, ", end="")
+    print(f"transformers {transformers.__version__}, {options.samples} samples\n")
+    print("| LLM in | loss | cosine of the whole | of each sample, median (least) | memory |")
+    print("|---|---:|---:|---:|---:|")
+    whole: list[Tensor] = []
+    for name, (module, dtype, values) in WAYS.items():
+        if not installed(module):
+            print(f"| {name} | {module.partition('.')[0]} is not installed | | | |")
+            continue
+        spoken = dataclasses.replace(settings.language, dtype=dtype, quantization=values)
+        init = settings.qformer.init if options.fresh else str(loading.last_checkpoint(options.run))
+        begun = dataclasses.replace(settings.qformer, init=init)
+        changed = dataclasses.replace(settings, language=spoken, qformer=begun)
+        model = loading.build(changed, report=str)
+        told, found = row(name, model, list(batches(model, settings, options.samples)), whole)
+        whole = whole or found
+        print(told, flush=True)
+
+
+if __name__ == "__main__":
+    main()
