@@ -85,7 +85,7 @@ def gradients(model: VLM, given: Sequence[Batch]) -> tuple[float, list[Tensor]]:
         trained = model.trainable().values()
         found.append(torch.cat([p.grad.double().flatten() for p in trained if p.grad is not None]))
         model.zero_grad()
-        lost, tokens = lost + float(sums), tokens + counts
+        lost, tokens = lost + sums.item(), tokens + counts
     return lost / tokens, found
 
 

@@ -12,7 +12,14 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-ROWS = ("step of 6 samples,", "step of 6 samples, features at hand", "ranking 100", "ranking 4", "generation, 16")
+ROWS = (
+    "step of 6 samples,",
+    "step of 6 samples, features at hand",
+    "ranking 100",
+    "ranking 4",
+    "ranking 4",
+    "generation, 16",
+)
 
 
 @pytest.mark.parametrize(
