@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qformer.evaluate.metrics import METRICS
-from qformer.evaluate.run import in_words, samples_in_words
+from qformer.evaluate.tables import in_words, samples_in_words
 
 if TYPE_CHECKING:
     from rich.table import Table

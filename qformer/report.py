@@ -22,7 +22,7 @@ from qformer.errors import DataError
 from qformer.evaluate import sweep
 from qformer.evaluate.files import read_json, read_lines, score_files
 from qformer.evaluate.metrics import METRICS
-from qformer.evaluate.run import ROLES, about, beside_in_words, in_words
+from qformer.evaluate.tables import ROLES, about, beside_in_words, in_words
 from qformer.results import Score
 
 FILE = "report.html"

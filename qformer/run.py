@@ -128,8 +128,9 @@ def score(
         By card: score, interval, baselines, recipe id; the same that `eval/TASK.json` holds.
     """
     from qformer.evaluate import habits, published, sweep
-    from qformer.evaluate.run import as_text, check
+    from qformer.evaluate.run import check
     from qformer.evaluate.run import score as score_cards
+    from qformer.evaluate.tables import as_text
 
     chosen = cards.load_all(tasks, "eval")
     if not chosen:
@@ -245,7 +246,7 @@ def compare(
     """
     from qformer.evaluate import compare as paired
     from qformer.evaluate.files import write_json
-    from qformer.evaluate.run import as_text
+    from qformer.evaluate.tables import as_text
 
     found, notes = paired.compare(_scores_of(Path(one)), _scores_of(Path(other)), tasks=list(tasks), despite=despite)
     for line in (*notes, *map(as_text, paired.tables(found, str(one), str(other))), *paired.apart(found)):

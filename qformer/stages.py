@@ -115,7 +115,7 @@ def carry(
         ConfigError, DataError, TrainingError: as `plug`, `fit` and `score`; or the directory holds another carrying
             over.
     """
-    from qformer.evaluate.run import as_text
+    from qformer.evaluate.tables import as_text
     from qformer.train.checkpoint import same_run
     from qformer.train.loop import train
 

@@ -17,7 +17,8 @@ from qformer.cards import Decoding
 from qformer.errors import ConfigError, DataError
 from qformer.evaluate import compare, habits, published, sweep
 from qformer.evaluate.outcome import averaged
-from qformer.evaluate.run import as_text, score, tables
+from qformer.evaluate.run import score
+from qformer.evaluate.tables import as_text, tables
 from qformer.processes import ALONE, Processes
 from qformer.sample import Sample
 from qformer.text import Rendered, load_templates, render_eval

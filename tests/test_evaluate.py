@@ -19,7 +19,8 @@ from qformer.errors import ConfigError, DataError
 from qformer.evaluate import run
 from qformer.evaluate.outcome import Answer
 from qformer.evaluate.predict import Question, predict, question
-from qformer.evaluate.run import score, table
+from qformer.evaluate.run import score
+from qformer.evaluate.tables import as_text, table
 from qformer.sample import Sample, Video
 from qformer.text import Profile, Rendered, Templates, Truncations
 
@@ -250,7 +251,7 @@ def test_a_part_is_marked_as_such(tmp_path: Path) -> None:
     result = scores(tmp_path, limit=10)
     assert (result["samples"], result["of"], result["partial"]) == (10, 60, True)
     assert result["recipe"] != scores(tmp_path)["recipe"]
-    assert "10 of 60, partial" in run.as_text(table({"colours": result}))
+    assert "10 of 60, partial" in as_text(table({"colours": result}))
     assert scores(tmp_path, limit=60)["partial"] is False
 
 

@@ -20,7 +20,7 @@ from qformer.cards import TaskCard
 from qformer.errors import DataError
 from qformer.evaluate import metrics
 from qformer.evaluate.metrics import METRICS
-from qformer.evaluate.run import in_words
+from qformer.evaluate.tables import in_words
 from qformer.processes import Processes
 from qformer.train import loop
 from tests import fixtures, world

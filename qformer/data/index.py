@@ -103,7 +103,10 @@ class Rows:
         return isinstance(self.source, Path)
 
     def walk(self) -> Iterator[tuple[Any, Any]]:
-        """Key and row of every record, as fast as can be."""
+        """Key and row of every record, as fast as can be.
+
+        Whole numbers beyond 64 bits come as floats, which is enough to tell a group by; `row` gives them exactly.
+        """
         for keys, rows in zip(self._keys.chunks, self._rows.chunks, strict=True):
             for key, row in zip(keys.to_pylist(), rows.to_pylist(), strict=True):
                 yield _decoded(key), _decoded(row)

@@ -11,7 +11,8 @@ from qformer.errors import ConfigError, DataError
 from qformer.evaluate.files import read_json, read_lines, score_files
 from qformer.evaluate.metrics import METRICS, bootstrap
 from qformer.evaluate.outcome import Answer, Outcome, Places, averaged
-from qformer.evaluate.run import file_name, in_words, samples_in_words
+from qformer.evaluate.run import file_name
+from qformer.evaluate.tables import in_words, samples_in_words
 from qformer.sample import Sample
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from qformer.errors import ConfigError
 from qformer.evaluate.files import write_json
 from qformer.evaluate.kept import forget
 from qformer.evaluate.metrics import METRICS
-from qformer.evaluate.run import file_name, in_words, kept_under, samples_in_words
+from qformer.evaluate.run import file_name, kept_under
+from qformer.evaluate.tables import in_words, samples_in_words
 from qformer.processes import Processes
 from qformer.text import load_templates
 
