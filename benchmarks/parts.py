@@ -1,9 +1,10 @@
 """What each saving of a training step brings alone, and how far it is from the floor: `python benchmarks/parts.py`.
 
 On the rows and the models of `benchmarks/speed.py`.  Each saving is switched off by itself; steps with and without it
-are timed in turn, and their losses compared before.  The floor is what the step's floating-point operations would take
-at the speed of this machine's own large matrix products.  `--compile` has the blocks compiled as `train.compile` does,
-which takes minutes before the first step, and times that as one more saving.
+are timed in turn, and their losses compared before.  A row says what was tried and brought too little to be kept.  The
+floor is what the step's floating-point operations would take at the speed of this machine's own large matrix products.
+`--compile` has the blocks compiled as `train.compile` does, which takes minutes before the first step, and times that
+as one more saving.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ from unittest.mock import patch
 
 import speed
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from qformer.nn.attention import Places
+from qformer.nn.attention import CrossAttention, Places, SelfAttention
+from qformer.nn.tokens import Tokens
 from qformer.sample import Batch
 from qformer.train import compiling
 from qformer.train.step import train_step
@@ -67,6 +71,34 @@ def a_picture_a_read(given: Batch) -> Batch:
     return dataclasses.replace(given, pixels=given.pixels[pictures], reads=reads)
 
 
+@contextmanager
+def fused(model: VLM) -> Iterator[None]:
+    """Queries, keys and values of the Q-Former by one product, and keys and values of pictures by another."""
+
+    def project(source: Tensor, *layers: nn.Linear) -> Tensor:
+        weights, biases = zip(*((layer.weight, layer.bias) for layer in layers), strict=True)
+        return F.linear(source, torch.cat(weights), torch.cat(biases))
+
+    plain = SelfAttention.forward
+
+    def among_all(self: SelfAttention, x: Tensor, places: Places, *, queries_only: bool = False) -> Tensor:
+        if queries_only:  # asked by some and answered by all: nothing to share
+            return plain(self, x, places, queries_only=True)
+        rows = places.in_rows(project(x, self.query, self.key, self.value))
+        context = self._context(*rows.chunk(3, -1), places.mask)
+        return self._closed(x, places.in_line(context))
+
+    def at_pictures(self: CrossAttention, x: Tensor, tokens: Tokens) -> Tensor:
+        both, mask = project(tokens.values, self.key, self.value), tokens.mask
+        if tokens.pictures is not None:
+            both = both.index_select(0, tokens.pictures)
+            mask = None if mask is None else mask.index_select(0, tokens.pictures)
+        return self._closed(x, self._context(self.query(x), *both.chunk(2, -1), mask))
+
+    with patch.object(SelfAttention, "forward", among_all), patch.object(CrossAttention, "forward", at_pictures):
+        yield
+
+
 Switch = Callable[[VLM], AbstractContextManager[None]]
 SAVINGS: dict[str, tuple[int, Switch | None]] = {
     "rows packed, not padded": (14, padded_rows),
@@ -75,6 +107,8 @@ SAVINGS: dict[str, tuple[int, Switch | None]] = {
     "each picture once, 14 rows on two": (2, None),
 }
 """Pictures of the 14 rows, and what switches the saving off (None: a batch with copies)."""
+TRIED: dict[str, Switch] = {"projections of the Q-Former fused": fused}
+"""What was tried and not kept, and what switches it on."""
 
 
 def table(both: speed.Both, repeats: int, compiled: bool) -> Iterator[str]:
@@ -83,9 +117,11 @@ def table(both: speed.Both, repeats: int, compiled: bool) -> Iterator[str]:
     yield "|---|---|---|---|---|"
     for name, (pictures, off) in SAVINGS.items():
         yield f"| {name} | {saved(both, speed.batch(speed.SHAPES, pictures), off, repeats)} |"
+    given = speed.batch(speed.SHAPES, len(speed.SHAPES))
+    for name, on in TRIED.items():
+        yield f"| {name} (tried, not kept) | {saved(both, given, None, repeats, on)} |"
     if compiled:
         compiling.compile_blocks(both.ours)
-        given = speed.batch(speed.SHAPES, len(speed.SHAPES))
         yield f"| blocks compiled (train.compile) | {saved(both, given, compiling.as_written, repeats)} |"
     yield ""
     with compiling.as_written(both.ours):
@@ -93,9 +129,9 @@ def table(both: speed.Both, repeats: int, compiled: bool) -> Iterator[str]:
     yield told
 
 
-def saved(both: speed.Both, given: Batch, off: Switch | None, repeats: int) -> str:
-    """Seconds with and without a saving, and the ratio."""
-    plain = a_picture_a_read(given) if off is None else given
+def saved(both: speed.Both, given: Batch, off: Switch | None, repeats: int, on: Switch | None = None) -> str:
+    """Seconds with and without a saving, and the ratio; with neither switch, without is a picture a read."""
+    plain = a_picture_a_read(given) if off is None and on is None else given
     mine, _ = both.optimizers()
     losses: dict[str, float] = {}
 
@@ -108,7 +144,8 @@ def saved(both: speed.Both, given: Batch, off: Switch | None, repeats: int) -> s
             step(plain, "without")
 
     def saving() -> None:
-        step(given, "with")
+        with on(both.ours) if on else nullcontext():
+            step(given, "with")
 
     without(), saving()
     assert math.isclose(losses["with"], losses["without"], rel_tol=1e-5), losses

@@ -63,4 +63,22 @@ def test_each_saving_is_measured_by_itself(monkeypatch: pytest.MonkeyPatch, caps
     parts.main()
     out = capsys.readouterr().out
     assert all(f"| {name} | " in out for name in (*parts.SAVINGS, "blocks compiled (train.compile)"))
+    assert all(f"| {name} (tried, not kept) | " in out for name in parts.TRIED)
     assert "times the floor" in out
+
+
+@pytest.mark.usefixtures("tiny")
+def test_where_the_time_of_a_step_goes_is_told_part_by_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import spans
+
+    plot = tmp_path / "step.svg"
+    monkeypatch.setattr(sys, "argv", ["spans.py", "--repeats", "1", "--plot", str(plot)])
+    spans.main()
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows[1:]] == list(spans.PARTS)
+    shares = [float(row[2].removesuffix("%")) for row in rows[1:]]
+    assert sum(shares) == pytest.approx(100, abs=1) and all(share > 0 for share in shares[:-2])  # each hook was met
+    drawing = ElementTree.parse(plot).getroot()
+    assert len(list(drawing.iter("{http://www.w3.org/2000/svg}rect"))) == len(spans.PARTS)
