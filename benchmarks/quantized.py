@@ -14,7 +14,7 @@ import importlib.util
 import platform
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,29 +75,37 @@ def batches(model: VLM, settings: RunConfig, count: int) -> Iterator[Batch]:
         yield from maker[step].batches
 
 
-def gradients(model: VLM, given: Sequence[Batch]) -> tuple[float, list[Tensor]]:
-    """Loss in nats a token over all batches, and each one's gradient (parameters,) of all that is trained."""
+def gradients(model: VLM, given: Iterable[Batch]) -> Iterator[tuple[float, int, Tensor]]:
+    """Of every batch the summed loss in nats, its tokens, and the gradient (parameters,) of all that is trained."""
     model.eval()  # no dropout, which would differ from way to way
-    lost, tokens, found = 0.0, 0, []
     for batch in given:
-        sums, counts = model(batch)["answer"], model.objective.counts(batch)["answer"]
-        sums.backward()
+        lost = model(batch)["answer"]
+        lost.backward()
         trained = model.trainable().values()
-        found.append(torch.cat([p.grad.double().flatten() for p in trained if p.grad is not None]))
+        found = torch.cat([p.grad.float().flatten() for p in trained if p.grad is not None])
         model.zero_grad()
-        lost, tokens = lost + sums.item(), tokens + counts
-    return lost / tokens, found
+        yield lost.item(), model.objective.counts(batch)["answer"], found
 
 
-def row(name: str, model: VLM, given: Sequence[Batch], whole: list[Tensor]) -> tuple[str, list[Tensor]]:
-    """A row of the table, and the gradients; the first way's are what all are compared with."""
-    loss, found = gradients(model, given)
-    whole = whole or found
-    each = [float(torch.cosine_similarity(a, b, dim=0)) for a, b in zip(found, whole, strict=True)]
-    together = float(torch.cosine_similarity(torch.stack(found).sum(0), torch.stack(whole).sum(0), dim=0))
+def cosine(one: Tensor, other: Tensor) -> float:
+    """In float64: float32 sums of millions of squares are off in the fourth digit."""
+    one, other = one.double(), other.double()
+    return float(one @ other / (one.norm() * other.norm()))
+
+
+def row(name: str, model: VLM, given: Iterable[Batch], kept: list[Tensor]) -> str:
+    """A row of the table; the first way's gradients are kept, to compare all others with."""
+    first, lost, tokens, each = not kept, 0.0, 0, []
+    together: list[Tensor] = []
+    for number, (loss, count, found) in enumerate(gradients(model, given)):
+        if first:
+            kept.append(found)
+        lost, tokens = lost + loss, tokens + count
+        each.append(cosine(found, kept[number]))
+        together = [a + b for a, b in zip(together, (found, kept[number]), strict=False)] or [found, kept[number]]
     size = model.language.model.get_memory_footprint() / 1e6
-    cells = f"{loss:.4f} | {together:.4f} | {statistics.median(each):.4f} ({min(each):.4f}) | {size:,.0f} MB"
-    return f"| {name} | {cells} |", found
+    cells = f"{lost / tokens:.4f} | {cosine(*together):.4f} | {statistics.median(each):.4f} ({min(each):.4f})"
+    return f"| {name} | {cells} | {size:,.0f} MB |"
 
 
 def main() -> None:
@@ -113,7 +121,7 @@ def main() -> None:
     print(f"transformers {transformers.__version__}, {options.samples} samples\n")
     print("| LLM in | loss | cosine of the whole | of each sample, median (least) | memory |")
     print("|---|---:|---:|---:|---:|")
-    whole: list[Tensor] = []
+    kept: list[Tensor] = []
     for name, (module, dtype, values) in WAYS.items():
         if not installed(module):
             print(f"| {name} | {module.partition('.')[0]} is not installed | | | |")
@@ -123,9 +131,7 @@ def main() -> None:
         begun = dataclasses.replace(settings.qformer, init=init)
         changed = dataclasses.replace(settings, language=spoken, qformer=begun)
         model = loading.build(changed, report=str)
-        told, found = row(name, model, list(batches(model, settings, options.samples)), whole)
-        whole = whole or found
-        print(told, flush=True)
+        print(row(name, model, batches(model, settings, options.samples), kept), flush=True)
 
 
 if __name__ == "__main__":

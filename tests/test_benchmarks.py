@@ -88,3 +88,34 @@ def test_ablations_take_scores_of_the_same_settings_alone(
             SystemExit, match=r"as_it_is-0: made with other settings; give those of its config\.yaml, or"
         ):
             ablations.main()
+
+
+def test_the_demos_llm_finds_what_it_is_told_as_nine_soft_tokens(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has learnt to: so what it does not answer there, no Q-Former can make it answer."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    import told
+
+    monkeypatch.setattr(told, "SETS", {"as it has read": ("attribute", "exists"), "ScienceQA": ("property",)})
+    monkeypatch.setattr(sys, "argv", ["told.py", "--questions", "10"])
+    told.main()
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()][2:]
+    assert [row[1] for row in rows] == ["attribute", "exists", "property", "ten rounds, mean reciprocal rank"]
+    assert [row[2] for row in rows] == ["10", "10", "10", "10"]
+    right, beside = ([float(row[at].removesuffix("%")) for row in rows] for at in (3, 4))
+    assert min(right[:2]) > 80 and beside[1] == 50
+    assert all(share > blindly for share, blindly in zip(right[2:], beside[2:], strict=True))
+
+
+def test_the_demos_llm_is_asked_as_the_cards_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    import told
+
+    [mean] = told.questions("mean", 1)
+    assert mean.rendered.instruction.startswith('This is an image with: "') and mean.candidates == ("yes", "no")
+    [matter] = told.questions("matter", 1)
+    assert matter.rendered.instruction.startswith("Context: A thing made of rubber would bounce. A thing")
+    assert " Options: (a) " in matter.rendered.instruction and matter.answer in matter.candidates
+    [reads] = told.questions("reads", 1)
+    assert reads.rendered.instruction.startswith("Question: What does the ") and not reads.candidates
