@@ -144,8 +144,12 @@ def read_lavis(path: Path) -> Published:
     """An adapter from a .pth file of LAVIS: released, of its runner, of stage 1 or stage 2, wrapped in `model` or not.
 
     Raises:
-        ConfigError: the file is not whole, would run code, or holds no Q-Former.
+        ConfigError: the file is none of LAVIS', not whole, would run code, or holds no Q-Former.
     """
+    if path.suffix == ".safetensors":
+        raise ConfigError(
+            f"{path}: tensors alone do not tell what they belong to; give the directory it is in, with its config.json."
+        )
     held = weights.read_pickle(path)
     inner = held.get("model", held)
     if not isinstance(inner, Mapping):

@@ -228,7 +228,7 @@ def load(
     elif _is_published(path):
         published = read_transformers(path, str(source))
     else:
-        return _settled(_load_saved(path, named, strict, say), device, processes)
+        return _settled(_load_saved(path, named, instruction_tokenizer, strict, say), device, processes)
     return _settled(_load_published(published, named, instruction_tokenizer, strict, say), device, processes)
 
 
@@ -284,7 +284,7 @@ class Named:
         return dataclasses.replace(chosen, **self.changes)
 
 
-def _load_saved(path: Path, named: Named, strict: bool, say: Callable[[str], None]) -> VLM:
+def _load_saved(path: Path, named: Named, words: str | Path | None, strict: bool, say: Callable[[str], None]) -> VLM:
     directory = adapter_directory(path)
     description, size, profile = _described(directory / CONFIG_FILE)
     settings = _saved_settings(directory, description, named)
@@ -301,7 +301,7 @@ def _load_saved(path: Path, named: Named, strict: bool, say: Callable[[str], Non
         if trained != settings.vision.name:
             say(f"{directory}: the adapter was trained on '{trained}' and now reads '{settings.vision.name}'")
         say(LoadReport(str(directory), tuple(tensors), (), (), ()).line())
-    tokenizer = _own_tokenizer(directory) if size.instruction else None
+    settings, tokenizer = _own_tokenizer(directory, size, words, settings)
     model = VLM(towers[0], connector, towers[1], tokenizer, settings)
     model.recipe = description.get("recipe", {})
     model.lavis_projection = description.get("lavis_projection")
@@ -387,7 +387,7 @@ def unplug(
         settings = _saved_settings(directory, description, named)
         tensors, fingerprint = adapter_tensors(directory)
         eps, recipe = description.get("norm_eps", 1e-5), description.get("recipe", {})
-        tokenizer = _own_tokenizer(directory) if size.instruction else None
+        settings, tokenizer = _own_tokenizer(directory, size, instruction_tokenizer, settings)
     lacking = [name for name in own_names(size) if name not in tensors and not name.startswith("projection.")]
     if lacking:
         raise ConfigError(f"{source}: the adapter is not whole; missing: {weights.shortened(lacking)}.")
@@ -402,10 +402,24 @@ def unplug(
     return Unplugged(str(source), encoder, tensors, size, eps, settings, tokenizer, fingerprint, recipe)
 
 
-def _own_tokenizer(directory: Path) -> Any:
+def _own_tokenizer(
+    directory: Path, size: QFormerSize, named: str | Path | None, settings: RunConfig
+) -> tuple[RunConfig, Any | None]:
+    """What a saved adapter's Q-Former reads with, the one named or its own, and the settings that say so."""
+    if not size.instruction:
+        return settings, None
+    if named is not None:
+        settings = dataclasses.replace(settings, qformer=dataclasses.replace(settings.qformer, tokenizer=str(named)))
+        tokenizer = _tokenizer(resources.located(str(named)))
+        _check_reading(size, tokenizer, settings.qformer)
+        return settings, tokenizer
     if (directory / TOKENIZER_FOLDER).is_dir():
-        return _tokenizer(directory / TOKENIZER_FOLDER)
-    return MissingTokenizer(f"{directory} was saved without the Q-Former's tokenizer", pad=0)
+        return settings, _tokenizer(directory / TOKENIZER_FOLDER)
+    missing = (
+        f"{directory} was saved without the Q-Former's tokenizer (name one, such as "
+        f"instruction_tokenizer='bert-base-uncased')"
+    )
+    return settings, MissingTokenizer(missing, pad=0)
 
 
 def _load_published(
@@ -419,6 +433,7 @@ def _load_published(
         )
     settings = _published_settings(published, named, tokenizer)
     spoken, read, seen = settings.language, settings.qformer, settings.vision
+    _same_kind(published, spoken)
     towers, settings = _towers(settings, named.encoder)
     if strict:
         _same_width(towers[0].width, published.source, size, settings.vision.name)
@@ -486,6 +501,24 @@ def _ended_as_published(spoken: LanguageConfig, published: Published) -> Languag
     if spoken.profile.end is not None or not isinstance(end, int):
         return spoken
     return dataclasses.replace(spoken, profile=dataclasses.replace(spoken.profile, end=[end]))
+
+
+def _same_kind(published: Published, spoken: LanguageConfig) -> None:
+    """Refuse an LLM of the other kind than LAVIS' name of the projection tells, before its weights are read: widths
+    alone tell no Vicuna-7B from a FlanT5-XXL.
+    """
+    if published.projection is None:
+        return
+    config = language_loading.read_architecture(located(spoken))
+    inner = inside.language(config)
+    found = bool((config if inner is None else inner.config).is_encoder_decoder)
+    wanted = published.projection == lavis_projection(encoder_decoder=True)
+    if found != wanted:
+        kinds = {True: "an encoder–decoder", False: "a decoder-only LLM"}
+        raise ConfigError(
+            f"{published.source}: its projection ({published.projection}) leads to {kinds[wanted]}, and "
+            f"'{spoken.name}' is {kinds[found]}; name the LLM it was trained with, or carry it over with qformer.plug."
+        )
 
 
 def _fits_language(published: Published, tower: LanguageTower, spoken: LanguageConfig) -> None:

@@ -50,6 +50,17 @@ def soft(model: qformer.VLM) -> Tensor:
         return model.soft_prompts(PIXELS, IDS if model.connector.size.instruction else None)
 
 
+def numbers(model: qformer.VLM) -> tuple[Tensor, Tensor]:
+    """What encoder, adapter and LLM make of one picture and one row: every part has its tensors, or it differs."""
+    rows = [(Slot(0), Text((1, 5, 6)), Text((7, 2), trained=True))]
+    with torch.no_grad():
+        return soft(model), model.language.log_likelihood(soft(model), rows)[0]
+
+
+def same(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
+    return all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+
+
 def connector(size: QFormerSize = SIZE, width: int = 32) -> QFormerConnector:
     made = QFormerConnector(QFormer(size), width)
     redraw(made, 7)
@@ -73,32 +84,32 @@ def towers(folder: Path, family: str = "llama") -> dict[str, str]:
 
 
 def test_shards_pickles_and_older_layouts_load_the_same(folder: Path, source: Path, tmp_path: Path) -> None:
-    expected = soft(loaded(source))
+    expected = numbers(loaded(source))
     whole = load_file(source / "model.safetensors")
     (source / "model.safetensors").unlink()
     older = {"qformer.embeddings.position_ids": torch.arange(40)[None]}
     older["language_model.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     torch.save(whole | older, source / "pytorch_model.bin")
-    assert torch.equal(soft(loaded(source)), expected)
+    assert same(numbers(loaded(source)), expected)
 
     (source / "pytorch_model.bin").unlink()
     save_file(
         {f"model.{name}": tensor for name, tensor in whole.items()}, source / "model.safetensors", {"format": "pt"}
     )
-    assert torch.equal(soft(loaded(source)), expected)
+    assert same(numbers(loaded(source)), expected)
 
     (source / "model.safetensors").unlink()
     names = {name: f"model-0000{number % 3 + 1}-of-00003.safetensors" for number, name in enumerate(whole)}
     for shard in set(names.values()):
         save_file({name: whole[name] for name in whole if names[name] == shard}, source / shard, {"format": "pt"})
     (source / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
-    assert torch.equal(soft(loaded(source)), expected)
+    assert same(numbers(loaded(source)), expected)
     for shard in set(names.values()):
         torch.save(load_file(source / shard), source / f"pytorch_{Path(shard).stem}.bin")
     binned = {name: f"pytorch_{Path(shard).stem}.bin" for name, shard in names.items()}
     (source / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": binned}))
     (source / "model.safetensors.index.json").rename(tmp_path / "index.json")
-    assert torch.equal(soft(loaded(source)), expected)
+    assert same(numbers(loaded(source)), expected)
     (source / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": binned}))
     with pytest.raises(ConfigError, match=r"vision\.name '.*': its weights cannot be read \('metadata'\)"):
         loaded(source)  # transformers, which reads the towers, wants that too
@@ -149,6 +160,28 @@ def test_without_tokenizers_tensor_calls_work_and_text_calls_say_what_is_missing
     assert torch.equal(soft(loaded(tmp_path / "bare")), soft(whole))
 
 
+def test_a_saved_adapter_reads_with_the_tokenizer_that_is_named(source: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    reader = Path(shutil.move(source / "qformer_tokenizer", tmp_path / "reader"))
+    loaded(source).save(tmp_path / "bare")
+    asked: Any = [Image.new("RGB", (32, 32))], ["what is it"]
+    with pytest.raises(
+        ConfigError, match=r"bare was saved without the Q-Former's tokenizer \(name one, such as instruction_token"
+    ):
+        loaded(tmp_path / "bare").generate(*asked)
+    named = loaded(tmp_path / "bare", instruction_tokenizer=reader)
+    whole = loaded(source, instruction_tokenizer=reader)
+    assert named.generate(*asked, max_new_tokens=5) == whole.generate(*asked, max_new_tokens=5)
+    words = named.joiner().read_ids("what is it")
+    assert loading.unplug(tmp_path / "bare", instruction_tokenizer=reader).tokenizer("what is it").input_ids == [*words]
+    named.save(tmp_path / "whole")
+    assert loaded(tmp_path / "whole").joiner().read_ids("what is it") == words
+    other = tiny_llm(tmp_path / "other", "llama")
+    with pytest.raises(ConfigError, match=rf"'{other}' has \d+ words and the Q-Former \d+ word embeddings"):
+        loaded(tmp_path / "bare", instruction_tokenizer=other)
+
+
 def test_towers_named_elsewhere_take_the_place_of_its_own(folder: Path, source: Path) -> None:
     own = loaded(source)
     other = tiny_published(folder, "llama", num_key_value_heads=4, seed=3)
@@ -157,6 +190,33 @@ def test_towers_named_elsewhere_take_the_place_of_its_own(folder: Path, source: 
     assert torch.equal(moved.connector.projection.weight, own.connector.projection.weight)
     with pytest.raises(ConfigError, match=r"'.*own-llama' is another one .*qformer\.plug"):
         loaded(source, language=str(tiny_llm(folder / "own-llama", "llama", seed=4)))
+
+
+def test_the_llm_inside_may_be_read_from_a_directory_of_its_own(source: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    own = loaded(source)
+    alone = AutoModelForCausalLM.from_config(own.language.model.config)
+    alone.load_state_dict(own.language.model.state_dict())
+    alone.save_pretrained(tmp_path / "llm")
+    own.language.tokenizer.save_pretrained(tmp_path / "llm")
+    apart = loaded(source, language=str(tmp_path / "llm"))
+    assert apart.settings.language.name == str(tmp_path / "llm")
+    assert same(numbers(apart), numbers(own)) and apart.language.profile == own.language.profile
+
+
+def test_another_encoder_under_a_published_adapter_keeps_what_fits(source: Path, tmp_path: Path) -> None:
+    from tests.tiny import tiny_vision
+
+    wide = str(tiny_vision(tmp_path / "wide", width=32))
+    with pytest.raises(ConfigError, match=r"reads an encoder of width 24, and '.*wide' is 32 wide; .*strict=False"):
+        loaded(source, vision=wide)
+    told: list[str] = []
+    swapped = qformer.load(source, vision=wide, strict=False, report=told.append)
+    assert "shape differs: 6\n    norm.weight (24,), wanted (32,)" in told[0] and "made: nothing" in told[0]
+    before, after = loaded(source).connector.state_dict(), swapped.connector.state_dict()
+    anew = {name for name in after if not torch.equal(after[name], before[name])}
+    assert len(anew) == 6 and all(name.startswith("norm.") or ".cross_attention." in name for name in anew)
 
 
 def test_a_model_saved_from_a_published_one_comes_back(source: Path, tmp_path: Path) -> None:
@@ -248,6 +308,22 @@ def test_a_lavis_file_needs_both_towers(folder: Path, tmp_path: Path) -> None:
         loaded(file)
     with pytest.raises(ConfigError, match=r"projects to an LLM of width 48, and '.*' is 32 wide"):
         loaded(write(tmp_path / "y.pth", lavis(connector(width=48))), **towers(folder))
+
+
+@pytest.mark.parametrize(
+    ("projection", "family", "message"),
+    [
+        ("llm_proj", "t5", r"\(llm_proj\) leads to a decoder-only LLM, and '.*' is an encoder–decoder; name the LLM"),
+        ("opt_proj", "t5", r"\(opt_proj\) leads to a decoder-only LLM"),
+        ("t5_proj", "llama", r"\(t5_proj\) leads to an encoder–decoder, and '.*' is a decoder-only LLM; name the LLM"),
+    ],
+)
+def test_an_llm_of_the_other_kind_is_refused_though_it_is_as_wide(
+    folder: Path, tmp_path: Path, projection: str, family: str, message: str
+) -> None:
+    file = write(tmp_path / "x.pth", {"model": lavis(connector(), projection)})
+    with pytest.raises(ConfigError, match=message):
+        loaded(file, **towers(folder, family))
 
 
 # -- there and back ---------------------------------------------------------------------------------------------------
@@ -422,6 +498,10 @@ def test_a_mislabelled_file_is_named(source: Path, tmp_path: Path) -> None:
         loaded(write(tmp_path / "model.pth", {"model": [1]}))
     with pytest.raises(ConfigError, match=r"list\.pth: it holds a list, not tensors by name"):
         loaded(write(tmp_path / "list.pth", [1]))
+    with pytest.raises(
+        ConfigError, match=r"model\.safetensors: tensors alone do not tell .*; give the directory it is"
+    ):
+        loaded(source / "model.safetensors")
     shutil.copy(source / "config.json", source / "model.safetensors")
     with pytest.raises(ConfigError, match=r"model\.safetensors: not a whole safetensors file"):
         loaded(source)

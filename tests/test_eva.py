@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor
-from transformers import InstructBlipVisionConfig, InstructBlipVisionModel
+from transformers import Blip2ForConditionalGeneration, InstructBlipVisionConfig, InstructBlipVisionModel
 
 import qformer
 from qformer import checkpoints, exporting
@@ -19,6 +19,7 @@ from qformer.config import VisionConfig
 from qformer.errors import ConfigError
 from qformer.nn.qformer import QFormer, QFormerConnector, QFormerSize
 from qformer.nn.tokens import Tokens
+from qformer.sample import Slot, Text
 from tests.tiny import redraw, tiny_llm
 
 NAME = "eva_giant_patch14_clip_224"
@@ -140,3 +141,11 @@ def test_an_adapter_of_lavis_reads_what_its_encoder_file_holds(
     model.save(tmp_path / "adapter")
     again = qformer.load(tmp_path / "adapter", report=str)
     assert torch.equal(again.soft_prompts(pixels), model.soft_prompts(pixels))
+    # Both files and the LLM become one model of transformers, which writes the same ids.
+    assert ["epsilon 1e-06" in note for note in model.export_transformers(tmp_path / "whole")] == [True]
+    theirs = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "whole").eval()
+    words = [theirs.config.image_token_id] * 4 + [5, 6, *model.language.profile.closing]
+    given = {"pixel_values": pixels, "input_ids": torch.tensor([words]), "max_new_tokens": 6, "do_sample": False}
+    written = model.language.write(model.soft_prompts(pixels), [(Slot(0), Text((5, 6)))], max_new_tokens=6)
+    assert theirs.generate(**given)[:, 1:].tolist() == written.tolist()
+    assert torch.equal(qformer.load(tmp_path / "whole", report=str).soft_prompts(pixels), model.soft_prompts(pixels))

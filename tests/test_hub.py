@@ -69,7 +69,9 @@ def test_a_hub_id_that_holds_something_else_is_refused(cache: Any, tmp_path: Pat
         qformer.load(cache(tmp_path / "other", "someone/gpt"))
 
 
-def test_an_adapter_is_uploaded_as_it_is_saved(model: qformer.VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_is_uploaded_as_it_is_saved(
+    model: qformer.VLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     seen: dict[str, Any] = {}
 
     class Api:
@@ -90,6 +92,10 @@ def test_an_adapter_is_uploaded_as_it_is_saved(model: qformer.VLM, monkeypatch: 
     assert model.push_to_hub("birds", private=True, token="t") == "https://hub/someone/birds"
     assert seen["repo"] == ("birds", True, True) and seen["token"] == "t"
     assert {"adapter.safetensors", "config.json", "README.md", "instruction_tokenizer"} <= seen["files"]
+    for more, name in (({}, "mine"), ({"repo_id": "someone/birds", "private": False}, "someone/birds")):
+        model.save_pretrained(tmp_path / "mine", push_to_hub=True, **more)
+        assert seen["repo"] == (name, more.get("private"), True)
+    assert same(qformer.load(tmp_path / "mine", report=str), model)
     with pytest.raises(ConfigError, match=r"birds: the hub does not take the adapter \(no such branch\); log in"):
         model.push_to_hub("birds", revision="gone")
 

@@ -12,10 +12,16 @@ from transformers import (
     CLIPVisionModel,
     Dinov2Config,
     Dinov2Model,
+    MobileViTConfig,
+    MobileViTModel,
     ResNetConfig,
     ResNetModel,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
     SiglipVisionConfig,
     SiglipVisionModel,
+    ViTMAEConfig,
+    ViTMAEModel,
 )
 
 from qformer.backbones.vision import check_vision, load_vision, vision_settings
@@ -251,3 +257,35 @@ def test_a_stage_of_a_transformers_feature_map_network(tmp_path):
         states = model(pixel_values=pixels, output_hidden_states=True).hidden_states
         values = tower(tmp_path, pretrained=True, block=0)(pixels).values
     assert torch.allclose(values, states[1].flatten(2).transpose(1, 2), atol=1e-5)
+
+
+def test_encoders_that_cannot_be_read_are_refused_with_the_reason(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    many = Siglip2VisionModel(Siglip2VisionConfig(**sizes, patch_size=8, num_patches=16))
+    hiding = ViTMAEModel(ViTMAEConfig(**sizes, image_size=32, patch_size=8))
+    for name, model, sentence in (
+        ("many", many, r"a Siglip2VisionModel gives no tokens of pictures alone \(.*pixel_attention_mask"),
+        ("hiding", hiding, "a ViTMAEModel hides parts of a picture at random, so that its tokens are never the same"),
+    ):
+        model.save_pretrained(tmp_path / name)
+        with pytest.raises(ConfigError, match=sentence):
+            tower(tmp_path / name, pretrained=True)
+    network = MobileViTModel(
+        MobileViTConfig(
+            hidden_sizes=[16, 24, 32],
+            neck_hidden_sizes=[8, 8, 16, 16, 24, 24, 32],
+            image_size=64,
+            num_attention_heads=4,
+        )
+    )
+    network.save_pretrained(tmp_path / "network")
+    assert tower(tmp_path / "network", pretrained=True)(torch.randn(1, 3, 64, 64)).values.shape == (1, 4, 32)
+    with pytest.raises(ConfigError, match=r"vision\.block is -2, and '.*' does not say how many blocks it has"):
+        tower(tmp_path / "network", pretrained=True, block=-2)
+
+
+def test_a_timm_network_of_several_maps_is_read_by_a_block():
+    pixels = torch.randn(1, 3, 240, 240)
+    with pytest.raises(ConfigError, match=r"which gives 2 maps of features and not one; set vision\.block"):
+        tower("crossvit_tiny_240")(pixels)
+    assert tower("crossvit_tiny_240", block=-1, norm=False)(pixels).values.ndim == 3

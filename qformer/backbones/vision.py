@@ -293,8 +293,17 @@ def _load_timm(config: VisionConfig) -> FrozenTower:
     return _timm_block(model, config, settings)
 
 
-def _timm_tokens(model: Any, features: Tensor, config: VisionConfig) -> Tokens:
-    """Whatever `forward_features` gives: (B, N, C) tokens, or a feature map in either layout."""
+def _timm_tokens(model: Any, features: Any, config: VisionConfig) -> Tokens:
+    """Whatever `forward_features` gives: (B, N, C) tokens, or a feature map in either layout.
+
+    Raises:
+        ConfigError: it gives several of them.
+    """
+    if not isinstance(features, Tensor):
+        raise ConfigError(
+            f"vision.name is '{config.name}', which gives {len(features)} maps of features and not one; set "
+            f"vision.block, such as -1, to read one of them, or name another encoder."
+        )
     if features.ndim == 3:
         prefix = getattr(model, "num_prefix_tokens", 0)
         return Tokens(features if config.class_token else features[:, prefix:], None, _grid(features.shape[1] - prefix))
@@ -471,7 +480,11 @@ def _load_transformers(config: VisionConfig) -> FrozenTower:
         model = kind(found).to(dtype)
     model = getattr(model, "vision_model", model)
     stages = getattr(model.config, "depths", None)  # networks of feature maps have stages
-    blocks = len(stages) if stages else model.config.num_hidden_layers
+    blocks = len(stages) if stages else getattr(model.config, "num_hidden_layers", 0)
+    if config.block is not None and not blocks:
+        raise ConfigError(
+            f"vision.block is {config.block}, and '{config.name}' does not say how many blocks it has; leave it out."
+        )
     if config.block is not None and not -blocks <= config.block < blocks:
         raise ConfigError(
             f"vision.block is {config.block}; '{config.name}' has {blocks} blocks: it takes {-blocks} to {blocks - 1}."
@@ -498,9 +511,33 @@ def _load_transformers(config: VisionConfig) -> FrozenTower:
         marks = values.shape[1] - patches
         return Tokens(values if config.class_token else values[:, marks:], None, _grid(patches))
 
-    with torch.no_grad():
-        width = read(torch.zeros(1, 3, settings.size, settings.size, dtype=dtype)).values.shape[-1]
-    return FrozenTower(model, read, width, settings, config)
+    return FrozenTower(model, read, _width_of(model, read, settings, config), settings, config)
+
+
+def _width_of(model: Any, read: Callable[[Tensor], Tokens], settings: VisionSettings, config: VisionConfig) -> int:
+    """The length of an encoder's tokens, which are asked for once.
+
+    Raises:
+        ConfigError: it wants more than pictures, or hides parts of them at random, as in its pre-training.
+    """
+    side = settings.size  # no two patches are alike, as they are in a blank picture
+    picture = torch.linspace(0, 1, 3 * side * side, dtype=DTYPES[config.dtype]).view(1, 3, side, side)
+    hides = bool(getattr(model.config, "mask_ratio", None)) and not picture.is_meta
+    model.eval()
+    try:
+        with torch.no_grad():
+            found = [read(picture).values for _ in range(1 + hides)]
+    except (TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"vision.name '{config.name}': a {type(model).__name__} gives no tokens of pictures alone "
+            f"({reason(error)}); name another encoder, or give a callable of your own."
+        ) from None
+    if hides and not torch.equal(*found):
+        raise ConfigError(
+            f"vision.name '{config.name}': a {type(model).__name__} hides parts of a picture at random, so that its "
+            f"tokens are never the same; name another encoder."
+        )
+    return int(found[0].shape[-1])
 
 
 def _without_pooler(found: Any) -> dict[str, bool]:
