@@ -607,6 +607,25 @@ def test_a_run_directory_takes_one_run_at_a_time(make, monkeypatch):
     run(settings)  # whatever ended the one before
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forked data workers")
+def test_data_workers_that_outlive_a_killed_run_do_not_keep_its_directory(tmp_path):
+    """What the system kills for want of memory is one process; its workers notice seconds later."""
+    with lock.locked(tmp_path / "run"):
+        (tmp_path / "run" / "config.yaml").touch()
+        worker = os.fork()
+        if not worker:
+            try:
+                time.sleep(30)
+            finally:
+                os._exit(0)
+    try:
+        with lock.locked(tmp_path / "run"):
+            assert os.waitpid(worker, os.WNOHANG) == (0, 0)
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
+
+
 def test_where_the_file_system_has_no_locks_a_run_goes_without(make, monkeypatch):
     import fcntl
 
