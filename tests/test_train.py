@@ -612,18 +612,23 @@ def test_data_workers_that_outlive_a_killed_run_do_not_keep_its_directory(tmp_pa
     """What the system kills for want of memory is one process; its workers notice seconds later."""
     with lock.locked(tmp_path / "run"):
         (tmp_path / "run" / "config.yaml").touch()
+        told, tell = os.pipe()
         worker = os.fork()
         if not worker:
             try:
+                os.write(tell, b"begun")
                 time.sleep(30)
             finally:
                 os._exit(0)
     try:
+        assert os.read(told, 5) == b"begun"
         with lock.locked(tmp_path / "run"):
             assert os.waitpid(worker, os.WNOHANG) == (0, 0)
     finally:
         os.kill(worker, signal.SIGKILL)
         os.waitpid(worker, 0)
+        os.close(told)
+        os.close(tell)
 
 
 def test_where_the_file_system_has_no_locks_a_run_goes_without(make, monkeypatch):
