@@ -246,6 +246,29 @@ def test_rows_on_one_picture_share_its_encoding(make, data):
     assert len(batch.pixels) == 1 and len(batch.reads) == 2
 
 
+def test_pictures_encoded_once_give_the_gradients_of_a_copy_a_read(make, data):
+    lines = [json.loads(line) for line in (data / "records.jsonl").read_text().splitlines()]
+    shared = [{**line, "image": f"pictures/{number % 2}.png"} for number, line in enumerate(lines)]
+    (data / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in shared))
+    settings = make()
+    model = loading.build(settings, report=lambda _: None)
+    maker = maker_of(settings, model)
+    [batch] = maker[0].batches
+    assert (len(batch.pixels), len(batch.reads)) == (2, 6)
+    copied = dataclasses.replace(
+        batch,
+        pixels=batch.pixels[[read.picture for read in batch.reads]],
+        reads=tuple(dataclasses.replace(read, picture=number) for number, read in enumerate(batch.reads)),
+    )
+    expected, wanted = gradients(model, maker)
+    maker.groups, maker.assembler.batch = lambda prepared: [prepared], lambda *_: copied
+    report, found = gradients(model, maker)
+    assert report.loss == pytest.approx(expected.loss, rel=1e-5)
+    for name in wanted:
+        if not name.endswith("key.bias"):
+            assert (found[name] - wanted[name]).norm() <= 1e-4 * wanted[name].norm(), name
+
+
 # -- runs -------------------------------------------------------------------------------------------------------------
 
 
