@@ -189,10 +189,24 @@ def cache(world: World, count: int) -> str:
             if chance.random() < 0.5:
                 file.unlink()
 
+    def slowly() -> None:  # a file of a kilobyte or two would be there before anything could hit it
+        write = Path.write_bytes
+
+        def halves(self: Path, content: bytes) -> int:
+            if "unfinished" not in self.parts:
+                return write(self, content)
+            with self.open("wb", buffering=0) as file:
+                file.write(content[: len(content) // 2])
+                time.sleep(0.01)
+                file.write(content[len(content) // 2 :])
+            return len(content)
+
+        Path.write_bytes = halves  # type: ignore[method-assign, assignment]
+
     settings = [(*STILL, f"vision.cache={place}") for place in (world.folder / "features-whole", folder)]
     whole, _ = world.run("cached", *settings[0])
     told = killed(
-        world, count, whole, "cached-killed", settings[0], settings[1], forget,
+        world, count, whole, "cached-killed", settings[0], settings[1], forget, slowly, ahead=1,
         written=lambda run: set(folder.glob("*/unfinished/*")),
     )  # fmt: skip
     return f"with a cache of features that is filled meanwhile: {told} a file of it being written"
@@ -206,15 +220,18 @@ def killed(
     undisturbed: Sequence[str] = (),
     disturbed: Sequence[str] = (),
     prepare: Callable[[], object] = str,
+    inside_it: Callable[[], object] | None = None,
     *,
+    ahead: int = 6,
     written: Callable[[Path], set[Path]],
 ) -> str:
     """Kill a run so many times, and compare it with one that was left alone.
 
-    `written`: what stands there while something is being written.
+    `prepare` is done before each start, `inside_it` in the process that is started; `written`: what stands there while
+    something is being written; `ahead`: how many steps a run is let go on at most before what it writes is aimed at.
     """
     chance = random.Random(world.seed)
-    steps = 5 * count + 20
+    steps = 8 * count + 20
     changes = (f"train.steps={steps}", "train.checkpoint_every=2", "train.keep_checkpoints=2")
     _, command = world.run(whole.name, *changes, *undisturbed)
     world.start(command).well()
@@ -223,7 +240,7 @@ def killed(
     while done < count:
         prepare()
         before, left = progress(run), written(run)  # what earlier kills left is none of this one's
-        child = world.start(command)
+        child = world.start(command, inside_it)
         way = chance.random()
         if way < 0.2:  # at any moment of the start
             latest = time.monotonic() + chance.random() * 1.5
@@ -231,7 +248,7 @@ def killed(
                 time.sleep(0.001)
         elif way < 0.6:  # while it writes
             aimed += 1
-            step = min(steps - 4, before + chance.randint(1, 6))
+            step = min(steps - 4, before + chance.randint(1, ahead))
             reach(child, run, step)
             while child.alive() and not written(run) - left and progress(run) < step + 3:
                 time.sleep(0.0005)
@@ -246,6 +263,8 @@ def killed(
         done += 1
         inside += bool(written(run) - left)
         early += progress(run) <= before
+    assert done == count, f"the run was done after {done} of {count} kills"
+    assert inside or aimed < 8, f"{aimed} kills were aimed at what is being written, and none hit"
     world.start(command).well()
     check_equal(whole, run)
     return (
