@@ -33,6 +33,8 @@ WORK = "checkpoints/.step-*"
 STILL = ("vision.train_transform.mode=squash", "vision.train_transform.flip=0")
 """What a cache of features asks for: one view of each picture."""
 MINUTE = 60.0
+PAGE = 4096
+"""Bytes of which a disk in memory gives a file some."""
 
 
 @dataclass
@@ -187,10 +189,24 @@ def cache(world: World, count: int) -> str:
             if chance.random() < 0.5:
                 file.unlink()
 
+    def slowly() -> None:  # a file of a kilobyte or two would be there before anything could hit it
+        write = Path.write_bytes
+
+        def halves(self: Path, content: bytes) -> int:
+            if "unfinished" not in self.parts:
+                return write(self, content)
+            with self.open("wb", buffering=0) as file:
+                file.write(content[: len(content) // 2])
+                time.sleep(0.01)
+                file.write(content[len(content) // 2 :])
+            return len(content)
+
+        Path.write_bytes = halves  # type: ignore[method-assign, assignment]
+
     settings = [(*STILL, f"vision.cache={place}") for place in (world.folder / "features-whole", folder)]
     whole, _ = world.run("cached", *settings[0])
     told = killed(
-        world, count, whole, "cached-killed", settings[0], settings[1], forget,
+        world, count, whole, "cached-killed", settings[0], settings[1], forget, slowly, ahead=1,
         written=lambda run: set(folder.glob("*/unfinished/*")),
     )  # fmt: skip
     return f"with a cache of features that is filled meanwhile: {told} a file of it being written"
@@ -204,15 +220,18 @@ def killed(
     undisturbed: Sequence[str] = (),
     disturbed: Sequence[str] = (),
     prepare: Callable[[], object] = str,
+    inside_it: Callable[[], object] | None = None,
     *,
+    ahead: int = 6,
     written: Callable[[Path], set[Path]],
 ) -> str:
     """Kill a run so many times, and compare it with one that was left alone.
 
-    `written`: what stands there while something is being written.
+    `prepare` is done before each start, `inside_it` in the process that is started; `written`: what stands there while
+    something is being written; `ahead`: how many steps a run is let go on at most before what it writes is aimed at.
     """
     chance = random.Random(world.seed)
-    steps = 5 * count + 20
+    steps = 8 * count + 20
     changes = (f"train.steps={steps}", "train.checkpoint_every=2", "train.keep_checkpoints=2")
     _, command = world.run(whole.name, *changes, *undisturbed)
     world.start(command).well()
@@ -221,7 +240,7 @@ def killed(
     while done < count:
         prepare()
         before, left = progress(run), written(run)  # what earlier kills left is none of this one's
-        child = world.start(command)
+        child = world.start(command, inside_it)
         way = chance.random()
         if way < 0.2:  # at any moment of the start
             latest = time.monotonic() + chance.random() * 1.5
@@ -229,7 +248,7 @@ def killed(
                 time.sleep(0.001)
         elif way < 0.6:  # while it writes
             aimed += 1
-            step = min(steps - 4, before + chance.randint(1, 6))
+            step = min(steps - 4, before + chance.randint(1, ahead))
             reach(child, run, step)
             while child.alive() and not written(run) - left and progress(run) < step + 3:
                 time.sleep(0.0005)
@@ -244,6 +263,8 @@ def killed(
         done += 1
         inside += bool(written(run) - left)
         early += progress(run) <= before
+    assert done == count, f"the run was done after {done} of {count} kills"
+    assert inside or aimed < 8, f"{aimed} kills were aimed at what is being written, and none hit"
     world.start(command).well()
     check_equal(whole, run)
     return (
@@ -422,15 +443,22 @@ def _full_cache(world: World, changes: Sequence[str]) -> str:
 
     if "cache" not in VisionConfig.__dataclass_fields__:
         return "(no cache of features: there is none)"
+    from qformer.features import Filler
+
     folders = [world.folder / name for name in ("features", "features-full")]
     whole, command = world.run("cached", *changes, *STILL, f"vision.cache={folders[0]}")
     world.start(command).well()
-    size = sum(file.stat().st_size for file in folders[0].rglob("*") if file.is_file()) // 2 >> 10
+    pages = [-(-file.stat().st_size // PAGE) for file in folders[0].rglob("*") if file.is_file()]
+    size = (sum(pages) - 2) * PAGE >> 10  # room for what is tried out before the first step, and not for all
     folders[1].mkdir()
     tight = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "none", str(folders[1])]
     subprocess.run(tight, check=True)
     run, command = world.run("cached-full", *changes, *STILL, f"vision.cache={folders[1]}")
-    world.start(command).refused("cannot be written .*No space left on device.*; make room there")
+
+    def roomy() -> None:  # as when others fill the disk after the start, which refuses a cache that does not fit
+        Filler.free = property(lambda self: 1 << 40)  # type: ignore[assignment, method-assign]
+
+    world.start(command, roomy).refused("cannot be written .*No space left on device.*; make room there")
     subprocess.run([*tight[:4], f"remount,size={16 * size}k", *tight[5:]], check=True)
     world.start(command).well()
     check_equal(whole, run)

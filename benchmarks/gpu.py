@@ -250,7 +250,9 @@ class Step:
 def steps_of(settings: RunConfig, found: plan.Sizes, data: plan.Data, model: VLM) -> list[Step]:
     """The first steps of a run, with random ids and pictures in the place of data."""
     assembler = model.assembler(training=True)
-    maker = shapes.maker_of(settings, data.mixture, {}, model.language.packs is not None)
+    language = model.language
+    packs, apart = language.packs is not None, language.is_encoder_decoder
+    maker = shapes.maker_of(settings, data.mixture, {}, packs=packs, apart=apart)
     steps = []
     for number in range(len(data.steps.steps)):
         drawn, _ = shapes.rows_of(maker, number, data.cards, None, settings)

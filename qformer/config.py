@@ -311,8 +311,8 @@ class TrainConfig:
     batch_size: int = 16
     """Samples in a step, over all processes."""
     micro_batch_tokens: int | None = None
-    """LLM positions a forward pass may hold, padding among them where rows are padded; null: a process takes its share
-    of a step at once."""
+    """LLM positions a forward pass may hold, padding among them where rows are padded (an encoder–decoder's on both of
+    its sides); null: a process takes its share of a step at once."""
     rate: float = 1e-5
     warmup_rate: float = 1e-8
     warmup_steps: int = 1000

@@ -176,23 +176,32 @@ def special_family(directory: Path, source: Path, kind: str) -> Path:
     return directory
 
 
+def gradient(sums: Tensor, soft: Tensor) -> Tensor:
+    """Of a loss in which each row has another weight."""
+    return torch.autograd.grad((sums * torch.arange(1, len(sums) + 1)).sum(), soft)[0]
+
+
 @pytest.mark.parametrize("kind", ["gemma2", "granite"])
 def test_a_head_that_caps_or_scales_its_logits_is_noticed(tmp_path: Path, saved: Any, kind: str) -> None:
     llm = load_language(LanguageConfig(name=str(special_family(tmp_path / kind, saved("llama"), kind))))
-    soft, rows = soft_tokens(), rows_of(llm, answered=True)
+    soft, rows = soft_tokens().requires_grad_(), rows_of(llm, answered=True)
     assert not llm._head_stands_alone
     assert llm._keeps_positions
     expected = torch.stack([-own_loss(llm, soft, row)[0] for row in rows])
-    torch.testing.assert_close(llm.log_likelihood(soft, rows)[0], expected, rtol=1e-5, atol=1e-4)
-    llm._keeps_positions = False  # as a model that gives all logits or none
-    torch.testing.assert_close(llm.log_likelihood(soft, rows)[0], expected, rtol=1e-5, atol=1e-4)
+    wanted = gradient(expected, soft)
+    for keeps in (True, False):  # as a model that gives all logits or none
+        llm._keeps_positions = keeps
+        found = llm.log_likelihood(soft, rows)[0]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+        assert (gradient(found, soft) - wanted).norm() <= 1e-4 * wanted.norm()
+    soft = soft.detach()
     scored = llm.rank(soft, rows_of(llm, answered=False), [CHOICES] * len(EXAMPLES))
     close(scored, apart(llm, soft, [CHOICES] * len(EXAMPLES)))
 
 
 @pytest.mark.parametrize("family", CAUSAL)
 def test_the_head_alone_gives_the_full_logits(tower: Any, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    llm, soft = tower(family), soft_tokens()
+    llm, soft = tower(family), soft_tokens().requires_grad_()
     assert llm._head_stands_alone
     rows = rows_of(llm, answered=True)
     short = llm.log_likelihood(soft, rows)[0]
@@ -204,7 +213,10 @@ def test_the_head_alone_gives_the_full_logits(tower: Any, family: str, monkeypat
     assert seen == [sum(map(trained_tokens, rows))]
     monkeypatch.setitem(llm.__dict__, "_head_stands_alone", False)
     monkeypatch.setitem(llm.__dict__, "_keeps_positions", False)
-    torch.testing.assert_close(llm.log_likelihood(soft, rows)[0], short, rtol=1e-5, atol=1e-4)
+    whole = llm.log_likelihood(soft, rows)[0]
+    torch.testing.assert_close(whole, short, rtol=1e-5, atol=1e-4)
+    wanted = gradient(whole, soft)
+    assert (gradient(short, soft) - wanted).norm() <= 1e-4 * wanted.norm()
 
 
 # -- ranking ----------------------------------------------------------------------------------------------------------

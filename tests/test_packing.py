@@ -88,6 +88,8 @@ def test_packed_rows_have_the_scores_and_gradients_of_padded_ones(
     assert (rows * span < 0.9 * padded_to) == (llm.packs is not None)
     for found, expected in zip(packed, padded, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert float(packed[0].sum()) == pytest.approx(float(padded[0].sum()), rel=1e-5)  # the loss
+    assert (packed[2] - padded[2]).norm() <= 1e-4 * padded[2].norm()
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])

@@ -62,7 +62,7 @@ def test_each_saving_is_measured_by_itself(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(compiling, "BACKEND", "eager")
     parts.main()
     out = capsys.readouterr().out
-    assert all(f"| {name} | " in out for name in (*parts.SAVINGS, "blocks compiled (train.compile)"))
+    assert all(f"| {name} | " in out for name in (*parts.SAVINGS, *parts.OPTIONS, "blocks compiled (train.compile)"))
     assert all(f"| {name} (tried, not kept) | " in out for name in parts.TRIED)
     assert "times the floor" in out
 

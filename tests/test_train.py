@@ -21,12 +21,13 @@ import torch
 from accelerate import Accelerator, tracking
 
 from qformer import cards, images, loading, vlm
+from qformer.assemble import Prepared
 from qformer.backbones.language import DecoderOnly
 from qformer.config import TrainConfig
 from qformer.data.batch import StepMaker, mixture_of, open_sources
 from qformer.errors import ConfigError, DataError, TrainingError
 from qformer.processes import Processes
-from qformer.sample import row_length
+from qformer.sample import Text, row_length, trained_tokens
 from qformer.train import checkpoint, lock, loop, monitors, optim
 from qformer.train.step import NotFiniteError, train_step
 from tests import world
@@ -68,7 +69,8 @@ def maker_of(settings, model, **changes):
     loaded = cards.load_all(settings.data.tasks, "train")
     sources = open_sources(loaded, Path(settings.data.root))
     mixture = mixture_of(sources, settings.data, {}, settings.seed)
-    values = {"batch_size": 6, "steps": 4, "soft_tokens": 4, **changes}
+    apart = model.language.is_encoder_decoder
+    values = {"batch_size": 6, "steps": 4, "soft_tokens": 4, "apart": apart, **changes}
     return StepMaker(mixture, sources, model.assembler(training=True), **values)
 
 
@@ -124,13 +126,32 @@ def test_any_split_of_a_step_gives_the_same_gradient(make, family, packed):
     split = maker_of(settings, model, micro_batch_tokens=40, packed=packed)
     assert len(split[0].batches) > 2
     for batch in split[0].batches:
-        lengths = [row_length(row, 4) for row in batch.rows]
-        assert len(lengths) == 1 or (sum(lengths) if packed else len(lengths) * max(lengths)) <= 40
+        answers = [trained_tokens(row) if family == "t5" else 0 for row in batch.rows]
+        lengths = [row_length(row, 4) - answer for row, answer in zip(batch.rows, answers, strict=True)]
+        padded = len(lengths) * (max(lengths) + max(answers))  # an encoder–decoder's are two rectangles
+        assert len(lengths) == 1 or (sum(lengths) if packed else padded) <= 40
     report, found = gradients(model, split)
     assert report.counts == whole.counts and report.loss == pytest.approx(whole.loss, rel=1e-5)
     for name in expected:
         if not name.endswith("key.bias"):
             assert (found[name] - expected[name]).norm() <= 1e-4 * expected[name].norm(), name
+
+
+def test_an_encoder_decoders_budget_is_of_prompts_and_answers(make):
+    """A long prompt and a long answer side by side would be padded to both."""
+
+    def row(prompt, answer):
+        return Prepared(f"{prompt}+{answer}", (), (), (Text((5,) * prompt), Text((6,) * answer, trained=True)))
+
+    rows = [row(90, 10), row(10, 90), row(80, 5), row(12, 80)]
+    settings = make(family="t5")
+    model = loading.build(settings, report=lambda _: None)
+    cut = {}
+    for apart in (False, True):
+        maker = maker_of(settings, model, micro_batch_tokens=210, apart=apart)
+        cut[apart] = [[each.name for each in group] for group in maker.groups(rows)]
+    assert cut[False] == [["90+10", "10+90"], ["12+80", "80+5"]]  # 2 · (90 + 90) positions are computed of 200
+    assert cut[True] == [["12+80", "10+90"], ["90+10", "80+5"]]
 
 
 def test_gradients_are_clipped_to_the_norm_that_is_asked_for(make, monkeypatch):
@@ -244,6 +265,29 @@ def test_rows_on_one_picture_share_its_encoding(make, data):
     model = loading.build(settings, report=lambda _: None)
     [batch] = maker_of(settings, model, batch_size=2)[0].batches
     assert len(batch.pixels) == 1 and len(batch.reads) == 2
+
+
+def test_pictures_encoded_once_give_the_gradients_of_a_copy_a_read(make, data):
+    lines = [json.loads(line) for line in (data / "records.jsonl").read_text().splitlines()]
+    shared = [{**line, "image": f"pictures/{number % 2}.png"} for number, line in enumerate(lines)]
+    (data / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in shared))
+    settings = make()
+    model = loading.build(settings, report=lambda _: None)
+    maker = maker_of(settings, model)
+    [batch] = maker[0].batches
+    assert (len(batch.pixels), len(batch.reads)) == (2, 6)
+    copied = dataclasses.replace(
+        batch,
+        pixels=batch.pixels[[read.picture for read in batch.reads]],
+        reads=tuple(dataclasses.replace(read, picture=number) for number, read in enumerate(batch.reads)),
+    )
+    expected, wanted = gradients(model, maker)
+    maker.groups, maker.assembler.batch = lambda prepared: [prepared], lambda *_: copied
+    report, found = gradients(model, maker)
+    assert report.loss == pytest.approx(expected.loss, rel=1e-5)
+    for name in wanted:
+        if not name.endswith("key.bias"):
+            assert (found[name] - wanted[name]).norm() <= 1e-4 * wanted[name].norm(), name
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------
@@ -605,6 +649,30 @@ def test_a_run_directory_takes_one_run_at_a_time(make, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             run(settings)
     run(settings)  # whatever ended the one before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forked data workers")
+def test_data_workers_that_outlive_a_killed_run_do_not_keep_its_directory(tmp_path):
+    """What the system kills for want of memory is one process; its workers notice seconds later."""
+    with lock.locked(tmp_path / "run"):
+        (tmp_path / "run" / "config.yaml").touch()
+        told, tell = os.pipe()
+        worker = os.fork()
+        if not worker:
+            try:
+                os.write(tell, b"begun")
+                time.sleep(30)
+            finally:
+                os._exit(0)
+    try:
+        assert os.read(told, 5) == b"begun"
+        with lock.locked(tmp_path / "run"):
+            assert os.waitpid(worker, os.WNOHANG) == (0, 0)
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
+        os.close(told)
+        os.close(tell)
 
 
 def test_where_the_file_system_has_no_locks_a_run_goes_without(make, monkeypatch):

@@ -21,8 +21,11 @@ from qformer.data.mixture import Draw, Mixture, dealt
 from qformer.data.readers import Records, open_records
 from qformer.errors import DataError
 from qformer.features import Tally
-from qformer.sample import Batch, row_length
+from qformer.sample import Batch, row_length, trained_tokens
 from qformer.text import Templates, Truncations, load_templates, render_train
+
+ALIKE = 16
+"""Answers that stand apart are of like length where they differ by fewer tokens than this."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,10 @@ def items_of(source: Source, draw: Draw, seed: int) -> list[Item]:
 
 
 class StepMaker(Dataset[StepData]):
-    """Makes the batches of step k for one rank: a data set over steps, for a `DataLoader` without batching."""
+    """Makes the batches of step k for one rank: a data set over steps, for a `DataLoader` without batching.
+
+    packed: rows share tensor rows; apart: prompts and answers have tensors of their own, as in an encoder–decoder.
+    """
 
     def __init__(
         self,
@@ -144,14 +150,15 @@ class StepMaker(Dataset[StepData]):
         soft_tokens: int,
         micro_batch_tokens: int | None = None,
         packed: bool = False,
+        apart: bool = False,
         rank: int = 0,
         ranks: int = 1,
         on_error: str = "fail",
     ):
         self.mixture, self.sources, self.assembler = mixture, dict(sources), assembler
         self.batch_size, self.steps, self.soft_tokens = batch_size, steps, soft_tokens
-        self.micro_batch_tokens, self.packed, self.rank, self.ranks = micro_batch_tokens, packed, rank, ranks
-        self.on_error = on_error
+        self.micro_batch_tokens, self.packed, self.apart = micro_batch_tokens, packed, apart
+        self.rank, self.ranks, self.on_error = rank, ranks, on_error
 
     def __len__(self) -> int:
         return self.steps
@@ -188,27 +195,37 @@ class StepMaker(Dataset[StepData]):
 
     def groups(self, prepared: Sequence[Prepared]) -> Iterator[list[Prepared]]:
         """Rows by falling length, cut so that a micro-batch holds at most the budget of LLM positions: those of its
-        rows where they are packed, else those of a padded rectangle.
+        rows where they are packed, else those of a padded rectangle; of two where prompts and answers stand apart.
+        There rows go by answers of like length first, since one long answer would pad the answers of all beside it.
 
         Where records come in groups, rows on the same pictures follow the longest of them, since a picture is encoded
         once in each micro-batch that it is in.
         """
         budget = self.micro_batch_tokens or 0
         group: list[Prepared] = []
-        filled = longest = 0
-        ordered = sorted(prepared, key=lambda item: -row_length(item.row, self.soft_tokens))
+        filled = longest = answer = 0
+        ordered = sorted(prepared, key=self._falling)
         if self.mixture.groups:
             mates: dict[tuple[str, ...], list[Prepared]] = {}
             for each in ordered:
                 mates.setdefault(each.pictures, []).append(each)
             ordered = [each for rows in mates.values() for each in rows]
         for each in ordered:
-            length = row_length(each.row, self.soft_tokens)
-            positions = filled + length if self.packed else max(longest, length) * (len(group) + 1)
-            if group and budget and positions > budget:
+            length, target = self._sides(each)
+            padded = (max(longest, length) + max(answer, target)) * (len(group) + 1)
+            if group and budget and (filled + length if self.packed else padded) > budget:
                 yield group
-                group, filled, longest = [], 0, 0
+                group, filled, longest, answer = [], 0, 0, 0
             group.append(each)
-            filled, longest = filled + length, max(longest, length)
+            filled, longest, answer = filled + length, max(longest, length), max(answer, target)
         if group:
             yield group
+
+    def _sides(self, item: Prepared) -> tuple[int, int]:
+        """Positions of a row, and of what stands apart from it."""
+        target = trained_tokens(item.row) if self.apart else 0
+        return row_length(item.row, self.soft_tokens) - target, target
+
+    def _falling(self, item: Prepared) -> tuple[int, int]:
+        length, target = self._sides(item)
+        return -(target // ALIKE), -length

@@ -143,7 +143,7 @@ def steps_of(
     ranks: int = 1,
 ) -> Steps:
     """The first steps of a run as one of `ranks` processes makes them; pictures are neither opened nor looked for."""
-    maker = maker_of(settings, mixture, sources, kind.packs, ranks)
+    maker = maker_of(settings, mixture, sources, packs=kind.packs, apart=kind.encoder_decoder, ranks=ranks)
     count = max(1, -(-DRAWS // max(1, settings.train.batch_size // ranks)))
     broken = 0
     steps = []
@@ -156,9 +156,9 @@ def steps_of(
 
 
 def maker_of(
-    settings: RunConfig, mixture: Mixture, sources: Mapping[str, Source], packs: bool, ranks: int = 1
+    settings: RunConfig, mixture: Mixture, sources: Mapping[str, Source], *, packs: bool, apart: bool, ranks: int = 1
 ) -> StepMaker:
-    """What draws samples and cuts their rows into micro-batches, without an assembler."""
+    """What draws samples and cuts their rows into micro-batches, without an assembler; see `StepMaker`."""
     return StepMaker(
         mixture,
         sources,
@@ -168,6 +168,7 @@ def maker_of(
         soft_tokens=settings.qformer.queries,
         micro_batch_tokens=settings.train.micro_batch_tokens,
         packed=packs,
+        apart=apart,
         ranks=ranks,
     )
 

@@ -8,12 +8,28 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from qformer.errors import TrainingError
 
 LOCK_FILE = ".lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What file systems say that have none; there everyone must look out for himself."""
+
+_held: set[TextIO] = set()
+
+
+def _let_go() -> None:
+    """In a forked data worker: a lock goes only with the last process that has its file open, and a worker lives on
+    for a while where the run itself was killed.
+    """
+    for opened in _held:
+        opened.close()
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager
@@ -50,12 +66,14 @@ def locked(run: Path) -> Iterator[None]:
             if not isinstance(error, ImportError) and error.errno not in NO_LOCKS:
                 raise
         else:
+            _held.add(opened)
             opened.truncate(0)
             opened.write(f"process {os.getpid()} on {socket.gethostname()}")
             opened.flush()
         try:
             yield
         finally:
+            _held.discard(opened)
             if made and [entry.name for entry in run.iterdir()] == [LOCK_FILE]:  # refused before anything was written
                 (run / LOCK_FILE).unlink()
                 run.rmdir()

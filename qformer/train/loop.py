@@ -131,6 +131,7 @@ def _train(
         soft_tokens=settings.qformer.queries,
         micro_batch_tokens=settings.train.micro_batch_tokens,
         packed=model.language.packs is not None,
+        apart=model.language.is_encoder_decoder,
         rank=accelerator.process_index,
         ranks=accelerator.num_processes,
         on_error=settings.data.on_error,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from qformer.errors import TrainingError
@@ -52,7 +53,8 @@ def train_step(
         total += loss.detach()
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     if not torch.isfinite(norm):  # told before clipping, which would spread it to all gradients
-        raise NotFiniteError(first_not_finite(model), [name for batch in batches for name in batch.samples])
+        names = [name for batch in batches for name in batch.samples]  # all ranks meet here: the norm is of all
+        raise NotFiniteError(first_not_finite(model), gather_object(names))
     if max_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     optimizer.step()
