@@ -103,6 +103,7 @@ def _untie(directory: Path) -> None:
     save_file(tensors, file, {"format": "pt"})
     described = json.loads((directory / "config.json").read_text())
     described["tie_word_embeddings"] = False
+    described.pop("scale_decoder_outputs", None)  # newer releases note it; published files lack it, and nothing scales
     (directory / "config.json").write_text(json.dumps(described))
 
 

@@ -32,6 +32,7 @@ from qformer.config import LanguageConfig, ProfileConfig
 from qformer.errors import ConfigError, DataError
 from qformer.sample import Row, Slot, Text, row_length, trained_tokens
 from qformer.text import Joiner, Rendered
+from tests.families import SEQ2SEQ, family_llm
 from tests.tiny import FAMILIES, redraw, tiny_bert, tiny_llm
 
 CAUSAL = [family for family in FAMILIES if family != "t5"]
@@ -217,6 +218,29 @@ def test_the_head_alone_gives_the_full_logits(tower: Any, family: str, monkeypat
     torch.testing.assert_close(whole, short, rtol=1e-5, atol=1e-4)
     wanted = gradient(whole, soft)
     assert (gradient(short, soft) - wanted).norm() <= 1e-4 * wanted.norm()
+
+
+@pytest.mark.parametrize("family", [family for family in SEQ2SEQ if family != "bart"])
+def test_an_encoder_decoders_head_writes_logits_of_trained_tokens_in_parts(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing scales its logits, as where T5 ties it to the embeddings."""
+    llm = load_language(LanguageConfig(name=str(family_llm(tmp_path / family, family))))
+    assert llm._head_stands_alone == (family != "t5")
+    soft = torch.randn(len(EXAMPLES), QUERIES, llm.width, generator=torch.Generator().manual_seed(5)).requires_grad_()
+    rows = rows_of(llm, answered=True)
+    expected = torch.stack([-own_loss(llm, soft, row)[0] for row in rows])
+    wanted = gradient(expected, soft)
+    head = llm.model.get_output_embeddings()
+    monkeypatch.setattr(ranking, "LOGITS_AT_ONCE", 4 * llm._embeddings.weight.shape[0])
+    seen: list[int] = []
+    hook = head.register_forward_hook(lambda module, given, out: seen.append(out.shape[:-1].numel()))
+    sums = llm.log_likelihood(soft, rows)[0]
+    torch.testing.assert_close(sums, expected, rtol=1e-5, atol=1e-4)
+    assert (gradient(sums, soft) - wanted).norm() <= 1e-4 * wanted.norm()
+    hook.remove()
+    if llm._head_stands_alone:
+        assert sum(seen) == 2 * sum(map(trained_tokens, rows)) and max(seen) <= 4  # forward, and again in backward
 
 
 # -- ranking ----------------------------------------------------------------------------------------------------------

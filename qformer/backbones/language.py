@@ -146,7 +146,7 @@ class LanguageTower(nn.Module, ABC):
 
     def know_itself(self) -> None:
         """Find out now what is else found out when it is first asked for, on all processes together."""
-        _ = self.packs, self.ranks
+        _ = self.packs, self.ranks, self._head_stands_alone
 
     # -- rows as tensors ----------------------------------------------------------------------------------------------
 
@@ -195,6 +195,38 @@ class LanguageTower(nn.Module, ABC):
     @abstractmethod
     def log_likelihood(self, soft: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         """Soft tokens (N, Q, L) -> sums of log p over each row's trained tokens (R,), and their numbers (R,)."""
+
+    @cached_property
+    @torch.no_grad()
+    def _head_stands_alone(self) -> bool:
+        """Whether the last hidden states and the output layer give the logits of the whole, to the bit: asked of the
+        model with four ids, since soft caps, scales and biases stand between or behind them in some families.
+        """
+        try:
+            hidden, logits = self._asked_twice()
+            return torch.equal(self.model.get_output_embeddings()(hidden), logits)
+        except CANNOT:
+            return False
+
+    @abstractmethod
+    def _asked_twice(self) -> tuple[Tensor, Tensor]:
+        """Last hidden states and logits of the same few ids."""
+
+    def _log_p_of(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Log p (M,) of tokens (M,) by the output layer alone, from what it reads (M, L).
+
+        Where they are many, their logits are written in parts, and again in the backward pass, so that never more of
+        them are held than `ranking.LOGITS_AT_ONCE` numbers.
+        """
+        head = self.model.get_output_embeddings()
+        most = max(1, ranking.LOGITS_AT_ONCE // self._embeddings.weight.shape[0])
+        if len(tokens) <= most:
+            return token_log_likelihood(head(hidden), tokens)
+        parts = [
+            checkpoint(lambda h, t: token_log_likelihood(head(h), t), *part, use_reentrant=False)
+            for part in zip(hidden.split(most), tokens.split(most), strict=True)
+        ]
+        return torch.cat(parts)
 
     def rank(
         self,
@@ -375,11 +407,6 @@ class DecoderOnly(LanguageTower):
     def packs(self) -> str | None:
         """How rows to be scored share tensor rows, see `qformer.backbones.packing`; None: they are padded."""
         return self._packs if self.packing else None
-
-    def know_itself(self) -> None:
-        """As `LanguageTower.know_itself`."""
-        super().know_itself()
-        _ = self._head_stands_alone
 
     @cached_property
     @torch.no_grad()
@@ -562,21 +589,10 @@ class DecoderOnly(LanguageTower):
         return given
 
     def _log_p(self, given: dict[str, Any], predicting: Tensor, tokens: Tensor) -> Tensor:
-        """Log p (M,) of tokens (M,) at the predicting positions (R, S), row by row.
-
-        Where they are many, their logits are written in parts, and again in the backward pass, so that never more of
-        them are held than `ranking.LOGITS_AT_ONCE` numbers.
-        """
-        head = self.model.get_output_embeddings()
-        most = max(1, ranking.LOGITS_AT_ONCE // self._embeddings.weight.shape[0])
-        if len(tokens) <= most or not self._head_stands_alone:
-            return token_log_likelihood(self._logits(given, predicting), tokens)
-        hidden = self.model.base_model(**given).last_hidden_state[predicting]
-        parts = [
-            checkpoint(lambda h, t: token_log_likelihood(head(h), t), *part, use_reentrant=False)
-            for part in zip(hidden.split(most), tokens.split(most), strict=True)
-        ]
-        return torch.cat(parts)
+        """Log p (M,) of tokens (M,) at the predicting positions (R, S), row by row."""
+        if self._head_stands_alone:
+            return self._log_p_of(self.model.base_model(**given).last_hidden_state[predicting], tokens)
+        return token_log_likelihood(self._logits(given, predicting), tokens)
 
     def _logits(self, given: dict[str, Any], predicting: Tensor) -> Tensor:
         """Which positions (R, S) predict a token that is wanted -> their logits (…, vocabulary), row by row."""
@@ -592,22 +608,12 @@ class DecoderOnly(LanguageTower):
     def _keeps_positions(self) -> bool:
         return "logits_to_keep" in inspect.signature(self.model.forward).parameters
 
-    @cached_property
-    @torch.no_grad()
-    def _head_stands_alone(self) -> bool:
-        """Whether base model and output layer give the logits of the whole, to the bit: asked of the model with four
-        ids, since soft caps and scales stand between or behind them in some families.
-        """
-        head = self.model.get_output_embeddings()
+    def _asked_twice(self) -> tuple[Tensor, Tensor]:
         inputs = self._embeddings(torch.arange(4, device=self.device)[None])
         given = self._given(
             inputs, torch.ones_like(inputs[..., 0], dtype=torch.long), torch.arange(4, device=self.device)[None]
         )
-        try:
-            apart = head(self.model.base_model(**given).last_hidden_state)
-        except (TypeError, AttributeError, RuntimeError):
-            return False
-        return torch.equal(apart, self.model(**given).logits)
+        return self.model.base_model(**given).last_hidden_state, self.model(**given).logits
 
 
 class EncoderDecoder(LanguageTower):
@@ -677,8 +683,23 @@ class EncoderDecoder(LanguageTower):
         """(R,) sums of log p of targets, written behind the decoder's start as `generate` does."""
         labels = _padded(targets, -1).to(self.device)
         fed = torch.cat([self._starts(len(labels)), labels[:, :-1].clamp(min=0)], dim=1)
-        logits = self._written(read, mask, fed)[:, -labels.shape[1] :]
-        return (token_log_likelihood(logits, labels.clamp(min=0)) * (labels >= 0)).sum(1)
+        scored, width = labels >= 0, labels.shape[1]
+        if self._head_stands_alone:
+            log_p = self._log_p_of(self._hidden(read, mask, fed)[:, -width:][scored], labels[scored])
+        else:
+            log_p = token_log_likelihood(self._written(read, mask, fed)[:, -width:][scored], labels[scored])
+        return log_p.new_zeros(len(labels)).index_add(0, scored.nonzero()[:, 0], log_p)
+
+    def _hidden(self, read: Tensor, mask: Tensor, fed: Tensor) -> Tensor:
+        """What the output layer reads (R, T, L) behind ids (R, T)."""
+        self._check_length(fed.shape[1])
+        given = {"encoder_hidden_states": read, "encoder_attention_mask": mask, "use_cache": False}
+        return self.model.get_decoder()(input_ids=fed, **given).last_hidden_state
+
+    def _asked_twice(self) -> tuple[Tensor, Tensor]:
+        read = self._embeddings(torch.arange(4, device=self.device)[None])
+        mask, fed = torch.ones_like(read[..., 0], dtype=torch.long), torch.arange(4, device=self.device)[None]
+        return self._hidden(read, mask, fed), self._written(read, mask, fed)
 
     def _starts(self, rows: int) -> Tensor:
         """(R, D) ids that a decoder is given: the one it starts with, and what the profile has behind it."""
