@@ -698,8 +698,9 @@ def train_llm(out: Path, name: str = "language") -> None:
         for optimizer in optimizers:
             optimizer.step()
         clock.tick(step, loss, pointed)
-        if step % 200 == 199 or step == reader.steps - 1:
-            scores = answer_accuracy(model, writer)
+        last = step == reader.steps - 1
+        if step % 200 == 199 or last:
+            scores = answer_accuracy(model, writer, 400 if last else 80)
             save_half(model, folder)
             (folder / "scores.json").write_text(
                 json.dumps({"steps": step + 1, **scores}, indent=1) + "\n", encoding="utf-8"
@@ -708,8 +709,8 @@ def train_llm(out: Path, name: str = "language") -> None:
 
 
 @torch.no_grad()
-def answer_accuracy(model: Any, writer: Writer, count: int = 80) -> dict[str, float]:
-    """Share of exchanges whose answer is greedily right, by form, on described scenes of another seed."""
+def answer_accuracy(model: Any, writer: Writer, count: int) -> dict[str, float]:
+    """Share of exchanges whose answer is greedily right, by form, on `count` described scenes of another seed."""
     model.eval()
     right: dict[str, list[bool]] = {}
     for start in range(0, count, 40):
