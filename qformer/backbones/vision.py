@@ -520,9 +520,10 @@ def _width_of(model: Any, read: Callable[[Tensor], Tokens], settings: VisionSett
     Raises:
         ConfigError: it wants more than pictures, or hides parts of them at random, as in its pre-training.
     """
-    side = settings.size  # no two patches are alike, as they are in a blank picture
-    picture = torch.linspace(0, 1, 3 * side * side, dtype=DTYPES[config.dtype]).view(1, 3, side, side)
+    picture = torch.zeros(1, 3, settings.size, settings.size, dtype=DTYPES[config.dtype])
     hides = bool(getattr(model.config, "mask_ratio", None)) and not picture.is_meta
+    if hides:  # then no two patches are to be alike, as they are in a blank picture
+        picture = torch.linspace(0, 1, picture.numel(), dtype=picture.dtype).view(picture.shape)
     model.eval()
     try:
         with torch.no_grad():
