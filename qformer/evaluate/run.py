@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -35,9 +35,6 @@ from qformer.features import Filler
 from qformer.processes import ALONE, Processes
 from qformer.sample import Packed, Sample, Video
 from qformer.text import Profile, Templates, load_templates
-
-if TYPE_CHECKING:
-    pass
 
 Say = Callable[[str], None]
 Track = Callable[[str, int], Callable[[int], None]]
