@@ -96,15 +96,15 @@ def cosine(one: Tensor, other: Tensor) -> float:
 def row(name: str, model: VLM, given: Iterable[Batch], kept: list[Tensor]) -> str:
     """A row of the table; the first way's gradients are kept, to compare all others with."""
     first, lost, tokens, each = not kept, 0.0, 0, []
-    together: list[Tensor] = []
+    own = other = torch.zeros(())
     for number, (loss, count, found) in enumerate(gradients(model, given)):
         if first:
             kept.append(found)
         lost, tokens = lost + loss, tokens + count
         each.append(cosine(found, kept[number]))
-        together = [a + b for a, b in zip(together, (found, kept[number]), strict=False)] or [found, kept[number]]
+        own, other = own + found, other + kept[number]
     size = model.language.model.get_memory_footprint() / 1e6
-    cells = f"{lost / tokens:.4f} | {cosine(*together):.4f} | {statistics.median(each):.4f} ({min(each):.4f})"
+    cells = f"{lost / tokens:.4f} | {cosine(own, other):.4f} | {statistics.median(each):.4f} ({min(each):.4f})"
     return f"| {name} | {cells} | {size:,.0f} MB |"
 
 
