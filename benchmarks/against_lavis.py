@@ -48,15 +48,15 @@ def by_lavis(checkpoint: Path, projection: str) -> dict[str, Any]:
     return {"soft prompts": seen[0], "loss": loss, "greedy tokens": answer}
 
 
-def by_qformer(checkpoint: Path, vision: str, language: str) -> dict[str, Any]:
-    """What this library computes."""
+def by_qformer(checkpoint: Path, vision: str, language: str, words: str | None = None) -> dict[str, Any]:
+    """What this library computes; `words`: the Q-Former's tokenizer, where the preset's is not at hand."""
     import qformer
     from qformer import checkpoints, presets
     from qformer.sample import Text
     from qformer.text import Rendered
 
     published = checkpoints.read_lavis(checkpoint)
-    model = qformer.load(checkpoint, vision=vision, language=language)
+    model = qformer.load(checkpoint, vision=vision, language=language, instruction_tokenizer=words)
     joiner = model.joiner()
     ids = torch.tensor([joiner.read_ids(PROMPT)])
     with torch.no_grad():
@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("--side", choices=("lavis", "qformer", "compare"), default="compare")
     parser.add_argument("--vision", default="eva_vit_g.pth")
     parser.add_argument("--language", default="google/flan-t5-xl")
+    parser.add_argument("--instruction-tokenizer", help="a directory, instead of bert-base-uncased from the hub")
     parser.add_argument("--projection", choices=tuple(MODELS), default="t5_proj")
     parser.add_argument("--folder", type=Path, default=Path("runs/against_lavis"))
     options = parser.parse_args()
@@ -110,7 +111,8 @@ def main() -> None:
     if options.side == "lavis":
         torch.save(by_lavis(options.checkpoint, options.projection), options.folder / "lavis.pt")
     elif options.side == "qformer":
-        torch.save(by_qformer(options.checkpoint, options.vision, options.language), options.folder / "qformer.pt")
+        found = by_qformer(options.checkpoint, options.vision, options.language, options.instruction_tokenizer)
+        torch.save(found, options.folder / "qformer.pt")
     written = table(options.folder)
     (options.folder / "table.md").write_text(written + "\n", encoding="utf-8")
     print(written)

@@ -103,6 +103,11 @@ class Published:
         return self.projection or lavis_projection(encoder_decoder=encoder_decoder, blip2=self.form == "blip-2")
 
     @property
+    def leads_to_encoder_decoder(self) -> bool | None:
+        """The kind of LLM that LAVIS' name of the projection tells; None where there is no such name."""
+        return None if self.projection is None else self.projection == lavis_projection(encoder_decoder=True)
+
+    @property
     def preset(self) -> str:
         """Which of the presets says what the weights do not."""
         if self.directory is not None:

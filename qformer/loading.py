@@ -136,9 +136,7 @@ def _build_from_sources(
     given = settings.qformer
     files = {each.source for each in chosen} - {starting.NEW, starting.COPIED}
     sources = {name: _read_source(name) for name in files}
-    connector, table = starting.start(
-        chosen, sources, given, vision.width, language.width, language.fingerprint(), generator
-    )
+    connector, table = starting.start(chosen, sources, given, vision.width, language, generator)
     report(table.table())
     if given.soft_scale == "embeddings" and "projection.weight" in table.made:
         scale_soft_tokens(connector, language.embedding_norm(), generator)
@@ -170,6 +168,7 @@ def _read_source(name: str) -> Source:
             published.unused,
             norm_eps=published.norm_eps,
             fingerprint=None if inner is None else language_backbone.fingerprint(inner),
+            encoder_decoder=published.leads_to_encoder_decoder,
         )
     directory = adapter_directory(path)
     tensors, size, _, eps = read_adapter(directory)
@@ -507,12 +506,12 @@ def _same_kind(published: Published, spoken: LanguageConfig) -> None:
     """Refuse an LLM of the other kind than LAVIS' name of the projection tells, before its weights are read: widths
     alone tell no Vicuna-7B from a FlanT5-XXL.
     """
-    if published.projection is None:
+    wanted = published.leads_to_encoder_decoder
+    if wanted is None:
         return
     config = language_loading.read_architecture(located(spoken))
     inner = inside.language(config)
     found = bool((config if inner is None else inner.config).is_encoder_decoder)
-    wanted = published.projection == lavis_projection(encoder_decoder=True)
     if found != wanted:
         kinds = {True: "an encoder–decoder", False: "a decoder-only LLM"}
         raise ConfigError(

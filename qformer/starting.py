@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qformer import resources, weights
-from qformer.backbones.language import same_language
+from qformer.backbones.language import LanguageTower, same_language
 from qformer.config import InitSource, QFormerConfig
 from qformer.errors import ConfigError
 from qformer.nn.qformer import QFormer, QFormerConnector, QFormerSize
@@ -53,6 +53,8 @@ class Source:
     norm_eps: float | None = None
     fingerprint: Tensor | None = None
     """Of the LLM that its projection leads to, where it says so."""
+    encoder_decoder: bool | None = None
+    """Whether its projection leads to an encoder–decoder, where it tells that alone, as LAVIS' files do."""
 
 
 def from_bert(name: str) -> Source:
@@ -72,8 +74,7 @@ def start(
     sources: Mapping[str, Source],
     given: QFormerConfig,
     vision_width: int,
-    language_width: int,
-    fingerprint: Tensor,
+    language: LanguageTower,
     generator: torch.Generator,
 ) -> tuple[QFormerConnector, LoadReport]:
     """A connector filled from sources in order: the first that covers a part and has it gives it.
@@ -83,8 +84,7 @@ def start(
         sources: what was read, by the name in the list.
         given: the settings; sizes they fix must be those of the sources.
         vision_width: of the encoder.
-        language_width: of the LLM.
-        fingerprint: of the LLM; a projection that leads to another one is not taken.
+        language: the LLM; a projection that leads to another one is not taken.
         generator: of what is drawn anew.
 
     Raises:
@@ -92,8 +92,8 @@ def start(
     """
     size = _size(chosen, sources, given, vision_width)
     eps = next((s.norm_eps for c in chosen if (s := sources.get(c.source)) and s.norm_eps), given.norm_eps)
-    connector = QFormerConnector(QFormer(size, generator), language_width, generator, eps)
-    own = connector.state_dict()
+    connector = QFormerConnector(QFormer(size, generator), language.width, generator, eps)
+    own, fingerprint = connector.state_dict(), language.fingerprint()
     taken: dict[str, Tensor] = {}
     told: dict[str, list[str]] = {kind: [] for kind in ("loaded", "copied", "made", "unused", "reshaped")}
     copies: list[str] = []
@@ -108,7 +108,7 @@ def start(
             (told["made"] if each.source == NEW else copies).extend(covered)
             open_names = [name for name in open_names if name not in covered]
             continue
-        held = _without_foreign_projection(source, fingerprint)
+        held = _without_foreign_projection(source, fingerprint, language.is_encoder_decoder)
         weights.refuse_strange(held, source.name)
         missing = []
         for name in covered:
@@ -186,9 +186,10 @@ def _refuse_partless(each: InitSource) -> None:
         )
 
 
-def _without_foreign_projection(source: Source, fingerprint: Tensor) -> dict[str, Tensor]:
-    """A source's tensors, less a projection to another LLM, where the source tells which it was."""
-    if source.fingerprint is None or same_language(fingerprint, source.fingerprint):
+def _without_foreign_projection(source: Source, fingerprint: Tensor, encoder_decoder: bool) -> dict[str, Tensor]:
+    """A source's tensors, less a projection to another LLM, where the source tells which it was or of which kind."""
+    same_kind = source.encoder_decoder in (None, encoder_decoder)
+    if same_kind and (source.fingerprint is None or same_language(fingerprint, source.fingerprint)):
         return dict(source.tensors)
     return {name: tensor for name, tensor in source.tensors.items() if not name.startswith("projection.")}
 

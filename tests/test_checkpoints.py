@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 import qformer
 from qformer import checkpoints, exporting, loading, presets
@@ -80,6 +82,15 @@ def towers(folder: Path, family: str = "llama") -> dict[str, str]:
     return {"vision": str(tiny_published(folder, "llama")), "language": str(tiny_llm(folder / f"own-{family}", family))}
 
 
+def model_of(name: str) -> tuple[Any, Any]:
+    """An LLM as transformers itself reads it, a T5 with LAVIS' exact GELU, and its tokenizer."""
+    described = AutoConfig.from_pretrained(name)
+    if described.model_type == "t5":
+        described.dense_act_fn = "gelu"
+    kind = AutoModelForSeq2SeqLM if described.is_encoder_decoder else AutoModelForCausalLM
+    return kind.from_pretrained(name, config=described).eval(), AutoTokenizer.from_pretrained(name)
+
+
 # -- transformers -----------------------------------------------------------------------------------------------------
 
 
@@ -111,7 +122,7 @@ def test_shards_pickles_and_older_layouts_load_the_same(folder: Path, source: Pa
     (source / "model.safetensors.index.json").rename(tmp_path / "index.json")
     assert same(numbers(loaded(source)), expected)
     (source / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": binned}))
-    with pytest.raises(ConfigError, match=r"vision\.name '.*': its weights cannot be read \('metadata'\)"):
+    with pytest.raises(ConfigError, match=r"source': its weights cannot be read \('metadata'\)"):
         loaded(source)  # transformers, which reads the towers, wants that too
     (tmp_path / "index.json").rename(source / "model.safetensors.index.json")
     (source / "model-00002-of-00003.safetensors").unlink()
@@ -326,6 +337,27 @@ def test_an_llm_of_the_other_kind_is_refused_though_it_is_as_wide(
         loaded(file, **towers(folder, family))
 
 
+@pytest.mark.parametrize(("projection", "family"), [("llm_proj", "llama"), ("t5_proj", "t5")])
+def test_the_comparison_with_lavis_computes_what_the_model_does(
+    folder: Path, tmp_path: Path, projection: str, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = tiny_published(folder, "llama") / "qformer_tokenizer"
+    size = replace(SIZE, vocabulary=len(loading._tokenizer(words)))
+    file = write(tmp_path / "x.pth", {"model": lavis(connector(size), projection)})
+    side = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "against_lavis.py"))
+    monkeypatch.setitem(side["by_qformer"].__globals__, "pixels", lambda: PIXELS)
+    found = side["by_qformer"](file, *towers(folder, family).values(), words)
+    llm, tokenizer = model_of(towers(folder, family)["language"])
+    prompt, answer = (tokenizer(text, add_special_tokens=False).input_ids for text in (side["PROMPT"], "a dog"))
+    prompt, answer = ([*prompt, 1], [*answer, 1]) if family == "t5" else ([2, *prompt], [*answer, 2])
+    read = torch.tensor(prompt if family == "t5" else prompt + answer)
+    told = torch.cat([found["soft prompts"][0], llm.get_input_embeddings()(read)])[None]
+    labels = answer if family == "t5" else [-100] * (QUERIES + len(prompt)) + answer
+    loss = llm(inputs_embeds=told, labels=torch.tensor([labels])).loss
+    assert found["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+    assert len(found["greedy tokens"]) == 1 and found["soft prompts"].abs().sum() > 0
+
+
 # -- there and back ---------------------------------------------------------------------------------------------------
 
 
@@ -486,6 +518,17 @@ def test_a_truncated_file_is_named(source: Path, tmp_path: Path) -> None:
     pickled.write_bytes(pickled.read_bytes()[:3000])
     with pytest.raises(ConfigError, match=r"x\.pth: no tensors can be read from it safely .*fetch it again"):
         loaded(pickled)
+
+
+def test_a_shard_of_the_llm_that_is_missing_is_not_put_down_to_the_encoder(source: Path) -> None:
+    whole = load_file(source / "model.safetensors")
+    held = {name: f"model-{1 + name.startswith('language_model.')}.safetensors" for name in whole}
+    save_file({n: t for n, t in whole.items() if held[n].startswith("model-1")}, source / "model-1.safetensors")
+    (source / "model.safetensors").unlink()
+    (source / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": held}))
+    with pytest.raises(ConfigError, match=r"model-2\.safetensors") as caught:
+        loaded(source)
+    assert "vision.name" not in str(caught.value)
 
 
 def test_a_mislabelled_file_is_named(source: Path, tmp_path: Path) -> None:

@@ -127,6 +127,29 @@ def test_decoding_defaults_are_those_of_its_methods(name: str, repetition: float
     assert all(isinstance(each, Decoding) and not each.do_sample for each in decoding.values())
 
 
+@torch.no_grad()
+def test_the_length_that_a_penalty_divides_by_counts_one_more_than_the_words(vicuna: Any, soft: Tensor) -> None:
+    """For LAVIS the placeholder and no end mark, for transformers today the end mark and no placeholder."""
+    ends = list(range(10, vicuna.model.config.vocab_size, 2))  # so many that a random model meets one soon
+    prompt = vicuna.model.get_input_embeddings()(torch.tensor([[EOS, *PROMPTS[0]]]))
+    inputs = torch.cat([soft[:1], prompt], dim=1)
+    found = vicuna.model.generate(
+        inputs_embeds=inputs, attention_mask=torch.ones(inputs.shape[:2], dtype=torch.long), num_beams=5,
+        max_new_tokens=20, do_sample=False, length_penalty=-1.0, eos_token_id=ends, pad_token_id=PAD,
+        num_return_sequences=5, return_dict_in_generate=True, output_scores=True,
+    )  # fmt: skip
+    lengths = set()
+    for ids, score in zip(found.sequences, found.sequences_scores, strict=True):
+        stop = next(place for place, each in enumerate(ids.tolist()) if each in ends)
+        said = ids[: stop + 1]
+        whole = torch.cat([inputs, vicuna.model.get_input_embeddings()(said)[None]], dim=1)
+        logits = vicuna.model(inputs_embeds=whole).logits[0, inputs.shape[1] - 1 : -1]
+        total = logits.log_softmax(-1).gather(1, said[:, None]).sum()
+        assert score.item() == pytest.approx(total.item() * (1 + stop), rel=1e-4)
+        lengths.add(stop)
+    assert len(lengths) > 1
+
+
 def test_an_answer_may_be_empty() -> None:
     """min_length is 1 and counts the placeholder, or the decoder's start: no new token is forced."""
     for name in ("lavis_t5", "lavis_vicuna", "lavis_opt", "lavis_t5_blip2"):
@@ -257,3 +280,15 @@ def test_the_comparison_says_not_run_until_both_sides_have_run(tmp_path: Path) -
     lines = table(tmp_path).splitlines()
     assert lines[2].endswith("| 0.0e+00 | True |") and lines[3].endswith("| 5.0e-02 | False |")
     assert lines[4].endswith("| a dog | a dog | | True |")
+
+
+def test_the_frozen_llm_drops_nothing_out_in_training_here(folder: Path) -> None:
+    """A stated exception: LAVIS leaves a frozen T5 in training mode, so that its dropout disturbs every step."""
+    tower = load_language(LanguageConfig(name=str(tiny_llm(folder / "t5", "t5")))).train()
+    assert any(isinstance(each, torch.nn.Dropout) and each.p > 0 for each in tower.model.modules())
+    soft = torch.randn(1, QUERIES, tower.width, generator=torch.Generator().manual_seed(2))
+    row = [(Slot(0), Text((5, 6)), Text((7, 1), trained=True))]
+    once, again = (tower.log_likelihood(soft, row)[0] for _ in range(2))
+    assert torch.equal(once, again)
+    tower.model.train()
+    assert not torch.equal(once, tower.log_likelihood(soft, row)[0])

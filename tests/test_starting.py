@@ -187,6 +187,18 @@ def test_a_projection_to_another_llm_is_not_taken(towers: Path, tmp_path: Path) 
         loading.build(settings, report=str)
 
 
+def test_a_projection_of_lavis_to_the_other_kind_of_llm_is_not_taken_though_it_is_as_wide(
+    towers: Path, tmp_path: Path
+) -> None:
+    made = QFormerConnector(QFormer(MUTE), 32)
+    torch.save({"model": checkpoints.renamed_for(made.state_dict(), "lavis", "t5_proj")}, tmp_path / "t5.pth")
+    with pytest.raises(ConfigError, match=r"no source gives projection\.weight, projection\.bias"):
+        built(towers, tmp_path, [{"from": str(tmp_path / "t5.pth")}], instruction=False)
+    torch.save({"model": checkpoints.renamed_for(made.state_dict(), "lavis", "opt_proj")}, tmp_path / "opt.pth")
+    model, _ = built(towers, tmp_path, [{"from": str(tmp_path / "opt.pth")}], instruction=False)
+    assert torch.equal(model.connector.projection.weight, made.projection.weight)
+
+
 def test_a_saved_adapter_is_a_source(towers: Path, tmp_path: Path) -> None:
     plain, _ = built(towers, tmp_path, world.towers(towers, "llama")["bert"])
     plain.save(tmp_path / "adapter")

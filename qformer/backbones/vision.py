@@ -467,7 +467,9 @@ def _load_transformers(config: VisionConfig) -> FrozenTower:
                     config.name, revision=config.revision, dtype=dtype, output_loading_info=True, **more
                 )
         except Exception as error:  # files that are broken raise all kinds
-            raise ConfigError(f"vision.name '{config.name}': its weights cannot be read ({reason(error)}).") from None
+            # of a whole model all files are opened here, whichever of its towers is at fault
+            where = f"vision.name '{config.name}'" if tower is None else f"'{config.name}'"
+            raise ConfigError(f"{where}: its weights cannot be read ({reason(error)}).") from None
         lacking = sorted(name for name in report["missing_keys"] if not name.startswith(("pooler", "text_model")))
         if lacking:
             raise ConfigError(
