@@ -147,10 +147,10 @@ def check_equal(one: Path, other: Path) -> None:
     """Weights, optimizer and losses of two runs must be equal, to the bit."""
     import torch
 
-    from qformer import loading
+    from qformer import saved
     from qformer.weights import load_tensors
 
-    last = [loading.last_checkpoint(run) for run in (one, other)]
+    last = [saved.last_checkpoint(run) for run in (one, other)]
     assert last[0].name == last[1].name, last
     first, second = (load_tensors(each / "adapter.safetensors") for each in last)
     assert first.keys() == second.keys()
@@ -411,9 +411,10 @@ def inside_full_disk(world: World) -> str:
 
     mount(size)
     world.start(command).refused("cannot be written .*No space left on device.* what was there before is whole")
-    from qformer import loading
 
-    assert [each.name for each in loading.checkpoints(run)] == ["step-2", "step-4"]
+    from qformer import saved
+
+    assert [each.name for each in saved.checkpoints(run)] == ["step-2", "step-4"]
     mount(16 * size, "remount")
     world.start(command).well()
     check_equal(whole, run)

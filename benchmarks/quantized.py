@@ -22,7 +22,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from qformer import cards, config, loading
+from qformer import cards, config, loading, saved
 from qformer.config import RunConfig
 from qformer.data.batch import StepMaker, mixture_of, open_sources
 from qformer.data.index import Index
@@ -127,7 +127,7 @@ def main() -> None:
             print(f"| {name} | {module.partition('.')[0]} is not installed | | | |")
             continue
         spoken = dataclasses.replace(settings.language, dtype=dtype, quantization=values)
-        init = settings.qformer.init if options.fresh else str(loading.last_checkpoint(options.run))
+        init = settings.qformer.init if options.fresh else str(saved.last_checkpoint(options.run))
         begun = dataclasses.replace(settings.qformer, init=init)
         changed = dataclasses.replace(settings, language=spoken, qformer=begun)
         model = loading.build(changed, report=str)

@@ -21,12 +21,12 @@ from itertools import count, islice
 import torch
 from torch import Tensor
 
-from qformer import loading
 from qformer.backbones.language import LanguageTower
 from qformer.backbones.language_loading import load_language
 from qformer.config import LanguageConfig
 from qformer.demo import scenes, unseen
 from qformer.demo.scenes import Ask, Dice, Scene
+from qformer.named import located
 from qformer.text import Joiner, Rendered, lettered, load_templates
 
 SEED = 73_001
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--language", default="demo:language")
     parser.add_argument("--questions", type=int, default=400, help="of each form")
     options = parser.parse_args()
-    llm = load_language(loading.located(LanguageConfig(name=options.language)))
+    llm = load_language(located(LanguageConfig(name=options.language)))
     print("| set | form of question | questions | right | most frequent, or blindly |")
     print("|---|---|---:|---:|---:|")
     for name, forms in SETS.items():

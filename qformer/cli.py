@@ -381,7 +381,7 @@ def _source(options: argparse.Namespace) -> str:
     """What is to be loaded: with --last a run's last checkpoint."""
     if not options.last:
         return str(options.source)
-    from qformer.loading import last_checkpoint
+    from qformer.saved import last_checkpoint
 
     return str(last_checkpoint(options.source))
 

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from rich.table import Table
 from rich.text import Text
 
-from qformer import cards, config, hub, loading, starting
+from qformer import cards, config, hub, instruction, loading, named, starting
 from qformer.backbones import blueprints
 from qformer.backbones.blueprints import Blueprint
 from qformer.cards import TaskCard
@@ -83,8 +83,8 @@ def _parameters(settings: RunConfig) -> Table:
         shown.add_column(column, justify="right" if column in ("trained", "frozen") else "left")
     towers: list[Blueprint | None] = []
     for part, name, read in (
-        ("image encoder", settings.vision.name, lambda: blueprints.vision(loading.located(settings.vision))),
-        ("LLM", settings.language.name, lambda: blueprints.language(loading.located(settings.language))),
+        ("image encoder", settings.vision.name, lambda: blueprints.vision(named.located(settings.vision))),
+        ("LLM", settings.language.name, lambda: blueprints.language(named.located(settings.language))),
     ):
         try:
             found = read()
@@ -141,7 +141,7 @@ def adapter_size(settings: RunConfig) -> tuple[QFormerSize, str]:
         found = {**(told or {}), **found}
     if not configs:
         with suppress(ConfigError):
-            if (tokenizer := loading.instruction_tokenizer(given)) is not None:
+            if (tokenizer := instruction.instruction_tokenizer(given)) is not None:
                 found["vocabulary"] = len(tokenizer)
     fixed = {name: value for name in SIZES if (value := getattr(given, name)) is not None}
     if given.hidden and not given.intermediate and not configs:

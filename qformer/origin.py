@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qformer import loading
 from qformer.errors import ConfigError
+from qformer.saved import adapter_directory
 from qformer.vlm import VLM
 
 LENGTH = 16
@@ -38,7 +38,7 @@ def origin(model: VLM, source: str | Path | None = None, step: int | None = None
     found: dict[str, Any] = {"source": None if source is None else str(source), "checkpoint": None, "step": step}
     if source is not None:
         with suppress(ConfigError):  # a published model has no checkpoint of ours
-            directory = loading.adapter_directory(Path(source))
+            directory = adapter_directory(Path(source))
             found |= {"checkpoint": str(directory), "step": step_of(directory)}
     found["adapter"] = _hash(model.connector.state_dict())
     found["vision"] = {**dataclasses.asdict(settings.vision), "fingerprint": _tower(model.vision)}

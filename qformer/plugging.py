@@ -21,7 +21,8 @@ from qformer.backbones import language_loading
 from qformer.backbones.language import LanguageTower
 from qformer.config import LanguageConfig, VisionConfig
 from qformer.errors import ConfigError, did_you_mean
-from qformer.loading import Unplugged, located, scale_soft_tokens, unplug
+from qformer.loading import Unplugged, scale_soft_tokens, unplug
+from qformer.named import located
 from qformer.nn.qformer import QFormer, QFormerConnector
 from qformer.untokenized import MissingTokenizer
 from qformer.vlm import VLM, to_stderr

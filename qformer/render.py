@@ -15,7 +15,8 @@ from qformer.config import RunConfig
 from qformer.data.batch import items_of, mixture_of, open_sources
 from qformer.data.index import Index
 from qformer.errors import DataError
-from qformer.loading import instruction_tokenizer, located
+from qformer.instruction import instruction_tokenizer
+from qformer.named import located
 from qformer.sample import Row, Slot, Turn, Video
 from qformer.text import Joiner
 

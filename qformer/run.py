@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from qformer import cards, config, loading, vlm
+from qformer import cards, config, loading, saved, vlm
 from qformer.config import RunConfig
 from qformer.errors import ConfigError, DataError
 from qformer.exporting import LAVIS_FILE, to_lavis
@@ -268,7 +268,7 @@ def _check_own(source: str | Path) -> None:
     name of a hub id would be taken for an adapter by the next call.
     """
     try:
-        loading.adapter_directory(Path(source))
+        saved.adapter_directory(Path(source))
     except ConfigError:
         raise ConfigError(
             f"{source}: no adapter there; give a directory written by save() or a run directory with a checkpoint, or "

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qformer import cards, config, loading, plugging, run, weights
+from qformer import cards, config, loading, plugging, run, saved, weights
 from qformer.comparison import PLUG_FILE, ROWS, table
 from qformer.config import RunConfig, check_numbers
 from qformer.errors import ConfigError, did_you_mean
@@ -252,7 +252,7 @@ def _settings(
 def _own_language(source: str | Path) -> str:
     """The name of the LLM that an adapter was trained with; a whole model has its own inside."""
     try:
-        return loading.saved_settings(loading.adapter_directory(Path(source))).language.name
+        return loading.saved_settings(saved.adapter_directory(Path(source))).language.name
     except ConfigError:
         return str(source)
 
@@ -379,7 +379,7 @@ def _hash(source: str | Path) -> str:
     """Of the adapter's own file; of what has no such file, its name."""
     place = Path(source)
     try:
-        file = loading.adapter_directory(place) / ADAPTER_FILE
+        file = saved.adapter_directory(place) / ADAPTER_FILE
     except ConfigError:
         file = place
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else str(source)

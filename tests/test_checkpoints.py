@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 import qformer
-from qformer import checkpoints, exporting, loading, presets
+from qformer import checkpoints, exporting, instruction, loading, presets
 from qformer.config import LanguageConfig
 from qformer.errors import ConfigError
 from qformer.nn.qformer import QFormer, QFormerConnector, QFormerSize
@@ -342,7 +342,7 @@ def test_the_comparison_with_lavis_computes_what_the_model_does(
     folder: Path, tmp_path: Path, projection: str, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = tiny_published(folder, "llama") / "qformer_tokenizer"
-    size = replace(SIZE, vocabulary=len(loading._tokenizer(words)))
+    size = replace(SIZE, vocabulary=len(instruction.read_tokenizer(words)))
     file = write(tmp_path / "x.pth", {"model": lavis(connector(size), projection)})
     side = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "against_lavis.py"))
     monkeypatch.setitem(side["by_qformer"].__globals__, "pixels", lambda: PIXELS)
@@ -402,7 +402,7 @@ def test_an_exported_model_answers_alike_through_the_processor(
     from transformers import InstructBlipForConditionalGeneration, InstructBlipProcessor
 
     reader = tiny_published(folder, "llama") / "qformer_tokenizer"
-    size = QFormerSize(**{**vars(SIZE), "vocabulary": len(loading._tokenizer(reader))})
+    size = QFormerSize(**{**vars(SIZE), "vocabulary": len(instruction.read_tokenizer(reader))})
     file = write(tmp_path / "x.pth", {"model": lavis(connector(size), projection)})
     ours = loaded(file, **towers(folder, family), instruction_tokenizer=reader)
     notes = ours.export_transformers(tmp_path / "whole")

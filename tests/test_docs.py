@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from qformer import cards, checkpoints, cli, config, loading
+from qformer import cards, checkpoints, cli, config, instruction, loading
 from qformer.backbones.vision import OwnTower
 from qformer.config import QFormerConfig
 from qformer.evaluate import habits, metrics, published
@@ -173,7 +173,7 @@ def test_the_start_in_the_readme_is_made_of_both_stages(hub: Path, tmp_path: Pat
     """The text half and its words from stage 1, all else from stage 2, by the names of LAVIS' files."""
     settings = world.settings(tmp_path / "towers", tmp_path, tmp_path / "run", family="t5")
     put_in_cache(hub, Path(world.towers(tmp_path / "towers", "t5")["bert"]), "bert-base-uncased")
-    words = len(loading._tokenizer("bert-base-uncased"))
+    words = len(instruction.read_tokenizer("bert-base-uncased"))
     size = {"vision_width": 24, "hidden": 64, "layers": 2, "heads": 1, "intermediate": 48, "positions": 160}
     made = []
     for file, reads in (("blip2_pretrained.pth", True), ("blip2_pretrained_flant5xl.pth", False)):

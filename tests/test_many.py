@@ -24,7 +24,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from qformer import cards, cli, images, loading, rollcall
+from qformer import cards, cli, images, loading, rollcall, saved
 from qformer.backbones import sharding
 from qformer.errors import ConfigError, DataError, TrainingError
 from qformer.processes import ALONE, Processes
@@ -363,7 +363,7 @@ def test_a_process_that_is_killed_is_named_and_the_run_goes_on(root: Path, tmp_p
     directory = world.settings(root / "towers", root, tmp_path / "lost", *changes).directory
     options = [f"--master_port={free_port()}", "--nproc_per_node=2"]
     started = launch(COMMAND, tmp_path / "scripts", "train", f"{directory}.yaml", *changes, options=options)
-    while not loading.checkpoints(directory):
+    while not saved.checkpoints(directory):
         assert started.poll() is None, started.communicate()[0]
         time.sleep(0.05)
     children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
@@ -371,10 +371,10 @@ def test_a_process_that_is_killed_is_named_and_the_run_goes_on(root: Path, tmp_p
     os.kill(int(second), signal.SIGKILL)
     said = started.communicate(timeout=60)[0]
     assert re.search(r"^qformer: process 1 of 2 on \S+ is gone without a word", said, re.MULTILINE), said
-    done = int(loading.last_checkpoint(directory).name.removeprefix("step-"))
+    done = int(saved.last_checkpoint(directory).name.removeprefix("step-"))
     given = ("train", f"{directory}.yaml", "train.checkpoint_every=2", f"train.steps={done + 2}")
     finished(launch(COMMAND, tmp_path / "scripts", *given, options=options))
-    assert loading.last_checkpoint(directory).name == f"step-{done + 2}"
+    assert saved.last_checkpoint(directory).name == f"step-{done + 2}"
 
 
 # -- a process that is gone -------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import qformer
-from qformer import checkpoints, config, loading
+from qformer import checkpoints, config, instruction, loading, saved
 from qformer.config import QFormerConfig
 from qformer.errors import ConfigError
 from qformer.nn.qformer import QFormer, QFormerConnector, QFormerSize
@@ -51,7 +51,7 @@ def built(towers: Path, folder: Path, init: Any, **qformer_settings: Any) -> tup
 
 def words_of(towers: Path) -> QFormerSize:
     """The size above with as many words as the tiny BERT's tokenizer has."""
-    words = len(loading._tokenizer(world.towers(towers, "llama")["bert"]))
+    words = len(instruction.read_tokenizer(world.towers(towers, "llama")["bert"]))
     return QFormerSize(**{**vars(SIZE), "vocabulary": words})
 
 
@@ -256,7 +256,7 @@ def test_fine_tuning_starts_from_whatever_was_tuned_before(towers: Path, tmp_pat
     loop.train(settings, validate=lambda _, step: {"one": -step}, say=lambda _: None, quiet=True)
     loading.load(tmp_path / "run", report=str).save(tmp_path / "adapter")
     write(tmp_path / "tuned.pth", words_of(towers), 3)
-    kept = [loading.adapter_tensors(tmp_path / "run" / "checkpoints" / name)[0] for name in ("best", "step-2")]
+    kept = [saved.adapter_tensors(tmp_path / "run" / "checkpoints" / name)[0] for name in ("best", "step-2")]
     assert not torch.equal(kept[0]["qformer.queries"], kept[1]["qformer.queries"])
     for source, tokenizer in (("run", None), ("adapter", None), ("tuned.pth", bert)):
         path = str(tmp_path / source)

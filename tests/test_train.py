@@ -20,7 +20,7 @@ import pytest
 import torch
 from accelerate import Accelerator, tracking
 
-from qformer import cards, images, loading, vlm
+from qformer import cards, images, loading, saved, vlm
 from qformer.assemble import Prepared
 from qformer.backbones.language import DecoderOnly
 from qformer.config import TrainConfig
@@ -300,7 +300,7 @@ def run(settings):
 def weights_of(directory):
     from qformer.weights import load_tensors
 
-    return load_tensors(loading.adapter_directory(directory) / vlm.ADAPTER_FILE)
+    return load_tensors(saved.adapter_directory(directory) / vlm.ADAPTER_FILE)
 
 
 def same(first, second):
@@ -414,7 +414,7 @@ def progress(directory):
 
 def test_old_checkpoints_go_and_the_last_stay(make):
     directory = run(make("train.steps=5", "train.checkpoint_every=1", "train.keep_checkpoints=2"))
-    assert [path.name for path in loading.checkpoints(directory)] == ["step-4", "step-5"]
+    assert [path.name for path in saved.checkpoints(directory)] == ["step-4", "step-5"]
 
 
 def test_more_steps_may_be_asked_for_and_other_data_or_model_may_not(make):
@@ -496,7 +496,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_though_its_loss_is_finite(m
         run(settings)
     saved = json.loads((settings.directory / "not_finite.json").read_text())
     assert saved["where"] == f"the gradient of {name}" and len(saved["samples"]) == 6
-    assert not loading.checkpoints(settings.directory)
+    assert not saved.checkpoints(settings.directory)
 
 
 def test_a_value_that_is_not_finite_leaves_the_checkpoint_before_it_good(make, monkeypatch):
@@ -518,8 +518,8 @@ def test_a_value_that_is_not_finite_leaves_the_checkpoint_before_it_good(make, m
             run(settings)
     assert caught.value.samples == passes[3]
     assert json.loads((settings.directory / "not_finite.json").read_text())["samples"] == list(passes[3])
-    assert loading.checkpoints(settings.directory)[-1].name == "step-3"
-    assert all(tensor.isfinite().all() for tensor in weights_of(loading.last_checkpoint(settings.directory)).values())
+    assert saved.checkpoints(settings.directory)[-1].name == "step-3"
+    assert all(tensor.isfinite().all() for tensor in weights_of(saved.last_checkpoint(settings.directory)).values())
     run(settings)
     assert same(weights_of(whole), weights_of(settings.directory))
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from qformer import cli, config, loading, run
+from qformer import cli, config, loading, run, saved
 from qformer.config import RunConfig
 from qformer.errors import ConfigError, DataError, TrainingError
 from qformer.train import checkpoint, loop
@@ -77,7 +77,7 @@ def test_training_is_bit_equal_with_validation_and_without(make: Callable[..., R
     plain = train(make(name="plain", family=family))
     settings = make(colours(make(name="plain", family=family)), "evaluate.shuffled=false", name="seen", family=family)
     seen = run.fit(settings, say=lambda _: None, quiet=True)
-    assert same(adapter(loading.last_checkpoint(plain)), adapter(loading.last_checkpoint(seen)))
+    assert same(adapter(saved.last_checkpoint(plain)), adapter(saved.last_checkpoint(seen)))
     told = lines(seen)
     assert lines(plain) == [line for line in told if "loss" in line]
     validated = [line for line in told if "validation" in line]
@@ -101,11 +101,11 @@ def test_the_best_adapter_is_kept_apart_and_loaded(make: Callable[..., RunConfig
     assert told["step"] == 4 and told["mean"] == pytest.approx(0.7) and told["scores"]["one"] == 0.6
     best = loading.load(directory, report=str)
     assert same(best.connector.state_dict(), kept[4]) and best.run == directory
-    last = loading.load(loading.last_checkpoint(directory), report=str)
+    last = loading.load(saved.last_checkpoint(directory), report=str)
     assert same(last.connector.state_dict(), kept[6]) and not same(kept[4], kept[6])
     assert same(loading.read_adapter(directory)[0], kept[4])
     with pytest.raises(ConfigError, match="it is no run directory with a checkpoint"):
-        loading.last_checkpoint(tmp_path / "data")
+        saved.last_checkpoint(tmp_path / "data")
 
 
 def test_the_command_line_takes_the_best_or_the_last(
@@ -155,7 +155,7 @@ def test_a_run_stopped_around_a_validation_ends_as_if_it_never_was(
             patch.setattr(loop._Lines, "write", ending)
         with pytest.raises(Stopped):
             train(settings, validate)
-    assert [path.name for path in loading.checkpoints(settings.directory)] == ["step-2", "step-4"]
+    assert [path.name for path in saved.checkpoints(settings.directory)] == ["step-2", "step-4"]
     stopped = train(settings, named)
     assert lines(whole) == lines(stopped)
     for name in ("best", "step-6"):

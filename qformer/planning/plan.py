@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from qformer import cards, dryrun, hub, loading
+from qformer import cards, dryrun, hub, named
 from qformer.backbones import blueprints, ranking
 from qformer.backbones.blueprints import language_parameters
 from qformer.cards import TaskCard
@@ -158,8 +158,8 @@ def sizes(settings: RunConfig) -> Sizes:
     Raises:
         ConfigError: those of a tower cannot be had.
     """
-    tower = blueprints.blank_vision(loading.located(settings.vision))
-    model, known_from = blueprints.blank_language(loading.located(settings.language))
+    tower = blueprints.blank_vision(named.located(settings.vision))
+    model, known_from = blueprints.blank_language(named.located(settings.language))
     model.requires_grad_(False)
     encoder, language = work.encoder_work(tower), work.language_work(model)
     former, former_from = dryrun.adapter_size(settings)

@@ -16,7 +16,7 @@ import torch
 from qformer import config, weights
 from qformer.config import RunConfig
 from qformer.errors import ConfigError, TrainingError
-from qformer.loading import BEST, adapter_tensors, checkpoints
+from qformer.saved import BEST, adapter_tensors, checkpoints
 from qformer.vlm import ADAPTER_FILE, VLM, whole_directory
 
 OPTIMIZER_FILE = "optimizer.pt"

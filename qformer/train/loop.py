@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from torch.utils.data import DataLoader
 
-from qformer import cards, config, keyed, loading, vlm, weights
+from qformer import cards, config, keyed, loading, saved, vlm, weights
 from qformer.config import RunConfig
 from qformer.data.batch import StepData, StepMaker, mixture_of, open_sources, told_groups
 from qformer.data.index import Index
@@ -96,7 +96,7 @@ def _train(
     mixture = processes.in_turn(lambda: mixture_of(sources, settings.data, multipliers, settings.seed, say))
     described = {key: source.described() for key, source in sources.items()}
     processes.agreed(lambda: held.enter_context(locked(run)) if processes.first else None)
-    last = loading.checkpoints(run)[-1:]
+    last = saved.checkpoints(run)[-1:]
     if (run / CONFIG_FILE).exists() and last:
         checkpoint.same_run(run / CONFIG_FILE, settings)
         checkpoint.same_data(run / DATA_FILE, described)
