@@ -51,7 +51,9 @@ from transformers import InstructBlipConfig, InstructBlipForConditionalGeneratio
 from qformer import config, exporting, hub
 from qformer.assemble import Picture, Pixels, Prepared
 from qformer.backbones import blueprints
-from qformer.backbones.language import DecoderOnly, EncoderDecoder, LanguageTower
+from qformer.backbones.decoder_only import DecoderOnly
+from qformer.backbones.encoder_decoder import EncoderDecoder
+from qformer.backbones.language import LanguageTower
 from qformer.checkpoints import renamed_for
 from qformer.config import RunConfig
 from qformer.nn.qformer import QFormer, QFormerConnector

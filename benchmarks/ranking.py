@@ -24,7 +24,9 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, T5Config, T5ForConditionalGeneration
 
-from qformer.backbones.language import DecoderOnly, EncoderDecoder, LanguageTower
+from qformer.backbones.decoder_only import DecoderOnly
+from qformer.backbones.encoder_decoder import EncoderDecoder
+from qformer.backbones.language import LanguageTower
 from qformer.backbones.ranking import Group
 from qformer.sample import Row, Slot, Text
 from qformer.text import Profile

@@ -25,7 +25,8 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qformer.backbones import ranking
-from qformer.backbones.language import DecoderOnly, LanguageTower, same_language
+from qformer.backbones.decoder_only import DecoderOnly
+from qformer.backbones.language import LanguageTower, same_language
 from qformer.backbones.language_loading import load_language, load_profile
 from qformer.cards import Decoding
 from qformer.config import LanguageConfig, ProfileConfig

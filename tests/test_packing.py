@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qformer.backbones import packing, ranking
-from qformer.backbones.language import DecoderOnly
+from qformer.backbones.decoder_only import DecoderOnly
 from qformer.backbones.language_loading import load_language
 from qformer.config import LanguageConfig
 from qformer.sample import Row, Slot, Text, row_length

@@ -22,7 +22,7 @@ from accelerate import Accelerator, tracking
 
 from qformer import cards, images, loading, saved, vlm
 from qformer.assemble import Prepared
-from qformer.backbones.language import DecoderOnly
+from qformer.backbones.decoder_only import DecoderOnly
 from qformer.config import TrainConfig
 from qformer.data.batch import StepMaker, mixture_of, open_sources
 from qformer.errors import ConfigError, DataError, TrainingError

@@ -7,25 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, partial
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qformer.backbones import packing, ranking, reading
+from qformer.backbones import ranking
 from qformer.backbones.ranking import Group
 from qformer.backbones.sharding import Shards
 from qformer.cards import Decoding
 from qformer.errors import ConfigError, DataError
 from qformer.nn.losses import token_log_likelihood
-from qformer.sample import Row, Slot, Text, row_length
+from qformer.sample import Row, Slot, Text
 from qformer.text import Joiner, Profile, Truncations
 
 FINGERPRINT_ROWS = 64
@@ -172,9 +170,9 @@ class LanguageTower(nn.Module, ABC):
             labels.append(label)
         table = torch.cat([self._embeddings(torch.tensor(ids, device=self.device)), soft])
         return Joined(
-            inputs=table[_padded(places, 0, left).to(self.device)],
-            mask=_padded([[1] * len(place) for place in places], 0, left).to(self.device),
-            labels=_padded(labels, -1, left).to(self.device),
+            inputs=table[padded(places, 0, left).to(self.device)],
+            mask=padded([[1] * len(place) for place in places], 0, left).to(self.device),
+            labels=padded(labels, -1, left).to(self.device),
         )
 
     def _check_length(self, length: int) -> None:
@@ -361,365 +359,6 @@ class LanguageTower(nn.Module, ABC):
         return answers
 
 
-class DecoderOnly(LanguageTower):
-    """A causal LLM: rows padded on the right to be scored, on the left to be continued, mask and positions given."""
-
-    is_encoder_decoder = False
-
-    def log_likelihood(self, soft: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-        """Soft tokens (N, Q, L) -> (R,) sums and (R,) counts; the head runs on predicting positions alone.
-
-        Raises:
-            DataError: a row begins with a trained token, or is too long for the LLM.
-        """
-        if any(isinstance(row[0], Text) and row[0].trained for row in rows):
-            raise DataError(
-                "a row has nothing before its first trained token, so nothing predicts it; give the prompt words, a "
-                "picture, or an opening mark (language.profile.opening)."
-            )
-        return self._likelihood(soft, rows, self.packs)
-
-    def _likelihood(
-        self, soft: Tensor, rows: Sequence[Row], packs: str | None, bins: Sequence[Sequence[int]] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        lengths = [row_length(row, soft.shape[1]) for row in rows]
-        self._check_length(max(lengths))
-        if packs is None:
-            joined = self._join(soft, rows)
-            given = self._given(joined.inputs, joined.mask, joined.positions)
-            owners = torch.arange(len(rows), device=self.device)[:, None].expand_as(joined.labels)
-            firsts = joined.positions == 0
-        else:
-            packed = packing.packed(lengths, bins or packing.cheapest(lengths, self.width)).to(self.device)
-            joined = self._join(soft, [tuple(chain.from_iterable(rows[n] for n in numbers)) for numbers in packed.bins])
-            mask = packed.mask(self.dtype) if packs == "mask" else None
-            given = self._given(joined.inputs, mask, packed.positions)
-            owners, firsts = packed.owners, packed.firsts
-        # What stands at a position is predicted by the one before it, and a row's first by none.
-        wanted = nn.functional.pad(joined.labels.masked_fill(firsts, -1)[:, 1:], (0, 1), value=-1)
-        predicting = wanted >= 0
-        log_p = self._log_p(given, predicting, wanted[predicting])
-        owner = owners[predicting]
-        counts = torch.zeros(len(rows), dtype=torch.long, device=self.device)
-        return log_p.new_zeros(len(rows)).index_add(0, owner, log_p), counts.index_add(0, owner, torch.ones_like(owner))
-
-    @property
-    def packs(self) -> str | None:
-        """How rows to be scored share tensor rows, see `qformer.backbones.packing`; None: they are padded."""
-        return self._packs if self.packing else None
-
-    @cached_property
-    @torch.no_grad()
-    def _packs(self) -> str | None:
-        """The first way in which rows beside others score as alone: asked of the model, since families differ in what
-        they make of positions and masks, and say nothing of it.
-
-        A row must not notice what its neighbours hold, to the bit and therefore at any precision and any size of
-        weights, and score as a padded row does.
-        """
-        soft = self._embeddings(torch.arange(2, device=self.device)[None])
-        texts = [(3, 4, 5, 9), (6,), (7, 3, 8, 4, 5), (5, 6, 3)]
-        rows = [(Slot(0), Text(ids), Text(tuple(each + 2 for each in ids), trained=True)) for ids in texts]
-        others = [(Slot(0), Text(row[1].ids[::-1]), row[2]) if n in (0, 2) else row for n, row in enumerate(rows)]
-        near = 1e-3 if self.dtype in (torch.float32, torch.float64) else 0.05
-        wanted = self._likelihood(soft, rows, None)[0]
-        for way in ("positions", "mask"):
-            if way == "mask" and self._window < math.inf:
-                continue  # the mask shows everything, however far away
-            try:
-                found, beside = (self._likelihood(soft, each, way, [range(4)])[0] for each in (rows, others))
-            except CANNOT:
-                continue
-            if torch.equal(found[1::2], beside[1::2]) and torch.allclose(found, wanted, rtol=near, atol=near):
-                return way
-        return None
-
-    def write(self, soft: Tensor, rows: Sequence[Row], **decoding: Any) -> Tensor:
-        """New ids (R, T), a continuation per row; `decoding`: the fields of `qformer.cards.Decoding`.
-
-        Raises:
-            DataError: a prompt and what is to be written behind it are too long for the LLM.
-        """
-        from transformers import RepetitionPenaltyLogitsProcessor
-
-        settings = self._decoding(decoding)
-        joined = self._join(soft, rows, left=True)
-        self._check_length(joined.mask.shape[1] + settings["max_new_tokens"])
-        penalty = RepetitionPenaltyLogitsProcessor(settings.pop("repetition_penalty"))
-        # Positions are counted by `generate` from the mask, exactly as `Joined` counts them.  The penalty is put in by
-        # hand: behind embeddings `generate` takes it off a padded row's first new tokens, as many as it has padding.
-        given = {"inputs_embeds": joined.inputs, "attention_mask": joined.mask, "logits_processor": [penalty]}
-        with self._answering():
-            lengths = joined.mask.sum(1).tolist()
-            if reading.worth(lengths) and self.reads_ahead and max(lengths) <= self._window:
-                given[self._cache_name] = self._read(joined, lengths, copies=settings["num_beams"])
-            return self.model.generate(**given, **settings)
-
-    def _read(
-        self, joined: Joined, lengths: Sequence[int], copies: int, bins: Sequence[Sequence[int]] | None = None
-    ) -> Any:
-        """The cache of prompts padded on the left, all but the last position of each, so many copies of a prompt."""
-        from transformers import DynamicCache
-
-        layout = reading.Layout.of(lengths, self.width, bins)
-        packed = layout.packing.to(self.device)
-        given = self._given(layout.packed(joined.inputs), packed.mask(self.dtype), packed.positions, cache=True)
-        read = DynamicCache()
-        if self._head_stands_alone:
-            self.model.base_model(**given, **{self._cache_name: read})
-        else:
-            self.model(**given, **{self._cache_name: read}, logits_to_keep=1)
-        return layout.padded(read.layers, DynamicCache(config=self.model.config.get_text_config(decoder=True)), copies)
-
-    @property
-    def reads_ahead(self) -> bool:
-        """Whether prompts of unlike length are read side by side before an answer is written."""
-        return self.packing and self.shards is None and self._reads_ahead
-
-    @cached_property
-    @torch.no_grad()
-    def _reads_ahead(self) -> bool:
-        """Whether what is read side by side is continued as what is read padded: asked of the model, as `_packs` is."""
-        if not (self._head_stands_alone or self._keeps_positions):
-            return False
-        soft = self._embeddings(torch.arange(2, device=self.device)[None])
-        texts = [(3, 4, 5, 9), (6,), (7, 3, 8)]
-        near = 1e-3 if self.dtype in (torch.float32, torch.float64) else 0.05
-        found = []
-        with self._answering():
-            for turned in (False, True):
-                rows = [(Slot(0), Text(ids[::-1] if turned and n != 1 else ids)) for n, ids in enumerate(texts)]
-                joined = self._join(soft, rows, left=True)
-                last = joined.inputs[:, -1:], joined.mask, joined.positions[:, -1:]
-                try:
-                    cache = self._read(joined, joined.mask.sum(1).tolist(), 1, [range(3)])
-                    after = self.model(**self._given(*last, cache=True), **{self._cache_name: cache}).logits[:, -1]
-                except CANNOT:
-                    return False
-                whole = self.model(**self._given(joined.inputs, joined.mask, joined.positions)).logits[:, -1]
-                if not torch.allclose(after, whole, rtol=near, atol=near):
-                    return False
-                found.append(after[1])
-        return torch.equal(*found)
-
-    @property
-    def _scorers(self) -> dict[str, Callable[[Tensor, Sequence[Group]], Tensor]]:
-        return {"packed": self._packed, **super()._scorers}
-
-    def _packed(self, soft: Tensor, groups: Sequence[Group]) -> Tensor:
-        """Sums of log p of the groups' candidates, each group in one row."""
-        if not all(prompt for prompt, _ in groups):
-            return self._apart(soft, groups)  # says what is wrong
-        trees = [ranking.tree_of(candidates) for _, candidates in groups]
-        joined = self._join(soft, [prompt for prompt, _ in groups], left=True)
-        fed = max(len(tree.ids) for tree in trees)
-        rows, prompt = joined.mask.shape
-        lengths = joined.mask.sum(1)
-        longest = int(lengths.max()) + max(int(tree.depths.max()) + 2 if len(tree.ids) else 1 for tree in trees)
-        self._check_length(longest)
-        if longest > self._window:  # the mask below shows everything, however far away
-            return self._behind(soft, groups)
-        ids = torch.zeros(rows, fed, dtype=torch.long)
-        depths = torch.zeros(rows, fed, dtype=torch.long)
-        sees = torch.zeros(rows, prompt + fed, prompt + fed, dtype=torch.bool)
-        sees[:, :, :prompt] = joined.mask.bool().cpu()[:, None]
-        sees[:, :prompt, :prompt] &= torch.ones(prompt, prompt, dtype=torch.bool).tril()
-        predicting = torch.zeros(rows, prompt + fed, dtype=torch.bool)
-        for row, tree in enumerate(trees):
-            count = len(tree.ids)
-            ids[row, :count], depths[row, :count] = tree.ids, tree.depths
-            sees[row, prompt : prompt + count, prompt : prompt + count] = tree.sees
-            predicting[row, prompt - 1 : prompt + count] = True
-        sees |= torch.eye(prompt + fed, dtype=torch.bool)  # padding sees itself: nothing at all would give NaN
-        hidden = torch.zeros(sees.shape, dtype=self.dtype).masked_fill(~sees, torch.finfo(self.dtype).min)
-        given = self._given(
-            torch.cat([joined.inputs, self._embeddings(ids.to(self.device))], dim=1),
-            hidden[:, None].to(self.device),
-            torch.cat([joined.positions, lengths[:, None] + depths.to(self.device)], dim=1),
-        )
-        logits = self._logits(given, predicting.to(self.device))
-        starts = torch.tensor([0, *(len(tree.ids) + 1 for tree in trees)]).cumsum(0)
-        counts = torch.tensor([0, *(len(candidates) for _, candidates in groups)]).cumsum(0)
-        places = torch.cat([tree.places + start for tree, start in zip(trees, starts, strict=False)]).to(self.device)
-        owners = torch.cat([tree.owners + count for tree, count in zip(trees, counts, strict=False)]).to(self.device)
-        log_p = _picked(logits, places, torch.cat([tree.tokens for tree in trees]).to(self.device))
-        return log_p.new_zeros(int(counts[-1])).index_add(0, owners, log_p)
-
-    @property
-    def _window(self) -> float:
-        """Positions that every block looks back on."""
-        config = self.model.config.get_text_config()
-        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        chunk = getattr(config, "attention_chunk_size", None)
-        return min(window or math.inf, chunk or math.inf)
-
-    def _behind(self, soft: Tensor, groups: Sequence[Group]) -> Tensor:
-        prompts = [prompt for prompt, _ in groups]
-        if not all(prompts):
-            return self._apart(soft, groups)  # says what is wrong
-        owner = [number for number, (_, candidates) in enumerate(groups) for _ in candidates]
-        joined = self._join(soft, prompts, left=True)
-        ids = _padded([ids for _, candidates in groups for ids in candidates], -1).to(self.device)  # (C, T)
-        self._check_length(joined.mask.shape[1] + ids.shape[1])
-        last = {"logits_to_keep": 1} if self._keeps_positions else {}
-        prefix = self.model(**self._given(joined.inputs, joined.mask, joined.positions, cache=True), **last)
-        first = token_log_likelihood(prefix.logits[:, -1][owner], ids[:, 0])
-        if ids.shape[1] == 1:
-            return first
-        fed, wanted = ids[:, :-1], ids[:, 1:]
-        cache = getattr(prefix, self._cache_name)
-        cache.batch_select_indices(torch.tensor(owner, device=self.device))
-        positions = joined.mask.sum(1)[owner][:, None] + torch.arange(fed.shape[1], device=self.device)
-        given = self._given(
-            self._embeddings(fed.clamp(min=0)),
-            torch.cat([joined.mask[owner], (fed >= 0).long()], dim=1),
-            positions,
-            cache=True,
-        )
-        logits = self.model(**given, **{self._cache_name: cache}).logits
-        scored = wanted >= 0
-        log_p = token_log_likelihood(logits[scored], wanted[scored])
-        return first.index_add(0, scored.nonzero()[:, 0], log_p)
-
-    def _given(self, inputs: Tensor, mask: Tensor | None, positions: Tensor, *, cache: bool = False) -> dict[str, Any]:
-        """What every forward pass is told; models without `position_ids` (ALiBi) count along the mask themselves."""
-        given = {"inputs_embeds": inputs, "attention_mask": mask, "use_cache": cache}
-        if "position_ids" in inspect.signature(self.model.forward).parameters:
-            given["position_ids"] = positions
-        return given
-
-    def _log_p(self, given: dict[str, Any], predicting: Tensor, tokens: Tensor) -> Tensor:
-        """Log p (M,) of tokens (M,) at the predicting positions (R, S), row by row."""
-        if self._head_stands_alone:
-            return self._log_p_of(self.model.base_model(**given).last_hidden_state[predicting], tokens)
-        return token_log_likelihood(self._logits(given, predicting), tokens)
-
-    def _logits(self, given: dict[str, Any], predicting: Tensor) -> Tensor:
-        """Which positions (R, S) predict a token that is wanted -> their logits (…, vocabulary), row by row."""
-        if self._head_stands_alone:
-            hidden = self.model.base_model(**given).last_hidden_state
-            return self.model.get_output_embeddings()(hidden[predicting])
-        if self._keeps_positions:
-            kept = predicting.any(0).nonzero().flatten()
-            return self.model(**given, logits_to_keep=kept).logits[predicting[:, kept]]
-        return self.model(**given).logits[predicting]
-
-    @cached_property
-    def _keeps_positions(self) -> bool:
-        return "logits_to_keep" in inspect.signature(self.model.forward).parameters
-
-    def _asked_twice(self) -> tuple[Tensor, Tensor]:
-        inputs = self._embeddings(torch.arange(4, device=self.device)[None])
-        given = self._given(
-            inputs, torch.ones_like(inputs[..., 0], dtype=torch.long), torch.arange(4, device=self.device)[None]
-        )
-        return self.model.base_model(**given).last_hidden_state, self.model(**given).logits
-
-
-class EncoderDecoder(LanguageTower):
-    """A sequence-to-sequence LLM: the encoder reads all but the trained span, the decoder writes it."""
-
-    is_encoder_decoder = True
-
-    def log_likelihood(self, soft: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-        """Soft tokens (N, Q, L) -> (R,) sums and (R,) counts.
-
-        Raises:
-            DataError: a row with another number of trained spans than one, at its end, or too long for the LLM.
-        """
-        for row in rows:
-            trained = [isinstance(piece, Text) and piece.trained for piece in row]
-            if trained.count(True) != 1 or not trained[-1]:
-                raise DataError(
-                    "an encoder–decoder takes one trained span a row, the last; set turns: each in the card."
-                )
-        targets = [row[-1].ids for row in rows]  # type: ignore[union-attr]
-        read, mask = self._encoded(soft, [row[:-1] for row in rows])
-        return self._decoded(read, mask, targets), torch.tensor([len(ids) for ids in targets], device=self.device)
-
-    def write(self, soft: Tensor, rows: Sequence[Row], **decoding: Any) -> Tensor:
-        """New ids (R, T), an answer per row; `decoding`: the fields of `qformer.cards.Decoding`.
-
-        Raises:
-            DataError: a prompt, or what is to be written, is too long for the LLM.
-        """
-        settings = self._decoding(decoding)
-        starts = self._starts(len(rows))
-        joined = self._join(soft, self._closed(rows))
-        self._check_length(max(joined.mask.shape[1], starts.shape[1] + settings["max_new_tokens"]))
-        given = {"inputs_embeds": joined.inputs, "attention_mask": joined.mask, "decoder_input_ids": starts}
-        with self._answering():
-            return self.model.generate(**given, **settings)[:, starts.shape[1] :]
-
-    def _behind(self, soft: Tensor, groups: Sequence[Group]) -> Tensor:
-        from transformers import DynamicCache, EncoderDecoderCache
-
-        read, mask = self._encoded(soft, [prompt for prompt, _ in groups])
-        owner = torch.tensor([n for n, (_, choices) in enumerate(groups) for _ in choices], device=self.device)
-        ids = _padded([ids for _, candidates in groups for ids in candidates], -1).to(self.device)  # (C, T)
-        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        first = self._written(read, mask, self._starts(len(groups)), cache)[:, -1]
-        sums = token_log_likelihood(first[owner], ids[:, 0])
-        if ids.shape[1] == 1:
-            return sums
-        fed, wanted = ids[:, :-1], ids[:, 1:]
-        cache.batch_select_indices(owner)
-        logits = self._written(read[owner], mask[owner], fed.clamp(min=0), cache)
-        scored = wanted >= 0
-        log_p = token_log_likelihood(logits[scored], wanted[scored])
-        return sums.index_add(0, scored.nonzero()[:, 0], log_p)
-
-    def _closed(self, rows: Sequence[Row]) -> list[Row]:
-        return [(*row, Text(self.profile.closing)) for row in rows]
-
-    def _encoded(self, soft: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-        """What the encoder makes of prompts (R, S, L), padded on the right, and the mask (R, S)."""
-        joined = self._join(soft, self._closed(rows))
-        self._check_length(joined.mask.shape[1])
-        encoder = self.model.get_encoder()
-        return encoder(inputs_embeds=joined.inputs, attention_mask=joined.mask).last_hidden_state, joined.mask
-
-    def _decoded(self, read: Tensor, mask: Tensor, targets: Sequence[Sequence[int]]) -> Tensor:
-        """(R,) sums of log p of targets, written behind the decoder's start as `generate` does."""
-        labels = _padded(targets, -1).to(self.device)
-        fed = torch.cat([self._starts(len(labels)), labels[:, :-1].clamp(min=0)], dim=1)
-        scored, width = labels >= 0, labels.shape[1]
-        if self._head_stands_alone:
-            log_p = self._log_p_of(self._hidden(read, mask, fed)[:, -width:][scored], labels[scored])
-        else:
-            log_p = token_log_likelihood(self._written(read, mask, fed)[:, -width:][scored], labels[scored])
-        return log_p.new_zeros(len(labels)).index_add(0, scored.nonzero()[:, 0], log_p)
-
-    def _hidden(self, read: Tensor, mask: Tensor, fed: Tensor) -> Tensor:
-        """What the output layer reads (R, T, L) behind ids (R, T)."""
-        self._check_length(fed.shape[1])
-        given = {"encoder_hidden_states": read, "encoder_attention_mask": mask, "use_cache": False}
-        return self.model.get_decoder()(input_ids=fed, **given).last_hidden_state
-
-    def _asked_twice(self) -> tuple[Tensor, Tensor]:
-        read = self._embeddings(torch.arange(4, device=self.device)[None])
-        mask, fed = torch.ones_like(read[..., 0], dtype=torch.long), torch.arange(4, device=self.device)[None]
-        return self._hidden(read, mask, fed), self._written(read, mask, fed)
-
-    def _starts(self, rows: int) -> Tensor:
-        """(R, D) ids that a decoder is given: the one it starts with, and what the profile has behind it."""
-        ids = (self.model.generation_config.decoder_start_token_id, *self.profile.decoder_opening)
-        return torch.tensor([ids] * rows, device=self.device)
-
-    def _written(self, read: Tensor, mask: Tensor, fed: Tensor, cache: Any | None = None) -> Tensor:
-        """Logits (R, T, vocabulary) of the decoder behind ids (R, T), and behind what the cache holds."""
-        from transformers.modeling_outputs import BaseModelOutput
-
-        self._check_length(fed.shape[1])
-        return self.model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=read),
-            attention_mask=mask,
-            decoder_input_ids=fed,
-            use_cache=cache is not None,
-            **{self._cache_name: cache},
-        ).logits
-
-
 def fingerprint(embeddings: Tensor) -> Tensor:
     """64 fixed rows of a table of embeddings (words, L) in float32, spread evenly below id 1,000.
 
@@ -771,13 +410,7 @@ def _silence_dropout(model: Any) -> None:
                     setattr(holder, name, 0.0)
 
 
-def _picked(logits: Tensor, places: Tensor, tokens: Tensor) -> Tensor:
-    """Log p (E,) of tokens (E,) by logits (N, vocabulary) at places (E,); in float32 at least."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits[places, tokens] - logits.logsumexp(-1)[places]
-
-
-def _padded(rows: Sequence[Sequence[int]], filler: int, left: bool = False) -> Tensor:
+def padded(rows: Sequence[Sequence[int]], filler: int, left: bool = False) -> Tensor:
     """Lists of whole numbers as one (R, S) tensor."""
     longest = max(map(len, rows))
     if left:

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from qformer.backbones import inside
-from qformer.backbones.language import DecoderOnly, EncoderDecoder, LanguageTower
+from qformer.backbones.decoder_only import DecoderOnly
+from qformer.backbones.encoder_decoder import EncoderDecoder
+from qformer.backbones.language import LanguageTower
 from qformer.config import LanguageConfig
 from qformer.errors import ConfigError, reason
 from qformer.text import Profile, profile_from_tokenizer
