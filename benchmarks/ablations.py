@@ -1,11 +1,11 @@
 """The demo with one switch turned, over several seeds: `python benchmarks/ablations.py [--full] [--seeds 3]`.
 
-Variants: the demo as it is; a Q-Former that reads no instruction; a mixture in proportion to the sets' sizes instead
-of their square roots; records grouped by picture, up to four together (`data.per_picture`); with `--full`, on all
-thirteen held-in sets, also inputs and outputs without templates (InstructBLIP, table 2 and section 3.3).  A run that is
-done is not made again, and one that was interrupted goes on, so the command can be stopped and started at will.  It
-ends with a table in Markdown: the mean over seeds, the spread of the seeds, and the difference from the whole with a
-95 % interval of the paired differences (Student's t over seeds).
+Variants: the demo as it is; a Q-Former that reads no instruction; a mixture that draws every set alike instead of by the
+square roots of their sizes, as `configs/no_balancing.yaml` does; records grouped by picture, up to four together
+(`data.per_picture`); with `--full`, on all thirteen held-in sets, also inputs and outputs without templates
+(InstructBLIP, table 2 and section 3.3).  A run that is done is not made again, and one that was interrupted goes on, so
+the command can be stopped and started at will.  It ends with a table in Markdown: the mean over seeds, the spread of
+the seeds, and the difference from the whole with a 95 % interval of the paired differences (Student's t over seeds).
 
 `--only "grouped by picture"` makes that variant, and what it is compared with, alone; it may be given several times.
 """
@@ -25,7 +25,7 @@ from qformer.evaluate.run import file_name
 VARIANTS = {
     "as it is": (),
     "no instruction in the Q-Former": ("qformer.instruction=false",),
-    "no balancing": ("data.sampling=proportional",),
+    "no balancing": ("data.sampling=uniform",),
     "grouped by picture": ("data.per_picture=4",),
     "no templates": ("data.variant=plain",),
 }
