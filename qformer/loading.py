@@ -37,7 +37,7 @@ from qformer.instruction import check_reading, instruction_tokenizer, published_
 from qformer.named import Named, load_encoder, load_towers, located
 from qformer.nn.qformer import QFormer, QFormerConnector, QFormerSize
 from qformer.processes import ALONE, Processes
-from qformer.published import load_published, published_settings
+from qformer.published_models import load_published, published_settings
 from qformer.saved import adapter_directory, adapter_tensors, adapters_of, describe, is_published
 from qformer.starting import Source
 from qformer.vlm import ADAPTER_FILE, CONFIG_FILE, VLM, to_stderr
