@@ -1,7 +1,7 @@
 """The demo with one switch turned, over several seeds: `python benchmarks/ablations.py [--full] [--seeds 3]`.
 
-Variants: the demo as it is; a Q-Former that reads no instruction; a mixture that draws every set alike instead of by the
-square roots of their sizes, as `configs/no_balancing.yaml` does; records grouped by picture, up to four together
+Variants: the demo as it is; a Q-Former that reads no instruction; a mixture that draws every set alike instead of by
+the square roots of their sizes, as `configs/no_balancing.yaml` does; records grouped by picture, up to four together
 (`data.per_picture`); with `--full`, on all thirteen held-in sets, also inputs and outputs without templates
 (InstructBLIP, table 2 and section 3.3).  A run that is done is not made again, and one that was interrupted goes on, so
 the command can be stopped and started at will.  It ends with a table in Markdown: the mean over seeds, the spread of
