@@ -137,7 +137,12 @@ def score(
         raise ConfigError("no task to score; name cards, or 'held_in' or 'held_out'.")
     check(chosen, Path(data))
     kept = habits.load(decoding) if decoding is not None else None
-    table = published.load(against.partition(":")[0]) if against is not None else None
+    table, row = None, ""
+    if against is not None:
+        name, _, row = against.partition(":")
+        table = published.load(name)
+        if row:
+            table.row(row, "")  # one that is not there is refused before the model is loaded
     if prompt_sweep:
         sweep.check(chosen)
         if against is not None:
@@ -168,9 +173,8 @@ def score(
     if prompt_sweep:
         for line in sweep.check(chosen):  # the prompts may have become others
             say(line)
-    row = ""
     if table is not None:
-        row = table.row((against or "").partition(":")[2], model.settings.language.name)
+        row = table.row(row, model.settings.language.name)
     about = origin(model, None if isinstance(source, vlm.VLM) else source)
     seed = seed if seed is not None else own_seed(run)
 
@@ -207,12 +211,13 @@ def score(
                     return scored(chosen, wordings, where, shuffled=False, finish=False, say=say)
 
                 found = sweep.sweep(chosen, one, output, processes)
-                say(as_text(sweep.table(found)))
+                for shown in sweep.tables(found):
+                    say(as_text(shown))
                 return found
             results = scored(chosen, None, output, shuffled=shuffled, say=say)
             if table is not None:
                 beside, left_out = published.compared(results, table, row)
-                for line in (*left_out, *([as_text(beside)] if beside.rows else []), *published.remarks(table, row)):
+                for line in (*left_out, *map(as_text, beside), *published.remarks(table, row)):
                     say(line)
             return results
     finally:

@@ -278,9 +278,9 @@ def test_ours_stand_beside_published_scores_with_the_difference() -> None:
     ours = {
         "gqa": result(),
         "nocaps": result(metric="cider", score=1.25, interval=[None, None], split="val"),
-        "scienceqa:hint_and_lecture+as_lavis": result(metric="accuracy", score=0.6),
+        "scienceqa:hint_and_lecture+as_lavis": result(metric="accuracy", score=0.6, split="test"),
     }
-    table, left_out = published.compared(ours, paper, paper.row("", "lmsys/vicuna-7b-v1.1"))
+    [table], left_out = published.compared(ours, paper, paper.row("", "lmsys/vicuna-7b-v1.1"))
     shown = as_text(table)
     for words in ("49.2*", "+0.8", "50.0 (48.0 to 52.0)", "125.0", "123.1*", "+1.9", "60.5", "-0.5", "abc"):
         assert words in shown
@@ -296,18 +296,18 @@ def test_a_published_mean_stands_beside_ours_where_all_its_cards_were_scored_who
     paper = published.load("paper")
     ours = {
         "coco_caption": result(metric="cider", score=1.4), "textcaps": result(metric="cider", score=1.2),
-        "okvqa": result(metric="vqa_accuracy", score=0.5), "aokvqa": result(metric="vqa_accuracy", score=0.6),
+        "okvqa": result(metric="vqa_accuracy", score=0.5, split="val2014", recipe="okv"),
+        "aokvqa": result(metric="vqa_accuracy", score=0.6, split="val"),
     }  # fmt: skip
-    table, _ = published.compared(ours, paper, "vicuna7b_no_balancing")
+    [table], _ = published.compared(ours, paper, "vicuna7b_no_balancing")
     [cells] = zip(*(column.cells for column in table.columns))
     assert cells[:6] == ("held_in", "mean", "92.5", "98.8*", "-6.3", "50,312")
-    assert cells[7] == "mean over coco_caption, okvqa, aokvqa, textcaps"
-    spoiled = [
-        {**ours, "okvqa": result(**change)} for change in ({"partial": True}, {"score": None}, {"published_size": 3})
-    ]
+    assert cells[7:] == ("mean over coco_caption, okvqa, aokvqa, textcaps", "abc, okv, abc, abc")
+    changes = ({"partial": True}, {"score": None}, {"published_size": 3}, {"split": "train2014"})
+    spoiled = [{**ours, "okvqa": {**ours["okvqa"], **change}} for change in changes]
     for given in (*spoiled, {"gqa": result(published_size=None)}):
-        table, _ = published.compared(given, paper, "vicuna7b_no_balancing")
-        assert "mean" not in [cell for column in table.columns for cell in column.cells]
+        tables, _ = published.compared(given, paper, "vicuna7b_no_balancing")
+        assert "mean" not in [cell for table in tables for column in table.columns for cell in column.cells]
     means = {name: row.averages["held_in"] for name, row in paper.rows.items() if row.averages}
     assert means == {
         "flant5xl": 94.1, "flant5xl_no_instruction": 89.8, "flant5xl_no_balancing": 92.6,
@@ -334,8 +334,34 @@ def test_a_published_mean_stands_beside_ours_where_all_its_cards_were_scored_who
     ],
 )
 def test_what_cannot_stand_beside_a_published_score_is_said(key: str, changes: dict[str, Any], message: str) -> None:
-    table, left_out = published.compared({key: result(**changes)}, published.load("paper"), "vicuna7b")
-    assert not table.rows and message in left_out[0]
+    tables, left_out = published.compared({key: result(**changes)}, published.load("paper"), "vicuna7b")
+    assert not tables and message in left_out[0]
+
+
+def test_scores_of_another_split_stand_apart_and_have_no_difference() -> None:
+    ours = {
+        "gqa": result(),
+        "vizwiz": result(metric="vqa_accuracy", score=0.433, split="val"),
+        "scienceqa:val": result(metric="accuracy", split="val"),
+        "visdial:last_round": result(metric="retrieval", split="val_last_round"),
+        "hatefulmemes:dev_unseen": result(metric="auroc", split="dev_unseen"),  # which of the two is not said
+    }
+    [beside, apart], said = published.compared(ours, published.load("paper"), "vicuna7b")
+    assert list(beside.columns[0].cells) == ["gqa", "hatefulmemes:dev_unseen"]
+    assert list(apart.columns[0].cells) == ["vizwiz", "scienceqa:val", "visdial:last_round"]
+    assert set(apart.columns[4].cells) == {"another split"}
+    assert "ours are of other splits, so there is no difference to give" in as_text(apart)
+    assert said[0] == (
+        "vizwiz: it was scored on val, and what is published is of test-dev, scored by a server: another split, so the "
+        "two stand apart and without a difference."
+    )
+    assert [line.partition(":")[0] for line in said] == ["vizwiz", "scienceqa", "visdial"]
+
+
+def test_combined_variants_stand_beside_what_is_published_for_one_of_them() -> None:
+    ours = {"aokvqa:coco2014+multiple_choice": result(metric="accuracy", score=0.8, split="val")}
+    [table], said = published.compared(ours, published.load("paper"), "vicuna7b_finetuned")
+    assert "75.7" in as_text(table) and not said
 
 
 def test_a_row_is_found_by_the_llm_or_by_its_name() -> None:
@@ -360,9 +386,13 @@ def test_published_tables_name_cards_and_metrics_that_there_are() -> None:
         assert len(table.source) > 20
         assert all(cards.load(key).eval for keys in table.averages.values() for key in keys)
         for key, of in table.sets.items():
-            section = cards.load(key).eval
+            card = cards.load(key)
+            section = card.eval
             assert section is not None and set(of.metrics) <= set(METRICS), key
             assert section.metric in of.metrics, key  # what the card gives can stand beside what is published
+            known = {section.split, *(changes.get("eval", {}).get("split") for changes in card.variants.values())}
+            assert set(of.splits) <= known, key
+            assert (section.split in of.splits) == (key != "vizwiz"), key  # whose published split is a server's
     paper = published.load("paper")
     zero_shot = [paper.rows[name] for name in ("flant5xl", "flant5xxl", "vicuna7b", "vicuna13b")]
     held_out = set(cards.load_all(["held_out"], "eval"))
@@ -428,9 +458,17 @@ def test_a_sweep_scores_each_listed_prompt_and_names_best_median_and_worst(tmp_p
     third = (tmp_path / "eval" / "prompts" / "2" / "colours.predictions.jsonl").read_text().splitlines()
     assert json.loads(third[0])["instruction"].startswith("Z what colour")
     assert not list((tmp_path / "eval").rglob(".unfinished"))
-    shown = as_text(sweep.table({"colours": content}))
+    [shown] = map(as_text, sweep.tables({"colours": content}))
     for words in ("own, best", "median", "worst", "W {instruction}", content["prompts"][2]["recipe"]):
         assert words in shown
+
+
+def test_a_sweep_of_a_part_has_a_table_of_its_own(tmp_path: Path) -> None:
+    whole = swept(tmp_path)["colours"]
+    part = swept(tmp_path, given={"limit": 9})["colours"]
+    one, other = map(as_text, sweep.tables({"one": part, "other": whole}))
+    assert "other" in one and "partial" not in one
+    assert "Prompts, on parts of sets (" in other and "9 of 60, partial" in other and "│ other" not in other
 
 
 def test_a_sweep_that_leaves_broken_records_out_keeps_no_answers_on_any_machine(tmp_path: Path) -> None:
@@ -701,6 +739,7 @@ def test_the_command_line_sweeps_decodes_and_compares(place: Path, capsys: pytes
         (["run", "--tasks", "gqa", "--data", ".", "--decoding", "lavi"], 2, "unknown way of decoding 'lavi'"),
         (["run", "--tasks", "gqa", "--data", ".", "--prompt-sweep", "--against", "paper"], 2, "gives many scores of a"),
         (["run", "--tasks", "gqa", "--data", ".", "--against", "papr"], 2, "unknown published table 'papr'"),
+        (["run", "--tasks", "gqa", "--data", ".", "--against", "paper:flan"], 2, "unknown row of the published table"),
     ],
 )
 def test_wrong_usage_is_one_sentence(

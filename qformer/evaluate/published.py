@@ -19,6 +19,8 @@ class PublishedSet:
 
     metrics: list[str]
     """The names here that a score may have to stand beside them."""
+    splits: list[str]
+    """The splits, as cards name theirs, that a score may be of to stand beside them."""
     split: str
     """In words."""
 
@@ -87,15 +89,16 @@ def load(name: str) -> Published:
     return config.shipped(Published, "configs/published", name, "published table")
 
 
-def compared(results: Mapping[str, Mapping[str, Any]], published: Published, row: str) -> tuple[Table, list[str]]:
-    """Each score beside the published one with the difference, and in sentences what could not be put beside one."""
-    from rich.table import Table
+def compared(
+    results: Mapping[str, Mapping[str, Any]], published: Published, row: str
+) -> tuple[list[Table], list[str]]:
+    """Each score beside the published one with the difference, and in sentences what could not be put beside one.
 
+    Scores of another split than the published one have a table of their own, which gives no difference.
+    """
     chosen = published.rows[row]
-    shown = Table(title=f"{published.title}: {chosen.title}")
-    for heading in ("task", "metric", "ours", "published", "difference", "n", "our split", "published on", "recipe"):
-        right = heading in ("ours", "published", "difference", "n")
-        shown.add_column(heading, justify="right" if right else "left")
+    title = f"{published.title}: {chosen.title}"
+    shown, apart = _table(title), _table(f"{title}; ours are of other splits, so there is no difference to give")
     left_out = []
     for key, result in results.items():
         name = _listed(key, chosen)
@@ -117,32 +120,57 @@ def compared(results: Mapping[str, Mapping[str, Any]], published: Published, row
         elif result["score"] is None:
             left_out.append(f"{key}: it has no score.")
         else:
-            ours, theirs = 100 * result["score"], chosen.scores[name]
+            of, ours, theirs = published.sets[name], 100 * result["score"], chosen.scores[name]
             low, high = (None if end is None else 100 * end for end in result["interval"])
             around = "" if low is None else f" ({low:.1f} to {high:.1f})"
             mark = "" if name in chosen.checked else "*"
-            shown.add_row(
+            alike = result["split"] in of.splits
+            if not alike:
+                left_out.append(
+                    f"{key}: it was scored on {result['split']}, and what is published is of {of.split}: another "
+                    f"split, so the two stand apart and without a difference."
+                )
+            (shown if alike else apart).add_row(
                 key,
                 result["metric"],
                 f"{ours:.1f}{around}",
                 f"{theirs:.1f}{mark}",
-                f"{ours - theirs:+.1f}",
+                f"{ours - theirs:+.1f}" if alike else "another split",
                 f"{result['samples']:,}",
                 result["split"],
-                published.sets[name].split,
+                of.split,
                 result["recipe"],
             )
     for average, theirs in chosen.averages.items():
-        whole = [results[key] for key in published.averages[average] if key in results]
-        lacking = [each for each in whole if each["partial"] or each["score"] is None]
-        other = [each for each in whole if each.get("published_size") not in (None, each["of"])]
-        if len(whole) == len(published.averages[average]) and not lacking and not other:
+        cards = published.averages[average]
+        whole = [results[key] for key in cards if key in results]
+        if len(whole) == len(cards) and all(_as_published(key, results[key], published) for key in cards):
             ours = sum(100 * result["score"] for result in whole) / len(whole)
             counts = f"{sum(result['samples'] for result in whole):,}"
-            over = f"mean over {', '.join(published.averages[average])}"
             numbers = (f"{ours:.1f}", f"{theirs:.1f}*", f"{ours - theirs:+.1f}")
-            shown.add_row(average, "mean", *numbers, counts, "", over, "")
-    return shown, left_out
+            recipes = ", ".join(result["recipe"] for result in whole)
+            shown.add_row(average, "mean", *numbers, counts, "", f"mean over {', '.join(cards)}", recipes)
+    return [table for table in (shown, apart) if table.rows], left_out
+
+
+def _table(title: str) -> Table:
+    from rich.table import Table
+
+    shown = Table(title=title)
+    for heading in ("task", "metric", "ours", "published", "difference", "n", "our split", "published on", "recipe"):
+        right = heading in ("ours", "published", "difference", "n")
+        shown.add_column(heading, justify="right" if right else "left")
+    return shown
+
+
+def _as_published(key: str, result: Mapping[str, Any], published: Published) -> bool:
+    """Whether a score is of all of the split that one part of a published mean is of, as far as that is known."""
+    whole = not result["partial"] and result["published_size"] in (None, result["of"])
+    return (
+        whole
+        and result["score"] is not None
+        and (key not in published.sets or result["split"] in published.sets[key].splits)
+    )
 
 
 def remarks(published: Published, row: str) -> list[str]:
@@ -154,10 +182,9 @@ def remarks(published: Published, row: str) -> list[str]:
 
 
 def _listed(key: str, row: PublishedRow) -> str | None:
-    """What a card's score is published under: its key without the habits of another code base, or its name."""
+    """What a card's score is published under: its name with one of its variants, or its name."""
     name, _, variant = key.partition(":")
-    variant = variant.partition("+")[0]
-    for each in (f"{name}:{variant}", name):
+    for each in (*(f"{name}:{part}" for part in variant.split("+")), name):
         if each in row.scores:
             return each
     return None

@@ -83,11 +83,22 @@ def _summary(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**shared, "prompts": list(found), **{name: places.index(value) for name, value in picked.items()}}
 
 
-def table(content: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Best, median and worst wording of each card beside its own, then every wording."""
+def tables(content: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+    """Best, median and worst wording of each card beside its own, then every wording; parts of sets apart from whole
+    ones, as scores are.
+    """
+    shown = []
+    for partial in (False, True):
+        chosen = {key: each for key, each in content.items() if each["partial"] is partial}
+        if chosen:
+            shown.append(_table(chosen, ", on parts of sets" if partial else ""))
+    return shown
+
+
+def _table(content: Mapping[str, Mapping[str, Any]], where: str) -> Table:
     from rich.table import Table
 
-    shown = Table(title="Prompts (the card's own is the first; none was chosen by its score)")
+    shown = Table(title=f"Prompts{where} (the card's own is the first; none was chosen by its score)")
     for heading in ("task", "", "score", "n", "recipe", "prompt"):
         shown.add_column(heading, justify="right" if heading in ("score", "n") else "left", overflow="fold")
     for key, each in content.items():
