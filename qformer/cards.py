@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
 import string
 from collections.abc import Iterable, Mapping
@@ -175,7 +176,7 @@ class TaskCard:
     notes: list[str] = field(default_factory=list)
     """What the paper leaves open and which choice was made."""
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Named changes, taken as `name:variant`; null takes a file or an option away."""
+    """Named changes, taken as `name:variant`, or several as `name:one+other`; null takes a file or an option away."""
     variant: str = ""
 
     @property
@@ -185,10 +186,12 @@ class TaskCard:
 
 
 def load(name: str) -> TaskCard:
-    """The card of a shipped name, `name:variant`, or a YAML file.
+    """The card of a shipped name, `name:variant`, `name:one+other`, or a YAML file; a file may have variants behind it.
+
+    However several variants are ordered, the card has them in the order of its file: they are one card and one recipe.
 
     Raises:
-        ConfigError: no such card or variant, an unknown key, a wrong type.
+        ConfigError: no such card or variant, variants that contradict each other, an unknown key, a wrong type.
     """
     base, _, variant = name.partition(":")
     path = resources.find("tasks", base, "task card")
@@ -209,10 +212,9 @@ def _loaded(path: Path, content: bytes | None, variant: str) -> TaskCard:
     config.check_shape(TaskCard, raw, str(path))
     known = raw.pop("variants", None) or {}
     if variant:
-        if variant not in known:
-            raise ConfigError(f"{path}: no variant '{variant}'.{did_you_mean(variant, known)}")
-        config.check_shape(TaskCard, known[variant], f"{path}: variant '{variant}'")
-        raw = OmegaConf.to_container(OmegaConf.merge(raw, known[variant] or {}))  # type: ignore[assignment]
+        parts = _parts(path, variant, known)
+        variant = "+".join(parts)
+        raw = OmegaConf.to_container(OmegaConf.merge(raw, *parts.values()))  # type: ignore[assignment]
         for section in ("train", "eval"):
             for group in ("files", "options"):  # null takes away what the card has and the variant's reader has not
                 given = (raw.get(section) or {}).get(group)
@@ -231,6 +233,37 @@ def _loaded(path: Path, content: bytes | None, variant: str) -> TaskCard:
             raise ConfigError(f"{path}: the card lacks '{key}'.")
     card = config.structured(TaskCard, [(str(path), raw)])
     return replace(card, variant=variant, variants=known)
+
+
+def _parts(path: Path, variant: str, known: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The changes of one variant or of several, in the file's order.
+
+    Raises:
+        ConfigError: one is not known, named twice, or sets what another sets to something else.
+    """
+    asked = variant.split("+")
+    for name in asked:
+        if name not in known:
+            raise ConfigError(f"{path}: no variant '{name}'.{did_you_mean(name, known)}")
+        if asked.count(name) > 1:
+            raise ConfigError(f"{path}: the variant '{name}' is named twice in '{variant}'; name it once.")
+        config.check_shape(TaskCard, known[name], f"{path}: variant '{name}'")
+    parts = {name: changes or {} for name, changes in known.items() if name in asked}
+    for (one, mine), (other, theirs) in itertools.combinations(parts.items(), 2):
+        if key := _contradicted(mine, theirs):
+            raise ConfigError(
+                f"{path}: the variants '{one}' and '{other}' both set {key}, and not alike, so they do not go "
+                f"together; name one of them, or write a variant of your own."
+            )
+    return parts
+
+
+def _contradicted(one: Any, other: Any, where: str = "") -> str:
+    """The first key, dotted, that two sets of changes set to different values; empty where there is none."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        shared = [_contradicted(one[key], other[key], f"{where}.{key}" if where else key) for key in one if key in other]
+        return next(filter(None, shared), "")
+    return where if one != other else ""
 
 
 def load_all(

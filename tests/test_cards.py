@@ -309,3 +309,38 @@ def test_a_variant_changes_its_keys_and_keeps_the_rest() -> None:
     assert variant.eval.files == plain.eval.files
     assert (plain.eval.answer, variant.eval.answer) == ("generate", "rank")
     assert variant.eval.options["form"] == "multiple_choice"
+
+
+def test_variants_are_combined_with_a_plus() -> None:
+    both = cards.load("scienceqa:hint_and_lecture+lettered")
+    assert both.key == "scienceqa:hint_and_lecture+lettered" and both.eval and both.train
+    assert both.eval.options == {"split": "test", "context": "hint_and_lecture", "rank": "lettered"}
+    assert both.train.options["rank"] == "lettered"
+    assert cards.load("scienceqa:lettered+hint_and_lecture") == both  # one card, one file of scores, one recipe
+    with pytest.raises(ConfigError, match=r"the card 'scienceqa:hint_and_lecture\+lettered' is named twice"):
+        cards.load_all(["scienceqa:hint_and_lecture+lettered", "scienceqa:lettered+hint_and_lecture"], "eval")
+    three = cards.load("hatefulmemes:best+no_end+dev_unseen").eval
+    assert three and (three.metric_options["pool"], three.end, three.split) == ("best", False, "dev_unseen")
+    assert [card.eval.metric for card in map(cards.load, ["vizwiz:hub+lavis_scorer"]) if card.eval] == ["vqa_accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("scienceqa:letters+lettered", r"'letters' and 'lettered' both set train\.options\.rank, and not alike, so they"),
+        ("aokvqa:hub+multiple_choice", r"'multiple_choice' and 'hub' both set eval\.options\.difficult, and not alike"),
+        ("aokvqa:test+sampled", r"'test' and 'sampled' both set train, and not alike"),
+        ("vizwiz:hub+test_dev", r"'test_dev' and 'hub' both set downloads, and not alike"),
+        ("scienceqa:val+leters", r"no variant 'leters'\. Did you mean 'letters'\?"),
+        ("scienceqa:val+", r"no variant ''\. Known: "),
+        ("scienceqa:val+val", r"the variant 'val' is named twice in 'val\+val'; name it once"),
+    ],
+)
+def test_variants_that_do_not_go_together_are_refused(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        cards.load(name)
+
+
+def test_no_variants_name_could_be_taken_for_a_combination_or_for_habits_of_another_code() -> None:
+    habits = [f"as_{name}" for name in resources.names("configs/decoding")]
+    assert not [name for name in with_variants() if "+" in name or name.partition(":")[2] in habits]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import zipfile
 from collections.abc import Callable, Sequence
@@ -312,6 +313,27 @@ def test_relevances_of_another_split_are_told(copy: Path) -> None:
     file.write_text(json.dumps([{"image_id": 284024, "round_id": 1, "gt_relevance": [0.5]}]))
     with pytest.raises(DataError, match="record 284024/1: it has 100 candidates and 1 relevances"):
         read(copy, "visdial:dense")
+    for wrong in ("high", True, 2, -0.1):
+        file.write_text(json.dumps([{"image_id": 284024, "round_id": 1, "gt_relevance": [wrong] * 100}]))
+        with pytest.raises(DataError, match=r"one of 'gt_relevance' is .+; it must be a number from 0 to 1"):
+            read(copy, "visdial:dense")
+
+
+def test_rounds_that_people_judged_have_ndcg_beside_their_ranks(root: Path, tmp_path: Path) -> None:
+    """Who knows the truth ranks the others as the file does, and finds what people found as fitting or does not."""
+    result, said = scored(root, tmp_path, "visdial:dense")
+    expected = []
+    for sample in read(root, "visdial:dense"):
+        relevance = sample.fields["relevance"]
+        truth = sample.candidates.index(sample.references[0])
+        order = [truth, *(place for place in range(100) if place != truth)]
+        most = sum(value > 0 for value in relevance)
+        gained = sum(relevance[place] / math.log2(rank + 2) for rank, place in enumerate(order[:most]))
+        best = sum(each / math.log2(rank + 2) for rank, each in enumerate(sorted(relevance, reverse=True)[:most]))
+        expected.append(gained / best)
+    assert result["beside"]["NDCG"] == pytest.approx(sum(expected) / len(expected)) and result["score"] == 1.0
+    assert f"NDCG {100 * result['beside']['NDCG']:.1f}" in said
+    assert "NDCG" not in scored(root, tmp_path, "visdial")[0]["beside"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -263,11 +264,34 @@ def test_ivqa_accuracy_is_that_of_ivqa(matches: int, score: float) -> None:
 
 
 def test_ivqa_accuracy_is_what_the_rule_says_on_a_thousand_answers() -> None:
+    """The set's own code counts equal words among five, two of which are enough, once case and full stops are gone."""
     generator = np.random.default_rng(5)
+    met = set()
     for _ in range(1000):
-        truths = [str(word) for word in generator.choice(["carrot", "carrots", "vegetable"], 5)]
-        said = str(generator.choice(["carrot", "carrots", "food"]))
-        assert scored("ivqa_accuracy", said, truths) == min(sum(truth == said for truth in truths) / 2, 1)
+        truths = [str(word) for word in generator.choice(["carrot", "Carrot", "carrots", "vegetable"], 5)]
+        said = str(generator.choice(["carrot", "CARROT", "carrot.", " Carrots. ", "food"]))
+        alike = [truth.lower() for truth in truths].count(said.strip().rstrip(".").lower())
+        met.add(alike)
+        assert scored("ivqa_accuracy", said, truths) == min(alike / 2, 1), (said, truths)
+    assert met == {0, 1, 2, 3, 4, 5}
+
+
+@pytest.mark.parametrize("rule", ["none", "vqa"])
+def test_gqa_accuracy_is_what_the_rules_say_on_a_thousand_answers(rule: str) -> None:
+    """The set's scorer compares strings as they are; LAVIS's puts both through the VQA scorer's steps before."""
+    generator = np.random.default_rng(7)
+    asked = ["red", "Red", "yes", "no", "two", "2", "t-shirt", "fire hydrant", "the left"]
+    made = {"two": "2", "t-shirt": "t shirt", "the left": "left"}  # by those steps
+    right = 0.0
+    for _ in range(1000):
+        truth, said = (str(word) for word in generator.choice(asked, 2))
+        said = said.upper() if generator.random() < 0.2 else f"{said}." if generator.random() < 0.3 else said
+        plain = [text.lower().rstrip(".") for text in (said, truth)] if rule == "vqa" else [said, truth]
+        one, other = (made.get(text, text) if rule == "vqa" else text for text in plain)
+        wanted = float(one == other)
+        assert scored("exact_match", said, [truth], normaliser=rule) == wanted, (said, truth)
+        right += wanted
+    assert 50 < right < 500
 
 
 # -- CIDEr ------------------------------------------------------------------------------------------------------------
@@ -540,6 +564,57 @@ def test_ranks_are_those_of_torchmetrics_on_a_thousand_answers() -> None:
     assert {most: numbers(outcome)[f"R@{most}"] for most in hits} == pytest.approx(hits)
 
 
+def judged(likelihoods: Sequence[float], relevance: Sequence[float]) -> tuple[Answer, Sample]:
+    answer, each = placed(likelihoods)
+    return answer, dataclasses.replace(each, fields={"relevance": list(relevance)})
+
+
+def test_ndcg_by_hand() -> None:
+    """Three of five have a relevance, so three places count, weighing 1, 1 / log2(3) = 0.63093 and 1 / 2.
+
+    In the first the likeliest are of 0.5, 0 and 1: (0.5 + 0.5) / (1 + 0.63093 * 0.5 + 0.5 * 0.2); the second is in
+    order; the third has nothing relevant where it counts.
+    """
+    relevance = [0.0, 1.0, 0.2, 0.5, 0.0]
+    given = [judged(order, relevance) for order in ([-2, -3, -4, -1, -5], [-9, -1, -3, -2, -9])]
+    assert [_ndcg_of(each) for each in given] == pytest.approx([1.0 / 1.415465, 1.0], abs=1e-6)
+    assert _ndcg_of(judged([-1, -2, -3], [0.0, 0.0, 0.4])) == 0.0
+    outcome = retrieved(*given, placed([0, -1]))  # one that nobody judged is left out
+    assert numbers(outcome)["NDCG"] == pytest.approx((1.0 / 1.415465 + 1) / 2, abs=1e-6)
+    assert outcome.beside["NDCG"](np.array([1, 2])) == 1.0 and outcome.beside["NDCG"](np.array([2])) is None
+    assert outcome.scores == pytest.approx([1 / 2, (1 / 4 + 1 / 5) / 2, 1.0])  # the truth is the first candidate
+
+
+def _ndcg_of(pair: tuple[Answer, Sample]) -> float | None:
+    return numbers(retrieved(pair))["NDCG"]
+
+
+def test_ndcg_of_equals_is_that_of_their_orders_on_average() -> None:
+    """Of two as likely one is relevant: it comes first or second, 1 or 0 in the one place that counts."""
+    assert _ndcg_of(judged([-1, -1, -2], [0.0, 0.8, 0.0])) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("relevance", ["high", [0.5], [0, 0, 0.0]])
+def test_there_is_no_ndcg_without_a_relevance_for_each_candidate(relevance: Any) -> None:
+    answer, each = placed([0, -1, -2])
+    assert "NDCG" not in numbers(retrieved((answer, dataclasses.replace(each, fields={"relevance": relevance}))))
+
+
+def test_ndcg_is_torchmetrics_on_a_thousand_answers() -> None:
+    """Which counts to a place that is given it."""
+    import torch
+    from torchmetrics.functional.retrieval import retrieval_normalized_dcg
+
+    generator = np.random.default_rng(6)
+    for _ in range(1000):
+        relevance = np.where(generator.random(20) < 0.6, 0, generator.integers(1, 6, 20) / 5)
+        likelihoods = generator.normal(size=20)
+        relevance[0] = 0.2
+        most = np.count_nonzero(relevance)
+        wanted = retrieval_normalized_dcg(torch.tensor(likelihoods), torch.tensor(relevance), top_k=int(most))
+        assert _ndcg_of(judged(likelihoods, relevance)) == pytest.approx(float(wanted), abs=1e-6)
+
+
 def test_a_truth_that_is_no_candidate_has_no_rank() -> None:
     with pytest.raises(DataError, match=r"sample '0': the answer 'x' is none of its 2 candidates, so it has no rank"):
         METRICS["retrieval"].fits(sample("x"), ("a", "b"), {})
@@ -580,6 +655,20 @@ def test_auroc_is_the_share_of_pairs_in_order() -> None:
     outcome = metrics.auroc(answers, [sample("yes" if label else "no") for label in labels], GROUPS)
     pairs = [(high > low) + (high == low) / 2 for high in margins[labels == 1] for low in margins[labels == 0]]
     assert outcome.score == pytest.approx(np.mean(pairs), abs=1e-6)
+
+
+def test_auroc_is_the_rank_sum_on_a_thousand_answers() -> None:
+    """(Sum of the positives' ranks, equals sharing theirs, less the least it can be) / number of pairs."""
+    generator = np.random.default_rng(8)
+    labels = generator.integers(0, 2, 1000)
+    margins = np.round(generator.normal(size=1000) + labels, 1)  # many are equal
+    answers = [Answer("", ("yes", "no"), (margin, 0.0)) for margin in margins]
+    outcome = metrics.auroc(answers, [sample("yes" if label else "no") for label in labels], GROUPS)
+    _, level, counts = np.unique(margins, return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum() - (counts - 1) / 2)[level]
+    positives, negatives = labels.sum(), (1 - labels).sum()
+    area = (ranks[labels == 1].sum() - positives * (positives + 1) / 2) / (positives * negatives)
+    assert outcome.score == pytest.approx(area, abs=1e-6) and 0.7 < area < 0.8
 
 
 def test_auroc_tells_margins_apart_that_a_sigmoid_would_not() -> None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from qformer.cards import check_template
 from qformer.data.records import Records, Settings
 from qformer.data.streams import iterate_json, read_json
-from qformer.data.values import answers, chosen, number, several, text
+from qformer.data.values import answers, chosen, number, several, shown, text
 from qformer.errors import ConfigError, DataError
 from qformer.sample import Sample
 
@@ -98,7 +98,7 @@ class VisDial(Records):
             "round": str(key).rpartition("/")[2],
         }
         if row["relevance"] is not None:
-            fields["relevance"] = several(row["relevance"], "'gt_relevance'")
+            fields["relevance"] = _shares(row["relevance"])
             if len(fields["relevance"]) != len(candidates):
                 raise DataError(f"it has {len(candidates)} candidates and {len(fields['relevance'])} relevances")
         picture = self.numbered(number(row, "image_id"))
@@ -122,6 +122,15 @@ def _numbered(words: Any, place: Any) -> Any:
     """A text by its number; None for a number of none, so that its record is named when it is asked for."""
     whole = isinstance(place, int) and not isinstance(place, bool)
     return words[place] if whole and 0 <= place < len(words) else None
+
+
+def _shares(value: Any) -> list[float]:
+    """How fitting each candidate was found, from 0 to 1."""
+    given = several(value, "'gt_relevance'")
+    for each in given:
+        if isinstance(each, bool) or not isinstance(each, int | float) or not 0 <= each <= 1:
+            raise DataError(f"one of 'gt_relevance' is {shown(each)}; it must be a number from 0 to 1")
+    return given
 
 
 def _relevance(row: Mapping[str, Any]) -> Any:

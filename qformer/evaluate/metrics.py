@@ -332,7 +332,8 @@ def _check_groups(options: Mapping[str, Any], card: EvalCard, key: str) -> None:
 
 
 def retrieval(answers: Sequence[Answer], samples: Sequence[Sample], options: Mapping[str, Any]) -> Outcome:
-    """The mean of 1 / the truth's rank among the candidates; R@1, R@5, R@10 and the mean rank stand beside.
+    """The mean of 1 / the truth's rank among the candidates; R@1, R@5, R@10 and the mean rank stand beside, and NDCG
+    over the samples whose field `relevance` has a number for each candidate, if there are any.
 
     Candidates that are as likely as the truth share its ranks: every number is what breaking ties by chance gives on
     average.
@@ -340,7 +341,35 @@ def retrieval(answers: Sequence[Answer], samples: Sequence[Sample], options: Map
     ranks = [_ranks(answer, sample) for answer, sample in zip(answers, samples, strict=True)]
     beside = {f"R@{most}": mean_of([float((each <= most).mean()) for each in ranks]) for most in RECALLS}
     beside["mean rank"] = mean_of([float(each.mean()) for each in ranks])
+    gains = np.array([_ndcg(answer, sample) for answer, sample in zip(answers, samples, strict=True)])
+    if not np.isnan(gains).all():
+        beside["NDCG"] = _mean_of_known(gains)
     return averaged([float((1 / each).mean()) for each in ranks], beside)
+
+
+def _ndcg(answer: Answer, sample: Sample) -> float:
+    """Visual Dialog's: over as many places as candidates have a relevance above 0, Σ relevance / log2(place + 1) in the
+    order of the likelihoods, over the same in the order of the relevances.  NaN where no candidate has one.
+    """
+    given = sample.fields.get("relevance")
+    if not isinstance(given, list) or len(given) != len(answer.candidates) or not any(given):
+        return float("nan")
+    relevance = np.array(given, dtype=float)
+    _, level = np.unique(-np.array(answer.likelihoods), return_inverse=True)
+    shared = np.bincount(level, weights=relevance) / np.bincount(level)  # what each place of equals has on average
+    weights = 1 / np.log2(np.arange(np.count_nonzero(relevance)) + 2)
+    reached, best = (values[: len(weights)] @ weights for values in (shared[np.sort(level)], np.sort(relevance)[::-1]))
+    return float(reached / best)
+
+
+def _mean_of_known(values: NDArray[np.float64]) -> Value:
+    """The mean of the numbers at some places, those that are none left out."""
+
+    def mean(places: Places) -> float | None:
+        known = values[places][~np.isnan(values[places])]
+        return float(known.mean()) if len(known) else None
+
+    return mean
 
 
 def _ranks(answer: Answer, sample: Sample) -> NDArray[np.int64]:
