@@ -393,6 +393,7 @@ def _score_row(score: Score, kinds: Sequence[str], high: float) -> str:
     ]
     parts = [f"of {score.total:,}"] if score.partial else []
     parts += [f"{score.broken:,} broken"] if score.broken else []
+    parts += [f"{100 * score.unreachable:.1f} % of truths no candidate"] if score.unreachable else []
     return (
         f'<tr><td class="name"><b>{escape(score.title)}</b>{badge}<div class="soft small">{about}</div></td>'
         f'<td class="plot">{plot}</td>{"".join(cells)}{_cell("Samples", f"{score.samples:,}", ", ".join(parts))}</tr>'

@@ -41,6 +41,8 @@ class Score:
     """Of the training, at the checkpoint that was scored."""
     task: str = ""
     role: str = "held_out"
+    unreachable: float | None = None
+    """The share of truths that are not among the candidates; None where there are none to rank."""
 
     @property
     def partial(self) -> bool:
@@ -80,6 +82,7 @@ class Score:
                 step=(raw.get("model") or {}).get("step"),
                 task=raw["task"],
                 role=raw.get("role", "held_out"),
+                unreachable=raw.get("unreachable"),
             )
         except KeyError as error:
             raise DataError(f"{path}: has no {error}; score the set again to write it anew.") from None

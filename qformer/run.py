@@ -239,7 +239,7 @@ def compare(
     Args:
         one: a run directory, or a directory of scores.
         other: another.
-        tasks: cards to compare; by default all that both were scored on.
+        tasks: cards to compare, or "held_in" or "held_out"; by default all that both were scored on.
         despite: whether scores of different recipes are compared.
         output: a directory that `comparison.json` is written to.
 

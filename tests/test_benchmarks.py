@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -88,6 +90,38 @@ def test_ablations_take_scores_of_the_same_settings_alone(
             SystemExit, match=r"as_it_is-0: made with other settings; give those of its config\.yaml, or"
         ):
             ablations.main()
+
+
+def test_ablations_intervals_are_students_over_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Differences 1, 2 and 6: mean 3, deviation sqrt((4 + 1 + 9) / 2) = 2.6458, over sqrt(3) 1.5275, times 4.303 6.57.
+
+    With four, 0, 2, 4 and 6: mean 3, deviation 2.5820, over 2 1.2910, times 3.182 4.11.
+    """
+    monkeypatch.syspath_prepend(str(ROOT))
+    import ablations
+
+    assert ablations.interval([1.0, 2.0, 6.0]) == "+3.00 ± 6.57"
+    assert ablations.interval([0.0, -2.0, -4.0, -6.0]) == "-3.00 ± 4.11"
+    assert ablations.interval([2.5]) == "+2.50"  # one seed has no spread
+    scores = {"as it is": [50.0, 60.0, 40.0], "no instruction in the Q-Former": [51.0, 62.0, 46.0]}
+    page = ablations.table({name: [{"gqa": value} for value in values] for name, values in scores.items()})
+    assert page.splitlines()[2:] == [
+        "| as it is | 50.00 (40.00 to 60.00) |",
+        "| no instruction in the Q-Former | 53.00 (46.00 to 62.00); +3.00 ± 6.57 |",  # by seed, so narrower than both
+    ]
+
+
+@pytest.mark.parametrize("seeds", range(2, 9))
+def test_the_table_of_students_t_is_the_integral_of_its_density(
+    monkeypatch: pytest.MonkeyPatch, seeds: int
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    import ablations
+
+    freedom, end = seeds - 1, ablations.T_95[seeds]
+    scale = math.gamma((freedom + 1) / 2) / (math.sqrt(freedom * math.pi) * math.gamma(freedom / 2))
+    at = np.linspace(-end, end, 200_001)
+    assert np.trapezoid(scale * (1 + at**2 / freedom) ** (-(freedom + 1) / 2), at) == pytest.approx(0.95, abs=2e-5)
 
 
 def test_the_demos_llm_finds_what_it_is_told_as_nine_soft_tokens(

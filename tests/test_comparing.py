@@ -22,12 +22,7 @@ from qformer.evaluate.tables import as_text, tables
 from qformer.processes import ALONE, Processes
 from qformer.sample import Sample
 from qformer.text import Rendered, load_templates, render_eval
-from tests.test_evaluate import RANK, Namer, world
-
-AUROC = (
-    'answer: rank, metric: auroc, candidates: ["red", "green", "blue"], '
-    'metric_options: {positive: ["red"], negative: ["green", "blue"]}'
-)
+from tests.test_evaluate import AUROC, RANK, Namer, world
 
 
 class Unsure(Namer):
@@ -192,6 +187,27 @@ def test_parts_are_compared_with_the_same_parts_and_stand_apart(tmp_path: Path) 
     with pytest.raises(ConfigError, match=r"different recipes.*split\.ids is"):
         compare.compare(one, other)
     assert 0 < compare.compare(one, other, despite=True)[0]["colours.partial"]["samples"] < 20
+
+
+def test_a_role_stands_for_its_cards_that_both_were_scored_on(tmp_path: Path) -> None:
+    """Each of the two has a card that the other has not, and `colours` is held in."""
+    one, other = scored(tmp_path, "one", 3), scored(tmp_path, "other", 10)
+    for folder, alone in ((one, "birds"), (other, "cats")):
+        content = json.loads((folder / "colours.json").read_text())
+        for name in ("shapes", alone):
+            shutil.copy(folder / "colours.predictions.jsonl", folder / f"{name}.predictions.jsonl")
+            text = json.dumps({**content, "task": name, "role": "held_out"})
+            (folder / f"{name}.json").write_text(text)
+    found, notes = compare.compare(one, other, tasks=["held_out"])
+    assert list(found) == ["shapes"]
+    assert notes == [f"{name}: scored in one of the two alone; left out." for name in ("birds", "cats")]
+    assert list(compare.compare(one, other, tasks=["held_in"])[0]) == ["colours"]
+    found, notes = compare.compare(one, other, tasks=["held_out", "colours", "shapes"])
+    assert list(found) == ["shapes", "colours"] and len(notes) == 2
+    for folder in (one, other):
+        (folder / "colours.json").unlink()
+    with pytest.raises(DataError, match="held_in: not scored in both"):
+        compare.compare(one, other, tasks=["held_in"])
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,15 @@ from qformer.evaluate.run import score
 from qformer.evaluate.tables import as_text, table
 from qformer.sample import Sample, Video
 from qformer.text import Profile, Rendered, Templates, Truncations
+from qformer.videos import frames
+from tests.films import film
 
 COLOURS = ("red", "green", "blue")
 RANK = "answer: rank, metric: accuracy, question_type: kind"
+AUROC = (
+    'answer: rank, metric: auroc, candidates: ["red", "green", "blue"], '
+    'metric_options: {positive: ["red"], negative: ["green", "blue"]}'
+)
 
 
 class Namer:
@@ -181,11 +187,7 @@ def test_of_many_candidates_the_likeliest_are_kept(tmp_path: Path, monkeypatch: 
     assert scores(tmp_path) == whole
     line = predictions(tmp_path)[5]
     assert (line["candidates"], line["ranked"]) == ({"red": -2.0, "blue": -1.0}, 3)
-    section = (
-        'answer: rank, metric: auroc, candidates: ["red", "green", "blue"], '
-        'metric_options: {positive: ["red"], negative: ["green", "blue"]}'
-    )
-    scores(tmp_path, section=section)  # needs them all
+    scores(tmp_path, section=AUROC)  # needs them all
     assert len(predictions(tmp_path)[5]["candidates"]) == 3
 
 
@@ -197,11 +199,7 @@ def test_a_candidate_that_is_offered_twice_is_named_once_and_told() -> None:
 
 
 def test_auroc_is_scored_beside_its_baselines(tmp_path: Path) -> None:
-    section = (
-        'answer: rank, metric: auroc, candidates: ["red", "green", "blue"], '
-        'metric_options: {positive: ["red"], negative: ["green", "blue"]}'
-    )
-    result = scores(tmp_path, section=section)
+    result = scores(tmp_path, section=AUROC)
     assert (result["score"], result["most_frequent"]["score"], result["chance"]["score"]) == (1.0, 0.5, 0.5)
     assert result["beside"] == {"accuracy": 1.0, "accuracy of green": 1.0, "accuracy of red": 1.0}
     assert result["shuffled"]["score"] < 0.8
@@ -449,6 +447,54 @@ def test_a_subset_that_cannot_be_shuffled_is_refused_before_anything_is_asked(tm
         scores(tmp_path, model, limit=1)
     assert model.batches == []
     assert scores(tmp_path, model, limit=1, shuffled=False)["samples"] == 1
+
+
+@pytest.mark.parametrize(
+    ("section", "target", "message"),
+    [
+        (AUROC, "red", r"colours: all 60 samples are of one class \(red\), and AUROC needs both; score more samples or"),
+        (
+            "answer: generate, metric: cider",
+            " ?! ",
+            r"colours, sample 'r0': none of its 1 reference captions holds a word, so there is nothing to compare",
+        ),
+    ],
+)
+def test_what_could_not_be_scored_is_refused_before_anything_is_asked(
+    tmp_path: Path, section: str, target: str, message: str
+) -> None:
+    model = Namer()
+    chosen = world(tmp_path, section, **{f"_{number}": {"target": target} for number in range(60)})
+    with pytest.raises(DataError, match=message):
+        scores(tmp_path, model, cards=chosen)
+    assert model.batches == [] and not (tmp_path / "eval").exists()
+
+
+def test_a_video_that_cannot_be_decoded_is_listed_beside_the_score(tmp_path: Path) -> None:
+    """One of three is cut in the middle; the model looks at them as tuned ones do."""
+
+    class Watcher(Namer):
+        def look(self, samples: Sequence[Sample], instructions: Sequence[Rendered]) -> list[str]:
+            self.batches.append(len(samples))
+            videos = [video for sample in samples for video in sample.images if isinstance(video, Video)]
+            assert all(len(list(frames(each, 10**6, "colours"))) == 4 for each in videos)
+            return ["red"] * len(videos)
+
+    for number in range(3):
+        film(tmp_path / "films" / f"{number}.mp4", 12)
+    damaged = tmp_path / "films" / "1.mp4"
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    changes = {f"_{number}": {"image": f"films/{number}.mp4", "target": "red"} for number in range(3)}
+    chosen = world(tmp_path, count=3, **changes)
+    with pytest.raises(DataError, match=r"the video .*1\.mp4"):
+        scores(tmp_path, Watcher(), cards=chosen)
+    result = scores(tmp_path, Watcher(), cards=chosen, on_error="skip")
+    assert (result["samples"], result["broken"], result["partial"], result["score"]) == (2, 1, True, 1.0)
+    [listed] = (tmp_path / "eval" / "colours.partial.broken.jsonl").read_text().splitlines()
+    told = json.loads(listed)
+    assert (told["record"], told["id"]) == (2, "r1")
+    assert told["error"].startswith("colours: the video ") and "1.mp4" in told["error"]
+    assert [line["id"] for line in predictions(tmp_path, "colours.partial")] == ["r0", "r2"]
 
 
 def test_a_question_type_that_records_lack_is_said(tmp_path: Path) -> None:

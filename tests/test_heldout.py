@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import shutil
 import zipfile
 from collections.abc import Callable, Sequence
@@ -303,6 +304,51 @@ def test_a_file_of_another_split_is_told(root: Path, name: str, role: str, other
     with pytest.raises(DataError, match=message) as caught:
         open_records(changed, root, load(name))
     assert str(caught.value).startswith(str(root / wrong)) and "another split?" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "role", "gone", "remedy"),
+    [
+        ("hatefulmemes", "records", ("label",), "score dev_seen or dev_unseen"),
+        ("vsr", "statements", ("label",), "score a split that has them"),
+        ("gqa", "questions", ("answer", "fullAnswer", "types"), "score testdev, or another split that has them"),
+        ("vizwiz", "questions", ("answers", "answer_type"), "score val, or write the server's file with vizwiz:test_dev"),
+        ("textvqa", "records", ("answers",), "score val, or write the server's file with textvqa:test"),
+        ("aokvqa", "questions", ("correct_choice_idx", "direct_answers"), "score val, or write the server's file with "
+         "aokvqa:test or aokvqa:test_multiple_choice"),
+    ],
+)  # fmt: skip
+def test_a_file_without_answers_is_told_as_one(
+    copy: Path, tmp_path: Path, name: str, role: str, gone: tuple[str, ...], remedy: str
+) -> None:
+    """Of a test split; where a single record lacks its answer, that record is to be mended."""
+    file = copy / section(name).files[role]
+    whole = file.read_text(encoding="utf-8")
+
+    def without(most: int | None) -> None:
+        left = [most]
+
+        def strip(row: Any) -> Any:
+            if set(gone) <= set(row) and left[0] != 0:
+                left[0] = None if left[0] is None else left[0] - 1
+                return {key: value for key, value in row.items() if key not in gone}
+            return row
+
+        if file.suffix == ".jsonl":
+            lines = [json.dumps(strip(json.loads(line))) for line in whole.splitlines() if line.strip()]
+            file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        else:
+            file.write_text(json.dumps(json.loads(whole, object_hook=strip)), encoding="utf-8")
+
+    without(None)
+    told = f"there is no field '{gone[0]}' in any record, as where the answers are a server's; {remedy}."
+    with pytest.raises(DataError, match=re.escape(told)):
+        scored(copy, tmp_path, name)
+    for variant in re.findall(r"\w+:\w+", remedy):
+        assert section(variant).submission and section(variant).metric == "submission"
+    without(1)
+    with pytest.raises(DataError, match=rf"there is no field '{gone[0]}'; mend or remove the record"):
+        scored(copy, tmp_path, name)
 
 
 def test_relevances_of_another_split_are_told(copy: Path) -> None:

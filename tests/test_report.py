@@ -223,6 +223,13 @@ def test_further_numbers_and_the_step_stand_beside_a_score(run: Path) -> None:
     assert "Further numbers" in words and "25.1" in words and "15.50" in words and "step 1,200" in words
 
 
+def test_truths_that_no_candidate_is_are_told(run: Path) -> None:
+    write_scores(run, score_file("msvd_qa", metric="accuracy", unreachable=0.0625), [])
+    assert "6.2 % of truths no candidate" in page(run).words
+    write_scores(run, score_file("msvd_qa", metric="accuracy", unreachable=0.0), [])
+    assert "of truths no candidate" not in page(run).words
+
+
 def test_captions_are_shown_as_best_and_worst(run: Path) -> None:
     score = score_file("nocaps", metric="cider", score=1.3, interval=[1.2, 1.4], shuffled=None, most_frequent=None)
     write_scores(run, score, [prediction(number, score=number / 20) for number in range(40)])

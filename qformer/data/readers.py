@@ -162,6 +162,7 @@ class TextVQA(Records):
 
     name = "textvqa"
     picture = "image_id"
+    answered: ClassVar[Mapping[str, str]] = {"answers": "score val, or write the server's file with textvqa:test"}
     roles = ("records", "images")
     optional = ("ocr",)
     settings: ClassVar[Settings] = {"per": "caption", "image": "%s.jpg", "ocr_tokens": ocr.MOST, "answers": "given"}
@@ -283,6 +284,9 @@ class AOKVQA(Records):
 
     name = "aokvqa"
     picture = "image_id"
+    answered: ClassVar[Mapping[str, str]] = {
+        "correct_choice_idx": "score val, or write the server's file with aokvqa:test or aokvqa:test_multiple_choice"
+    }
     roles = ("questions", "images")
     settings: ClassVar[Settings] = {
         "image": "%012d.jpg", "form": "direct_answer", "difficult": "keep", "per": "question", "answers": "given",
@@ -409,6 +413,7 @@ class GQA(Records):
 
     name = "gqa"
     picture = "imageId"
+    answered: ClassVar[Mapping[str, str]] = {"answer": "score testdev, or another split that has them"}
     roles = ("questions", "images")
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
@@ -417,6 +422,7 @@ class GQA(Records):
         yield from self.once((key, {name: row[name] for name in kept if name in row}) for key, row in rows)
 
     def _sample(self, key: Any, row: Any) -> Sample:
+        answer = words(row, "answer")
         fields = {
             "question": words(row, "question"),
             "image_id": row["imageId"],
@@ -424,7 +430,7 @@ class GQA(Records):
             "kind": row["types"]["structural"],
         }
         picture = self.image(f"{words(row, 'imageId')}.jpg")
-        return Sample(self.id(key), self.task, picture, fields, references=(words(row, "answer"),))
+        return Sample(self.id(key), self.task, picture, fields, references=(answer,))
 
 
 class VSR(Records):
@@ -432,6 +438,7 @@ class VSR(Records):
 
     name = "vsr"
     picture = "image"
+    answered: ClassVar[Mapping[str, str]] = {"label": "score a split that has them"}
     roles = ("statements", "images")
     settings: ClassVar[Settings] = {"words": None}
 
@@ -456,6 +463,7 @@ class HatefulMemes(Records):
 
     name = "hateful_memes"
     picture = "img"
+    answered: ClassVar[Mapping[str, str]] = {"label": "score dev_seen or dev_unseen"}
     roles = ("records", "images")
     settings: ClassVar[Settings] = {"words": None}
 
@@ -481,6 +489,7 @@ class VizWiz(Records):
 
     name = "vizwiz"
     picture = "image"
+    answered: ClassVar[Mapping[str, str]] = {"answers": "score val, or write the server's file with vizwiz:test_dev"}
     roles = ("questions", "images")
     settings: ClassVar[Settings] = {"answers": "given"}
 
@@ -501,8 +510,8 @@ class VizWiz(Records):
         picture = self.image(fields["image_id"])
         if self.hidden:
             return Sample(self.id(key), self.task, picture, fields)
-        fields["answer_type"] = words(row, "answer_type")
         said = answers(row["answers"], "'answers'", blank=True)
+        fields["answer_type"] = words(row, "answer_type")
         return Sample(self.id(key), self.task, picture, fields, references=said)
 
 

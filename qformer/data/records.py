@@ -45,6 +45,9 @@ class Records(ABC):
     """Names that `options` in a card may have, and what holds where a card has them not; None: nothing."""
     picture: ClassVar[str | None] = None
     """The field of a row that tells its picture from others; None: `looks_at` finds out otherwise."""
+    answered: ClassVar[Mapping[str, str]] = {}
+    """Fields that hold answers, and what to do with a file none of whose records has them, as a server keeps those of
+    a test split."""
     numbering: ClassVar[str] = "record"
     """What a record's key counts, in messages."""
 
@@ -115,7 +118,20 @@ class Records(ABC):
         except DataError as error:
             raise self.at_fault(key, str(error)) from None
         except MISFORMED as error:
-            raise self.at_fault(key, f"{_what_is_wrong(error)}; mend or remove the record") from None
+            remedy = "; mend or remove the record"
+            if isinstance(error, KeyError) and error.args[0] in self.unanswered:
+                remedy = f" in any record, as where the answers are a server's; {self.answered[error.args[0]]}"
+            raise self.at_fault(key, f"{_what_is_wrong(error)}{remedy}") from None
+
+    @functools.cached_property
+    def unanswered(self) -> set[str]:
+        """Fields of answers that no record has."""
+        lacking = set(self.answered)
+        for _, row in self.rows.walk():
+            lacking = {name for name in lacking if not isinstance(row, dict) or name not in row}
+            if not lacking:
+                break
+        return lacking
 
     def at_fault(self, key: Any, problem: str) -> DataError:
         """The error of one record, which names it; the problem says what would work too."""

@@ -12,7 +12,7 @@ from qformer.evaluate.files import read_json, read_lines, score_files
 from qformer.evaluate.metrics import METRICS, bootstrap
 from qformer.evaluate.outcome import Answer, Outcome, Places, averaged
 from qformer.evaluate.run import file_name
-from qformer.evaluate.tables import in_words, samples_in_words
+from qformer.evaluate.tables import ROLES, in_words, samples_in_words
 from qformer.sample import Sample
 
 if TYPE_CHECKING:
@@ -75,8 +75,8 @@ def compare(
     Args:
         one: a directory of scores.
         other: another.
-        tasks: cards' keys, or two of them as `gqa=gqa:as_lavis`, the first of `one`; by default all that both were
-            scored on.
+        tasks: cards' keys, or two of them as `gqa=gqa:as_lavis`, the first of `one`; "held_in" and "held_out" stand for
+            the cards of that role that both were scored on; by default all that both were.
         despite: whether scores of different recipes are compared, over the samples that both have.
 
     Returns:
@@ -88,17 +88,16 @@ def compare(
             or broken ones.
     """
     mine, theirs = _score_files(one), _score_files(other)
-    asked = [
-        (task.partition("=")[0], task.rpartition("=")[2]) for task in tasks or dict.fromkeys(key for key, _ in mine)
-    ]
-    shared = [
+    asked = _asked(tasks, mine, theirs)
+    shared = dict.fromkeys(
         ((first, partial), (second, partial))
-        for first, second in asked
+        for pairs in asked.values()
+        for first, second in pairs
         for partial in (False, True)
         if (first, partial) in mine and (second, partial) in theirs
-    ]
+    )
     there = {(first, second) for (first, _), (second, _) in shared}
-    missing = [task for task, pair in zip(tasks, asked) if pair not in there]
+    missing = [task for task, pairs in asked.items() if tasks and not there & set(pairs)]
     if missing:
         raise DataError(f"{', '.join(missing)}: not scored in both {one} and {other}; score it in both, alike.")
     if not shared:
@@ -108,25 +107,48 @@ def compare(
         )
     notes = [
         f"{key}{' (a part of it)' if partial else ''}: scored in one of the two alone; left out."
-        for key, partial in sorted(() if tasks else set(mine) ^ set(theirs))
+        for key, partial in sorted(set(mine) ^ set(theirs))
+        if not tasks or (mine | theirs)[key, partial].role in tasks
     ]
     found = {}
     for name, other_name in shared:
-        pair = Scored.read(mine[name]), Scored.read(theirs[other_name])
+        pair = Scored.read(mine[name].file), Scored.read(theirs[other_name].file)
         key = "=".join(dict.fromkeys((name[0], other_name[0])))
         found[file_name(key, partial=name[1])] = {**_pair(*pair, despite=despite), "task": key}
     return found, notes
 
 
-def _score_files(directory: Path) -> dict[tuple[str, bool], Path]:
-    """Score files by their card's key and whether they are of a part of it."""
+@dataclass(frozen=True)
+class _Found:
+    """A score file, and whether its card is held in or held out."""
+
+    file: Path
+    role: str
+
+
+_Files = Mapping[tuple[str, bool], _Found]
+"""By their card's key and whether they are of a part of it."""
+
+
+def _asked(tasks: Sequence[str], mine: _Files, theirs: _Files) -> dict[str, list[tuple[str, str]]]:
+    """Pairs of cards' keys by the task that asks for them; a role asks for the cards of it that both have."""
+    asked = {}
+    for task in tasks or dict.fromkeys(key for key, _ in mine):
+        of_role = [(key, key) for key, partial in mine if mine[key, partial].role == task and (key, partial) in theirs]
+        pair = task.partition("=")[0], task.rpartition("=")[2]
+        asked[task] = of_role if task in ROLES else [pair]
+    return asked
+
+
+def _score_files(directory: Path) -> dict[tuple[str, bool], _Found]:
     files = {}
     for file in score_files(directory):
         content = read_json(file)
         if not isinstance(content.get("task"), str):
             raise DataError(f"{file}: it is not what evaluation writes (it names no task); move it elsewhere.")
         if content.get("score", 0) is not None:  # a set whose answers are a server's has none
-            files[content["task"], file.stem.endswith(".partial")] = file
+            role = str(content.get("role"))
+            files[content["task"], file.stem.endswith(".partial")] = _Found(file, role)
     if not files:
         raise DataError(f"{directory}: holds no scores; run qformer eval on it first.")
     return files
