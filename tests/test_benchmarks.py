@@ -121,7 +121,7 @@ def test_the_table_of_students_t_is_the_integral_of_its_density(
     freedom, end = seeds - 1, ablations.T_95[seeds]
     scale = math.gamma((freedom + 1) / 2) / (math.sqrt(freedom * math.pi) * math.gamma(freedom / 2))
     at = np.linspace(-end, end, 200_001)
-    assert np.trapezoid(scale * (1 + at**2 / freedom) ** (-(freedom + 1) / 2), at) == pytest.approx(0.95, abs=2e-5)
+    assert np.trapezoid(scale * (1 + at**2 / freedom) ** (-(freedom + 1) / 2), at) == pytest.approx(0.95, abs=5e-5)  # as far as its three digits go
 
 
 def test_the_demos_llm_finds_what_it_is_told_as_nine_soft_tokens(

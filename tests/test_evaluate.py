@@ -464,7 +464,8 @@ def test_what_could_not_be_scored_is_refused_before_anything_is_asked(
     tmp_path: Path, section: str, target: str, message: str
 ) -> None:
     model = Namer()
-    chosen = world(tmp_path, section, **{f"_{number}": {"target": target} for number in range(60)})
+    changes = {"target": target, "candidates": [target, "green"]}
+    chosen = world(tmp_path, section, **{f"_{number}": changes for number in range(60)})
     with pytest.raises(DataError, match=message):
         scores(tmp_path, model, cards=chosen)
     assert model.batches == [] and not (tmp_path / "eval").exists()

@@ -329,7 +329,7 @@ def test_a_file_without_answers_is_told_as_one(
         left = [most]
 
         def strip(row: Any) -> Any:
-            if set(gone) <= set(row) and left[0] != 0:
+            if gone[-1] in row and left[0] != 0:
                 left[0] = None if left[0] is None else left[0] - 1
                 return {key: value for key, value in row.items() if key not in gone}
             return row
