@@ -261,8 +261,9 @@ def _parts(path: Path, variant: str, known: Mapping[str, Any]) -> dict[str, dict
 def _contradicted(one: Any, other: Any, where: str = "") -> str:
     """The first key, dotted, that two sets of changes set to different values; empty where there is none."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
-        shared = [_contradicted(one[key], other[key], f"{where}.{key}" if where else key) for key in one if key in other]
-        return next(filter(None, shared), "")
+        shared = (key for key in one if key in other)
+        found = (_contradicted(one[key], other[key], f"{where}.{key}" if where else key) for key in shared)
+        return next(filter(None, found), "")
     return where if one != other else ""
 
 

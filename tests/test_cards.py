@@ -321,13 +321,20 @@ def test_variants_are_combined_with_a_plus() -> None:
         cards.load_all(["scienceqa:hint_and_lecture+lettered", "scienceqa:lettered+hint_and_lecture"], "eval")
     three = cards.load("hatefulmemes:best+no_end+dev_unseen").eval
     assert three and (three.metric_options["pool"], three.end, three.split) == ("best", False, "dev_unseen")
-    assert [card.eval.metric for card in map(cards.load, ["vizwiz:hub+lavis_scorer"]) if card.eval] == ["vqa_accuracy"]
+    mirrored = cards.load("vizwiz:hub+lavis_scorer").eval
+    assert mirrored and (mirrored.reader, mirrored.metric_options) == ("columns", {"normaliser": "lavis"})
+    for name in ("scienceqa", "iconqa"):
+        mean = cards.load(f"{name}:letters+mean_per_token").eval
+        assert mean and (mean.options["rank"], mean.normalize) == ("letters", "mean")
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("scienceqa:letters+lettered", r"'letters' and 'lettered' both set train\.options\.rank, and not alike, so they"),
+        (
+            "scienceqa:letters+lettered",
+            r"'letters' and 'lettered' both set train\.options\.rank, and not alike, so they",
+        ),
         ("aokvqa:hub+multiple_choice", r"'multiple_choice' and 'hub' both set eval\.options\.difficult, and not alike"),
         ("aokvqa:test+sampled", r"'test' and 'sampled' both set train, and not alike"),
         ("vizwiz:hub+test_dev", r"'test_dev' and 'hub' both set downloads, and not alike"),

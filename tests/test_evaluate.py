@@ -452,7 +452,11 @@ def test_a_subset_that_cannot_be_shuffled_is_refused_before_anything_is_asked(tm
 @pytest.mark.parametrize(
     ("section", "target", "message"),
     [
-        (AUROC, "red", r"colours: all 60 samples are of one class \(red\), and AUROC needs both; score more samples or"),
+        (
+            AUROC,
+            "red",
+            r"colours: all 60 samples are of one class \(red\), and AUROC needs both; score more samples",
+        ),
         (
             "answer: generate, metric: cider",
             " ?! ",

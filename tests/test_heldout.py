@@ -312,7 +312,8 @@ def test_a_file_of_another_split_is_told(root: Path, name: str, role: str, other
         ("hatefulmemes", "records", ("label",), "score dev_seen or dev_unseen"),
         ("vsr", "statements", ("label",), "score a split that has them"),
         ("gqa", "questions", ("answer", "fullAnswer", "types"), "score testdev, or another split that has them"),
-        ("vizwiz", "questions", ("answers", "answer_type"), "score val, or write the server's file with vizwiz:test_dev"),
+        ("vizwiz", "questions", ("answers", "answer_type"), "score val, or write the server's file with "
+         "vizwiz:test_dev"),
         ("textvqa", "records", ("answers",), "score val, or write the server's file with textvqa:test"),
         ("aokvqa", "questions", ("correct_choice_idx", "direct_answers"), "score val, or write the server's file with "
          "aokvqa:test or aokvqa:test_multiple_choice"),

@@ -89,9 +89,7 @@ def load(name: str) -> Published:
     return config.shipped(Published, "configs/published", name, "published table")
 
 
-def compared(
-    results: Mapping[str, Mapping[str, Any]], published: Published, row: str
-) -> tuple[list[Table], list[str]]:
+def compared(results: Mapping[str, Mapping[str, Any]], published: Published, row: str) -> tuple[list[Table], list[str]]:
     """Each score beside the published one with the difference, and in sentences what could not be put beside one.
 
     Scores of another split than the published one have a table of their own, which gives no difference.
