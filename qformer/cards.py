@@ -255,6 +255,12 @@ def _parts(path: Path, variant: str, known: Mapping[str, Any]) -> dict[str, dict
                 f"{path}: the variants '{one}' and '{other}' both set {key}, and not alike, so they do not go "
                 f"together; name one of them, or write a variant of your own."
             )
+        for reads, sets in ((one, other), (other, one)):
+            if key := _for_another(parts[reads], parts[sets]):
+                raise ConfigError(
+                    f"{path}: the variant '{reads}' has a reader of its own, and '{sets}' sets {key} for the card's, "
+                    f"so they do not go together; name one of them, or write a variant of your own."
+                )
     return parts
 
 
@@ -265,6 +271,17 @@ def _contradicted(one: Any, other: Any, where: str = "") -> str:
         found = (_contradicted(one[key], other[key], f"{where}.{key}" if where else key) for key in shared)
         return next(filter(None, found), "")
     return where if one != other else ""
+
+
+def _for_another(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """What a set of changes sets for a section's reader where another set replaces that; empty where nothing is."""
+    for section in ("train", "eval"):
+        mine, theirs = one.get(section) or {}, other.get(section) or {}
+        if "reader" in mine:
+            for group in ("files", "options"):
+                if group in theirs:
+                    return f"{section}.{group}"
+    return ""
 
 
 def load_all(

@@ -166,9 +166,10 @@ def score(
         run = run_directory(Path(source))
     if kept is not None:
         speaks = model.language.profile.encoder_decoder
+        overruled = habits.overruled(chosen.values(), kept, encoder_decoder=speaks)
         alike = [habits.with_habits(card, kept, encoder_decoder=speaks) for card in chosen.values()]
         chosen = {card.key: card for card in alike}
-        for line in habits.unlike(alike, kept):
+        for line in (*habits.unlike(alike, kept), *overruled):
             say(line)
     if prompt_sweep:
         for line in sweep.check(chosen):  # the prompts may have become others

@@ -99,6 +99,7 @@ def start(
     copies: list[str] = []
     open_names = list(own)
     loose = any(not each.strict for each in chosen)
+    why = ""
     for each in chosen:
         source = sources.get(each.source)
         covered = [name for name in open_names if covers(each.parts, name)]
@@ -109,6 +110,10 @@ def start(
             open_names = [name for name in open_names if name not in covered]
             continue
         held = _without_foreign_projection(source, fingerprint, language.is_encoder_decoder)
+        withheld = [name for name in covered if name in source.tensors and name not in held]
+        if withheld:
+            why += f" The projection of {each.source} leads to another LLM, so it is not taken."
+            told["unused"] += [label + name for name in withheld if each.parts]
         weights.refuse_strange(held, source.name)
         missing = []
         for name in covered:
@@ -122,18 +127,20 @@ def start(
                 missing.append(name)
         if missing and each.strict:
             raise ConfigError(
-                f"qformer.init: {each.source} does not give what it is to give: {weights.shortened(missing)}. Take the "
-                f"part from another source, or set strict: false to have it made anew."
+                f"qformer.init: {each.source} does not give what it is to give: {weights.shortened(missing)}. Take "
+                f"the part from another source, or set strict: false to have it made anew.{why}"
             )
         open_names = [name for name in open_names if name not in taken]
         if not each.parts:
-            told["unused"] += [label + name for name in (*source.unused, *(n for n in held if n not in taken))]
+            told["unused"] += [
+                label + name for name in (*source.unused, *(n for n in source.tensors if n not in taken))
+            ]
     told["made"] += [name for name in open_names if covers(["frames"], name)]  # at zero: most sources have none
     open_names = [name for name in open_names if not covers(["frames"], name)]
     if open_names and not loose:
         raise ConfigError(
             f"qformer.init: no source gives {weights.shortened(open_names)}; add one, such as {{from: {NEW}, parts: "
-            f"[...]}}, or set strict: false."
+            f"[...]}}, or set strict: false.{why}"
         )
     told["made"] += open_names
     connector.load_state_dict({**own, **taken})

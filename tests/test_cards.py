@@ -336,6 +336,11 @@ def test_variants_are_combined_with_a_plus() -> None:
             r"'letters' and 'lettered' both set train\.options\.rank, and not alike, so they",
         ),
         ("aokvqa:hub+multiple_choice", r"'multiple_choice' and 'hub' both set eval\.options\.difficult, and not alike"),
+        (
+            "textvqa:no_ocr+hub",
+            r"'hub' has a reader of its own, and 'no_ocr' sets eval\.options for the card's, so they",
+        ),
+        ("iconqa:letters+hub", r"'hub' has a reader of its own, and 'letters' sets eval\.options for the card's"),
         ("aokvqa:test+sampled", r"'test' and 'sampled' both set train, and not alike"),
         ("vizwiz:hub+test_dev", r"'test_dev' and 'hub' both set downloads, and not alike"),
         ("scienceqa:val+leters", r"no variant 'leters'\. Did you mean 'letters'\?"),

@@ -605,6 +605,11 @@ def test_candidates_are_ranked_as_lavis_does() -> None:
 
 def test_what_lavis_would_not_rank_is_said() -> None:
     names = ["msvd_qa", "msvd_qa:generated", "msrvtt_qa:top_4000", "scienceqa"]
+    ranked = [cards.load(f"scienceqa{variant}") for variant in ("", ":mean_per_token")]
+    assert habits.overruled(ranked, habits.load("lavis"), encoder_decoder=False) == [
+        "scienceqa:mean_per_token: its candidates are ranked by 'sum', as lavis does, and not by 'mean'; leave one of "
+        "the two out."
+    ]
     assert habits.unlike(map(lavis, names), habits.load("lavis")) == [
         "msvd_qa:as_lavis: its candidates are ranked, where lavis lets the model write; msvd_qa:generated does so.",
         "msrvtt_qa:top_4000+as_lavis: its candidates are ranked, where lavis lets the model write; "

@@ -362,7 +362,7 @@ def test_relevances_of_another_split_are_told(copy: Path) -> None:
         read(copy, "visdial:dense")
     for wrong in ("high", True, 2, -0.1):
         file.write_text(json.dumps([{"image_id": 284024, "round_id": 1, "gt_relevance": [wrong] * 100}]))
-        with pytest.raises(DataError, match=r"one of 'gt_relevance' is .+; it must be a number from 0 to 1"):
+        with pytest.raises(DataError, match=r"one of its relevances is .+; it must be a number from 0 to 1"):
             read(copy, "visdial:dense")
 
 

@@ -24,6 +24,7 @@ from qformer.backbones.language_loading import load_language
 from qformer.comparison import PLUG_FILE
 from qformer.config import LanguageConfig, TrainConfig
 from qformer.errors import ConfigError
+from qformer.saved import adapter_tensors
 from qformer.stages import Stages, carry
 from qformer.train import checkpoint, loop
 from tests import world
@@ -193,7 +194,7 @@ def test_all_but_the_projection_is_kept_and_both_kinds_answer(
 ) -> None:
     told: list[str] = []
     model = plugged(saved, llm(towers, family), start=start, report=told.append)
-    before, _ = saved.adapter_tensors(saved)
+    before, _ = adapter_tensors(saved)
     now = model.connector.state_dict()
     different = {name for name in now if not torch.equal(now[name], before[name])}
     assert different == {"projection.weight", "projection.bias"}
@@ -361,10 +362,10 @@ def test_stages_train_what_they_say_and_end_in_one_table(source: Path, towers: P
     [table] = [line for line in said if "after warm-up, 2" in line]
     assert "most frequent" in table and all(f" {word}" in table for word in ("before", "fresh", "source"))
 
-    before, _ = saved.adapter_tensors(out / "before" / "checkpoints" / "step-0")
-    warm, _ = saved.adapter_tensors(out / "warmup" / "checkpoints" / "step-2")
-    tuned, _ = saved.adapter_tensors(out / "checkpoints" / "step-1")
-    own, _ = saved.adapter_tensors(source / "checkpoints" / "step-2")
+    before, _ = adapter_tensors(out / "before" / "checkpoints" / "step-0")
+    warm, _ = adapter_tensors(out / "warmup" / "checkpoints" / "step-2")
+    tuned, _ = adapter_tensors(out / "checkpoints" / "step-1")
+    own, _ = adapter_tensors(source / "checkpoints" / "step-2")
     assert {n for n in warm if not torch.equal(warm[n], before[n])} == {"projection.weight", "projection.bias"}
     assert {n for n in own if not n.startswith("proj") and not torch.equal(own[n], before[n])} == set()
     assert len({n for n in tuned if not torch.equal(tuned[n], warm[n])}) > 20

@@ -192,8 +192,17 @@ def test_a_projection_of_lavis_to_the_other_kind_of_llm_is_not_taken_though_it_i
 ) -> None:
     made = QFormerConnector(QFormer(MUTE), 32)
     torch.save({"model": checkpoints.renamed_for(made.state_dict(), "lavis", "t5_proj")}, tmp_path / "t5.pth")
-    with pytest.raises(ConfigError, match=r"no source gives projection\.weight, projection\.bias"):
-        built(towers, tmp_path, [{"from": str(tmp_path / "t5.pth")}], instruction=False)
+    wanted = (
+        r"projection\.weight, projection\.bias.* The projection of .*t5\.pth leads to another LLM, so it is not taken"
+    )
+    for parts in (
+        {},
+        {"parts": ["norm", "queries", "self_attention", "cross_attention", "query_feed_forward", "projection"]},
+    ):
+        with pytest.raises(ConfigError, match=wanted):
+            built(towers, tmp_path, [{"from": str(tmp_path / "t5.pth"), **parts}], instruction=False)
+    _, told = built(towers, tmp_path, [{"from": str(tmp_path / "t5.pth"), "strict": False}], instruction=False)
+    assert "made: 2\n    projection ×2" in told and "unused: 2\n    projection ×2" in told
     torch.save({"model": checkpoints.renamed_for(made.state_dict(), "lavis", "opt_proj")}, tmp_path / "opt.pth")
     model, _ = built(towers, tmp_path, [{"from": str(tmp_path / "opt.pth")}], instruction=False)
     assert torch.equal(model.connector.projection.weight, made.projection.weight)

@@ -478,8 +478,8 @@ def test_the_first_value_that_is_not_finite_stops_the_run_and_is_saved(make, mon
         match=r"qformer\.blocks\.0\.query_feed_forward.* at step 1, with the samples r.*; lower train\.rate",
     ):
         run(settings)
-    saved = json.loads((settings.directory / "not_finite.json").read_text())
-    assert saved["step"] == 1 and len(saved["samples"]) == 6
+    told = json.loads((settings.directory / "not_finite.json").read_text())
+    assert told["step"] == 1 and len(told["samples"]) == 6
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_though_its_loss_is_finite(make, monkeypatch):
@@ -494,8 +494,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run_though_its_loss_is_finite(m
     monkeypatch.setattr(loading, "build", spoiled)
     with pytest.raises(NotFiniteError, match=rf"not finite in the gradient of {re.escape(name)} at step 1, with the"):
         run(settings)
-    saved = json.loads((settings.directory / "not_finite.json").read_text())
-    assert saved["where"] == f"the gradient of {name}" and len(saved["samples"]) == 6
+    told = json.loads((settings.directory / "not_finite.json").read_text())
+    assert told["where"] == f"the gradient of {name}" and len(told["samples"]) == 6
     assert not saved.checkpoints(settings.directory)
 
 

@@ -126,10 +126,10 @@ def _numbered(words: Any, place: Any) -> Any:
 
 def _shares(value: Any) -> list[float]:
     """How fitting each candidate was found, from 0 to 1."""
-    given = several(value, "'gt_relevance'")
+    given = several(value, "its relevances")
     for each in given:
         if isinstance(each, bool) or not isinstance(each, int | float) or not 0 <= each <= 1:
-            raise DataError(f"one of 'gt_relevance' is {shown(each)}; it must be a number from 0 to 1")
+            raise DataError(f"one of its relevances is {shown(each)}; it must be a number from 0 to 1")
     return given
 
 

@@ -119,8 +119,9 @@ class Records(ABC):
             raise self.at_fault(key, str(error)) from None
         except MISFORMED as error:
             remedy = "; mend or remove the record"
-            if isinstance(error, KeyError) and error.args[0] in self.unanswered:
-                remedy = f" in any record, as where the answers are a server's; {self.answered[error.args[0]]}"
+            lacking = error.args[0] if isinstance(error, KeyError) and error.args else None
+            if lacking in self.answered and lacking in self.unanswered:
+                remedy = f" in any record, as where the answers are a server's; {self.answered[lacking]}"
             raise self.at_fault(key, f"{_what_is_wrong(error)}{remedy}") from None
 
     @functools.cached_property

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import Any
 
 from qformer.demo import scenes
 from qformer.demo.scenes import Dice, Scene
@@ -142,30 +140,3 @@ def corpus(count: int) -> Iterator[str]:
         for exchange in found.exchanges:
             for question, answer in exchange.turns:
                 yield f"{question} {answer}"
-
-
-def make_tokenizer(folder: Path, vocabulary: int) -> Any:
-    """A byte-level BPE with most words of the scenes as one token, and BOS in front of a text; written to folder."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    marks = ["<pad>", "<s>", "</s>"]
-    found = Tokenizer(models.BPE())
-    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    found.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=marks,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    every = [
-        f" {word} {word}s"
-        for words in (*scenes.VALUES.values(), scenes.WORDS, scenes.ROWS, scenes.COLUMNS)
-        for word in words
-    ]
-    found.train_from_iterator([*corpus(1500), *(200 * every)], trainer)
-    found.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=found, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-    tokenizer.save_pretrained(folder)
-    return tokenizer

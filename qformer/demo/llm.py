@@ -25,9 +25,9 @@ from qformer.demo.descriptions import (
     Description,
     Exchange,
     asked,
+    corpus,
     described,
     groups,
-    make_tokenizer,
     text_scene,
 )
 from qformer.demo.pretraining import Clock, Muon, save_half, say, set_rate
@@ -108,7 +108,6 @@ class Reader:
     family: str
     width: int
     vocabulary: int
-    heads: int = 4
 
 
 READERS = {
@@ -268,14 +267,40 @@ def _mask(block: Tensor) -> Tensor:
     return torch.zeros(allowed.shape).masked_fill(~allowed, float("-inf"))[:, None]
 
 
+def make_tokenizer(folder: Path, vocabulary: int) -> Any:
+    """A byte-level BPE with most words of the scenes as one token, and BOS in front of a text; written to folder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    marks = ["<pad>", "<s>", "</s>"]
+    found = Tokenizer(models.BPE())
+    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    found.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=marks,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    every = [
+        f" {word} {word}s"
+        for words in (*scenes.VALUES.values(), scenes.WORDS, scenes.ROWS, scenes.COLUMNS)
+        for word in words
+    ]
+    found.train_from_iterator([*corpus(1500), *(200 * every)], trainer)
+    found.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=found, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
 def make_llm(reader: Reader) -> Any:
     """The LLM with fresh weights: 4 blocks."""
     import transformers
 
-    heads = reader.heads
     config = getattr(transformers, f"{reader.family}Config")(
-        vocab_size=reader.vocabulary, hidden_size=reader.width, num_hidden_layers=4, num_attention_heads=heads,
-        num_key_value_heads=heads, intermediate_size=3 * reader.width, max_position_embeddings=512,
+        vocab_size=reader.vocabulary, hidden_size=reader.width, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, intermediate_size=3 * reader.width, max_position_embeddings=512,
         tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.08,
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -348,7 +373,7 @@ def read(model: Any, texts: Texts, noise: float = 0.0, drift: float = 0.0) -> li
     return [states[:, texts.groups.shape[1] :] for states in found.hidden_states]
 
 
-def train_llm(out: Path, name: str = "language") -> None:
+def train_llm(out: Path, name: str) -> None:
     """Write an LLM of `READERS` and its tokenizer to `out`/`name`."""
     torch.manual_seed(TEXT_SEED)
     folder, reader = out / name, READERS[name]

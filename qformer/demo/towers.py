@@ -2,7 +2,7 @@
 
 An image encoder that names what stands where, two LLMs that read described scenes and answer questions about them, and
 a BERT that has read the same words.  Each is written as an ordinary checkpoint of transformers, in float16.  The seeds
-are not those of the demo; the encoder sees no pair of colour and shape that is held out, the LLM no picture.
+are not those of the demo; the encoder sees no pair of colour and shape that is held out, the LLMs no picture.
 """
 
 from __future__ import annotations

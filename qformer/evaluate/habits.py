@@ -99,6 +99,17 @@ def unlike(cards: Iterable[TaskCard], habits: Habits) -> list[str]:
     ]
 
 
+def overruled(cards: Iterable[TaskCard], habits: Habits, *, encoder_decoder: bool) -> list[str]:
+    """In sentences, which cards rank by another score than the other code, whose own is taken."""
+    ranking = presets.load(habits.presets["encoder_decoder" if encoder_decoder else "decoder_only"]).ranking
+    return [
+        f"{card.key}: its candidates are ranked by '{ranking.normalize}', as {habits.name} does, and not by "
+        f"'{card.eval.normalize}'; leave one of the two out."
+        for card in cards
+        if card.eval is not None and card.eval.answer == "rank" and card.eval.normalize != ranking.normalize
+    ]
+
+
 def _asked(section: EvalCard, name: str, habits: Habits, kind: Kind) -> EvalCard:
     preface = section.preface
     for rule in habits.rules:

@@ -19,10 +19,10 @@ class PublishedSet:
 
     metrics: list[str]
     """The names here that a score may have to stand beside them."""
-    splits: list[str]
-    """The splits, as cards name theirs, that a score may be of to stand beside them."""
     split: str
     """In words."""
+    splits: list[str] = field(default_factory=list)
+    """The splits, as cards name theirs, that a score may be of to stand beside them; none: any."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def compared(results: Mapping[str, Mapping[str, Any]], published: Published, row
             low, high = (None if end is None else 100 * end for end in result["interval"])
             around = "" if low is None else f" ({low:.1f} to {high:.1f})"
             mark = "" if name in chosen.checked else "*"
-            alike = result["split"] in of.splits
+            alike = not of.splits or result["split"] in of.splits
             if not alike:
                 left_out.append(
                     f"{key}: it was scored on {result['split']}, and what is published is of {of.split}: another "
@@ -167,7 +167,7 @@ def _as_published(key: str, result: Mapping[str, Any], published: Published) -> 
     return (
         whole
         and result["score"] is not None
-        and (key not in published.sets or result["split"] in published.sets[key].splits)
+        and (key not in published.sets or result["split"] in (published.sets[key].splits or [result["split"]]))
     )
 
 
