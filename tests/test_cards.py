@@ -338,7 +338,7 @@ def test_variants_are_combined_with_a_plus() -> None:
         ("aokvqa:hub+multiple_choice", r"'multiple_choice' and 'hub' both set eval\.options\.difficult, and not alike"),
         (
             "textvqa:no_ocr+hub",
-            r"'hub' has a reader of its own, and 'no_ocr' sets eval\.options for the card's, so they",
+            r"'hub' has a reader of its own, and 'no_ocr' sets eval\.files for the card's, so they",
         ),
         ("iconqa:letters+hub", r"'hub' has a reader of its own, and 'letters' sets eval\.options for the card's"),
         ("aokvqa:test+sampled", r"'test' and 'sampled' both set train, and not alike"),
