@@ -346,8 +346,9 @@ def test_the_comparison_with_lavis_computes_what_the_model_does(
     file = write(tmp_path / "x.pth", {"model": lavis(connector(size), projection)})
     side = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "against_lavis.py"))
     monkeypatch.setitem(side["by_qformer"].__globals__, "pixels", lambda: PIXELS)
-    found = side["by_qformer"](file, *towers(folder, family).values(), words)
-    llm, tokenizer = model_of(towers(folder, family)["language"])
+    named = towers(folder, family)  # once: a tokenizer that is made again need not be the same
+    found = side["by_qformer"](file, named["vision"], named["language"], words)
+    llm, tokenizer = model_of(named["language"])
     prompt, answer = (tokenizer(text, add_special_tokens=False).input_ids for text in (side["PROMPT"], "a dog"))
     prompt, answer = ([*prompt, 1], [*answer, 1]) if family == "t5" else ([2, *prompt], [*answer, 2])
     read = torch.tensor(prompt if family == "t5" else prompt + answer)

@@ -467,8 +467,10 @@ def _load_transformers(config: VisionConfig) -> FrozenTower:
                     config.name, revision=config.revision, dtype=dtype, output_loading_info=True, **more
                 )
         except Exception as error:  # files that are broken raise all kinds
-            # of a whole model all files are opened here, whichever of its towers is at fault
-            where = f"vision.name '{config.name}'" if tower is None else f"'{config.name}'"
+            # Of a whole model all files are opened here, and one that is missing need not be the encoder's; tensors of
+            # another shape (a RuntimeError) are.
+            whole = tower is not None and not isinstance(error, RuntimeError)
+            where = f"'{config.name}'" if whole else f"vision.name '{config.name}'"
             raise ConfigError(f"{where}: its weights cannot be read ({reason(error)}).") from None
         lacking = sorted(name for name in report["missing_keys"] if not name.startswith(("pooler", "text_model")))
         if lacking:
