@@ -6,7 +6,6 @@ import dataclasses
 import importlib.util
 import io
 import json
-import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -135,7 +134,7 @@ def test_a_group_of_a_set_of_fourteen_million_is_found_at_once() -> None:
             began = time.process_time()
             groups.take(place, 0, "set", 3)
             seconds.append(time.process_time() - began)
-        assert sorted(seconds)[len(seconds) // 2] < (1e-3 if sys.gettrace() is None else 1e-2)  # coverage slows it
+        assert sorted(seconds)[len(seconds) // 2] < 1e-2, "walking through its pictures takes seconds"
 
 
 # -- the mixture ------------------------------------------------------------------------------------------------------

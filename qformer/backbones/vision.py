@@ -314,6 +314,11 @@ def _timm_tokens(model: Any, features: Any, config: VisionConfig) -> Tokens:
 
 def _timm_block(model: Any, config: VisionConfig, settings: VisionSettings) -> FrozenTower:
     """A block other than the last, or the last without its norm; of a ViT, what lies behind it is dropped."""
+    if not hasattr(model, "forward_intermediates"):
+        raise ConfigError(
+            f"vision.name is '{config.name}', whose blocks this release of timm does not give one by one; read its end "
+            f"(vision.block: null, vision.norm: true), install a newer timm, or name another encoder."
+        )
     blocks = len(getattr(model, "feature_info", []) or getattr(model, "blocks", []))
     chosen = (config.block if config.block is not None else -1) % max(1, blocks)
     if not blocks or not -blocks <= (config.block or -1) < blocks:
