@@ -24,6 +24,10 @@ class PublishedSet:
     splits: list[str] = field(default_factory=list)
     """The splits, as cards name theirs, that a score may be of to stand beside them; none: any."""
 
+    def takes(self, split: str) -> bool:
+        """Whether a score of that split stands beside the published one."""
+        return not self.splits or split in self.splits
+
 
 @dataclass(frozen=True)
 class PublishedRow:
@@ -122,7 +126,7 @@ def compared(results: Mapping[str, Mapping[str, Any]], published: Published, row
             low, high = (None if end is None else 100 * end for end in result["interval"])
             around = "" if low is None else f" ({low:.1f} to {high:.1f})"
             mark = "" if name in chosen.checked else "*"
-            alike = not of.splits or result["split"] in of.splits
+            alike = of.takes(result["split"])
             if not alike:
                 left_out.append(
                     f"{key}: it was scored on {result['split']}, and what is published is of {of.split}: another "
@@ -164,11 +168,8 @@ def _table(title: str) -> Table:
 def _as_published(key: str, result: Mapping[str, Any], published: Published) -> bool:
     """Whether a score is of all of the split that one part of a published mean is of, as far as that is known."""
     whole = not result["partial"] and result["published_size"] in (None, result["of"])
-    return (
-        whole
-        and result["score"] is not None
-        and (key not in published.sets or result["split"] in (published.sets[key].splits or [result["split"]]))
-    )
+    alike = key not in published.sets or published.sets[key].takes(result["split"])
+    return whole and alike and result["score"] is not None
 
 
 def remarks(published: Published, row: str) -> list[str]:
