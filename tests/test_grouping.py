@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import io
 import json
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -131,10 +132,13 @@ def test_a_group_of_a_set_of_fourteen_million_is_found_at_once() -> None:
         groups = Groups(whole, per)
         seconds = []
         for place in range(0, whole.records, whole.records // 50):
-            began = time.process_time()
-            groups.take(place, 0, "set", 3)
-            seconds.append(time.process_time() - began)
-        assert sorted(seconds)[len(seconds) // 2] < 1e-2, "walking through its pictures takes seconds"
+            tries = []
+            for _ in range(5):  # the quickest: another process may have had the cache in the others
+                began = time.process_time()
+                groups.take(place, 0, "set", 3)
+                tries.append(time.process_time() - began)
+            seconds.append(min(tries))
+        assert sorted(seconds)[len(seconds) // 2] < (1e-3 if sys.gettrace() is None else 1e-2)  # coverage slows it
 
 
 # -- the mixture ------------------------------------------------------------------------------------------------------
