@@ -39,6 +39,8 @@ def load_published(
     settings = published_settings(published, named, tokenizer)
     spoken, read, seen = settings.language, settings.qformer, settings.vision
     _same_kind(published, spoken)
+    if directory is not None and published.source in (seen.name, spoken.name):  # its own towers are read from there
+        weights.weight_files(directory, published.source)
     towers, settings = load_towers(settings, named.encoder)
     if strict:
         _same_width(towers[0].width, published.source, size, settings.vision.name)

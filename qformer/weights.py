@@ -406,12 +406,21 @@ def _bert_config(directory: Path, source: str) -> dict[str, Any]:
 
 
 def read_weights(directory: Path, source: str, wanted: Callable[[str], bool] = lambda _: True) -> dict[str, Tensor]:
-    """The wanted tensors of a checkpoint's directory, by name.
-
-    One file or shards behind an index, safetensors before pickles; shards without a wanted tensor are not opened.
+    """The wanted tensors of a checkpoint's directory, by name; shards without a wanted tensor are not opened.
 
     Raises:
         ConfigError: no weights there, a shard is missing, or a file is not whole or not safe to read.
+    """
+    files = weight_files(directory, source, wanted)
+    read = load_tensors if files[0].suffix == ".safetensors" else _load_pickle
+    return {name: tensor for file in files for name, tensor in read(file, wanted).items()}
+
+
+def weight_files(directory: Path, source: str, wanted: Callable[[str], bool] = lambda _: True) -> list[Path]:
+    """The files that hold the wanted tensors: one, or shards behind an index, safetensors before pickles.
+
+    Raises:
+        ConfigError: no weights there, or a shard is missing.
     """
     for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
         index, whole = directory / f"{stem}.{ending}.index.json", directory / f"{stem}.{ending}"
@@ -426,8 +435,7 @@ def read_weights(directory: Path, source: str, wanted: Callable[[str], bool] = l
             raise ConfigError(
                 f"{source}: {index.name} names {shortened(missing)}, which is not there; fetch the missing shards."
             )
-        read = load_tensors if ending == "safetensors" else _load_pickle
-        return {name: tensor for shard in shards for name, tensor in read(directory / shard, wanted).items()}
+        return [directory / shard for shard in shards]
     raise ConfigError(f"{source}: it holds neither model.safetensors nor pytorch_model.bin.")
 
 

@@ -122,7 +122,7 @@ def test_shards_pickles_and_older_layouts_load_the_same(folder: Path, source: Pa
     (source / "model.safetensors.index.json").rename(tmp_path / "index.json")
     assert same(numbers(loaded(source)), expected)
     (source / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": binned}))
-    with pytest.raises(ConfigError, match=r"source': its weights cannot be read \('metadata'\)"):
+    with pytest.raises(ConfigError, match=r"vision\.name '.*': its weights cannot be read \('metadata'\)"):
         loaded(source)  # transformers, which reads the towers, wants that too
     (tmp_path / "index.json").rename(source / "model.safetensors.index.json")
     (source / "model-00002-of-00003.safetensors").unlink()
@@ -527,9 +527,8 @@ def test_a_shard_of_the_llm_that_is_missing_is_not_put_down_to_the_encoder(sourc
     save_file({n: t for n, t in whole.items() if held[n].startswith("model-1")}, source / "model-1.safetensors")
     (source / "model.safetensors").unlink()
     (source / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": held}))
-    with pytest.raises(ConfigError, match=r"model-2\.safetensors") as caught:
+    with pytest.raises(ConfigError, match=r"source: .* names model-2\.safetensors, which is not there; fetch"):
         loaded(source)
-    assert "vision.name" not in str(caught.value)
 
 
 def test_a_mislabelled_file_is_named(source: Path, tmp_path: Path) -> None:

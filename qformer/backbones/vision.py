@@ -472,11 +472,7 @@ def _load_transformers(config: VisionConfig) -> FrozenTower:
                     config.name, revision=config.revision, dtype=dtype, output_loading_info=True, **more
                 )
         except Exception as error:  # files that are broken raise all kinds
-            # Of a whole model all files are opened here, and one that is missing need not be the encoder's; tensors of
-            # another shape (a RuntimeError) are.
-            whole = tower is not None and not isinstance(error, RuntimeError)
-            where = f"'{config.name}'" if whole else f"vision.name '{config.name}'"
-            raise ConfigError(f"{where}: its weights cannot be read ({reason(error)}).") from None
+            raise ConfigError(f"vision.name '{config.name}': its weights cannot be read ({reason(error)}).") from None
         lacking = sorted(name for name in report["missing_keys"] if not name.startswith(("pooler", "text_model")))
         if lacking:
             raise ConfigError(
