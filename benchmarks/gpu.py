@@ -6,7 +6,7 @@ settings are those of the shipped configs, batch and micro-batches among them.  
 timed whose work is nearest to their mean.  transformers' `InstructBlipForConditionalGeneration` has the same weights
 (the LLM is the same object), frozen towers in bfloat16, and takes the same rows as one padded batch with a picture a
 row, or in the largest halves of it that fit.  Both compute under autocast to bfloat16; pictures, features and ids lie
-in the memory of the machine at first, and are moved within what is timed.
+in the memory of the machine at first, where a run's loader puts them (pinned), and are moved within what is timed.
 
 Every pair does the same work in turn, after an untimed round in which soft tokens and losses are compared; *faster* is
 the median of the pairs' ratios.  The share of peak is `qformer plan`'s count of operations, over the time they took and
@@ -50,7 +50,7 @@ from transformers import InstructBlipConfig, InstructBlipForConditionalGeneratio
 
 from qformer import config, exporting, hub
 from qformer.assemble import Picture, Pixels, Prepared
-from qformer.backbones import blueprints
+from qformer.backbones import blueprints, precision
 from qformer.backbones.decoder_only import DecoderOnly
 from qformer.backbones.encoder_decoder import EncoderDecoder
 from qformer.backbones.language import LanguageTower
@@ -189,6 +189,7 @@ def settings_of(name: str, size: str, folder: Path, changes: Sequence[str]) -> R
 
 def ours_of(settings: RunConfig, found: plan.Sizes, device: torch.device) -> VLM:
     """The model of a config with random weights, made on the device."""
+    precision.choose_attention(device)
     vision = blueprints.blank_vision(settings.vision, device)
     llm, _ = blueprints.blank_language(settings.language, device)
     with torch.device(device):
@@ -269,9 +270,14 @@ def steps_of(settings: RunConfig, found: plan.Sizes, data: plan.Data, model: VLM
             micro = shapes.shape(group, settings.qformer.queries, data.kind)
             for part, amount in plan.work_of(settings, found, micro).items():
                 amounts[part] += amount
-        batches = tuple(assembler.batch(group, pixels) for group in groups)
+        batches = tuple(pinned(assembler.batch(group, pixels), model.device) for group in groups)
         steps.append(Step(tuple(rows), pixels, batches, amounts))
     return steps
+
+
+def pinned(batch: Batch, device: torch.device) -> Batch:
+    """A batch as a run's loader hands it out."""
+    return batch.pin_memory() if device.type == "cuda" else batch
 
 
 def filled(row: Prepared, seed: int) -> Prepared:
@@ -342,7 +348,7 @@ class Both:
 
     def moved(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         """What transformers' model is given, on the device."""
-        return {name: each.to(self.device) for name, each in given.items()}
+        return {name: each.to(self.device, non_blocking=True) for name, each in given.items()}
 
     def padded(self, rows: int) -> list[Part]:
         """The step's rows as transformers takes them, so many at a time, each part with its share of the tokens."""
@@ -352,6 +358,8 @@ class Both:
         ]
         counts = [self.ours.objective.counts(batch)["answer"] for batch in batches]
         given = [speed.theirs_of(batch, image=self.image, closing=self.closing) for batch in batches]
+        if self.device.type == "cuda":
+            given = [{name: each.pin_memory() for name, each in part.items()} for part in given]
         return [(each, count / sum(counts)) for each, count in zip(given, counts, strict=True)]
 
     def fitting(self) -> list[Part]:
@@ -376,7 +384,8 @@ class Both:
         for batch in self.step.batches:
             features = self.ours.encode(batch.pixels).values.to(CACHED).cpu()
             numbers = tuple(range(batch.pictures))
-            found.append(dataclasses.replace(batch, pixels=batch.pixels[:0], features=features, featured=numbers))
+            kept = dataclasses.replace(batch, pixels=batch.pixels[:0], features=features, featured=numbers)
+            found.append(pinned(kept, self.device))
         return found
 
     @torch.no_grad()

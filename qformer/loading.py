@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qformer import config, resources, starting, weights
-from qformer.backbones import inside, language_loading
+from qformer.backbones import inside, language_loading, precision
 from qformer.backbones import language as language_backbone
 from qformer.backbones import vision as vision_backbone
 from qformer.backbones.language import LanguageTower
@@ -210,6 +210,7 @@ def _settled(model: VLM, device: str | torch.device | None, processes: Processes
     if processes.count > 1:
         model.settle(torch.device(device or "cpu"), processes)
     elif device:
+        precision.choose_attention(torch.device(device))
         model.to(device)
     return model.eval()
 

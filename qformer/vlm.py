@@ -88,17 +88,17 @@ class VLM(nn.Module):
         """
         first = next(self.vision.parameters(), None)
         with torch.no_grad(), precision.in_own(None if first is None else first.dtype, self.device):
-            tokens = self.vision(pixels.to(self.device))
+            tokens = self.vision(pixels.to(self.device, non_blocking=True))
         return tokens._replace(values=tokens.values.to(self.connector.dtype))
 
     def tokens(self, batch: Batch) -> Tokens:
         """Encoder outputs of a batch's pictures: those that it brings, and those of its pixels."""
         if batch.features is None:
             return self.encode(batch.pixels)
-        values = batch.features.to(self.device, self.connector.dtype)
+        values = batch.features.to(self.device, non_blocking=True).to(self.connector.dtype)
         if len(batch.pixels):
-            order = torch.tensor([*batch.featured, *batch.opened], device=self.device)
-            values = torch.cat([values, self.encode(batch.pixels).values])[order.argsort()]
+            order = torch.tensor([*batch.featured, *batch.opened]).argsort().to(self.device, non_blocking=True)
+            values = torch.cat([values, self.encode(batch.pixels).values])[order]
         return Tokens(values)
 
     def read(self, batch: Batch) -> Tensor:
@@ -124,7 +124,7 @@ class VLM(nn.Module):
             )
             for row in batch.rows
         )
-        reads, frames = torch.tensor([*places], device=soft.device).reshape(-1, 2).T
+        reads, frames = torch.tensor([*places]).reshape(-1, 2).T.to(soft.device, non_blocking=True)
         return self.connector.in_time(soft[reads], frames), rows
 
     def look(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -170,7 +170,7 @@ class VLM(nn.Module):
         pictures = [read.picture for read in batch.reads]
         tokens = self.tokens(batch)
         if pictures != list(range(batch.pictures)):
-            tokens = tokens._replace(pictures=torch.tensor(pictures, device=self.device))
+            tokens = tokens._replace(pictures=torch.tensor(pictures).to(self.device, non_blocking=True))
         return tokens, self._instructions([read.instruction for read in batch.reads])
 
     def _instructions(self, instructions: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor | None] | None:
@@ -178,22 +178,25 @@ class VLM(nn.Module):
             return None
         longest = max(map(len, instructions))
         pad = self.instruction_tokenizer.pad_token_id
-        ids = torch.tensor([[*each, *[pad] * (longest - len(each))] for each in instructions], device=self.device)
+        ids = torch.tensor([[*each, *[pad] * (longest - len(each))] for each in instructions])
+        ids = ids.to(self.device, non_blocking=True)
         if all(len(each) == longest for each in instructions):
             return ids, None
-        lengths = torch.tensor([len(each) for each in instructions], device=self.device)
-        return ids, torch.arange(longest, device=self.device) < lengths[:, None]
+        lengths = torch.tensor([len(each) for each in instructions])
+        return ids, torch.arange(longest) < lengths[:, None]  # stays where real words are found without waiting
 
     # -- several processes --------------------------------------------------------------------------------------------
 
     def settle(self, device: torch.device, processes: Processes = ALONE) -> VLM:
         """Put it all on a device; with `language.shard` of the LLM's blocks only this process's part.
 
-        All processes have to call this.  DDP then leaves the LLM alone: what it would copy to all is in parts.
+        On a GPU the process then takes no attention of cuDNN (`precision.choose_attention`).  All processes have to
+        call this.  DDP then leaves the LLM alone: what it would copy to all is in parts.
 
         Raises:
             ConfigError: `language.shard` with one process, or with an LLM that cannot be cut into parts.
         """
+        precision.choose_attention(device)
         if not self.settings.language.shard or self.language is None:
             return self.to(device)
         if processes.count == 1:

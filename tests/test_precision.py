@@ -1,4 +1,4 @@
-"""Frozen towers in half precision under autocast to the other half, as the paper's runs have them."""
+"""Frozen towers in half precision under autocast to the other half, as the paper's runs have them; GPU kernels."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from qformer import loading
+from qformer.backbones import precision
+from qformer.data.batch import StepData
+from qformer.sample import Batch
 from tests import world
 from tests.test_many import maker_of
 
@@ -29,3 +32,22 @@ def test_a_tower_in_float16_is_trained_in_front_of_and_behind(tmp_path: Path, vi
     assert float(loss.detach()) == pytest.approx(plain, rel=2e-2)
     gradients = [each.grad for each in model.trainable().values() if each.grad is not None]
     assert all(each.isfinite().all() for each in gradients) and any(each.any() for each in gradients)
+
+
+def test_attention_on_a_gpu_is_not_cudnns(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[bool] = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", told.append)
+    precision.choose_attention(torch.device("cpu"))
+    assert told == []
+    precision.choose_attention(torch.device("cuda", 1))
+    assert told == [False]
+
+
+@pytest.mark.gpu
+def test_a_loader_pins_what_a_step_is_given() -> None:
+    made = StepData(
+        3, [Batch(torch.ones(2, 3, 4, 4), (), ()), Batch(torch.empty(0), (), (), features=torch.ones(1, 2))]
+    )
+    [found] = torch.utils.data.DataLoader([made], batch_size=None, pin_memory=True)
+    assert found.step == 3 and all(batch.pixels.is_pinned() for batch in found.batches)
+    assert found.batches[1].features is not None and found.batches[1].features.is_pinned()

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from qformer.backbones import ranking
+from qformer.backbones.encoder_decoder import EncoderDecoder
 from qformer.backbones.language import LanguageTower
 from qformer.backbones.language_loading import load_language
+from qformer.backbones.ranking import Group
 from qformer.config import LanguageConfig
 from qformer.sample import Row, Slot, Text
 from qformer.text import Joiner, Rendered
@@ -103,3 +105,17 @@ def test_a_small_budget_changes_no_score(llm: LanguageTower, monkeypatch: pytest
     assert max(rows * positions for rows, positions in seen) <= 200
     for one, two in zip(found, wanted, strict=True):
         assert one == pytest.approx(two, rel=1e-5, abs=1e-4)
+
+
+def test_candidates_of_an_encoder_decoder_score_alike_in_one_pass(llm: LanguageTower) -> None:
+    """As a GPU is given few of them: prompts of unlike length, candidates that begin alike and of one token."""
+    if not isinstance(llm, EncoderDecoder):
+        pytest.skip("a decoder-only LLM reads prompt and candidates in one pass in any case")
+    soft = torch.randn(2, QUERIES, llm.width, generator=torch.Generator().manual_seed(5))
+    candidates = ((7,), (8, 9, 10), (8, 11, 12, 13))
+    groups = [Group((Slot(0), Text((3, 4, 5))), candidates), Group((Slot(1), Text((6,))), candidates[:2])]
+    with torch.no_grad():
+        found, behind, apart = (score(soft, groups) for score in (llm._at_once, llm._behind, llm._apart))
+    assert found.shape == (5,)
+    torch.testing.assert_close(found, apart, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, behind, rtol=1e-5, atol=1e-5)

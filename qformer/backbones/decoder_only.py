@@ -49,21 +49,22 @@ class DecoderOnly(LanguageTower):
         if packs is None:
             joined = self._join(soft, rows)
             given = self._given(joined.inputs, joined.mask, joined.positions)
-            owners = torch.arange(len(rows), device=self.device)[:, None].expand_as(joined.labels)
-            firsts = joined.positions == 0
+            owners = torch.arange(len(rows))[:, None].expand_as(joined.labels)
+            labels = joined.labels.clone()
+            labels[:, 0] = -1
         else:
-            packed = packing.packed(lengths, bins or packing.cheapest(lengths, self.width)).to(self.device)
+            packed = packing.packed(lengths, bins or packing.cheapest(lengths, self.width))
             joined = self._join(soft, [tuple(chain.from_iterable(rows[n] for n in numbers)) for numbers in packed.bins])
-            mask = packed.mask(self.dtype) if packs == "mask" else None
-            given = self._given(joined.inputs, mask, packed.positions)
-            owners, firsts = packed.owners, packed.firsts
+            owners, labels = packed.owners, joined.labels.masked_fill(packed.firsts, -1)
+            there = packed.to(self.device)
+            given = self._given(joined.inputs, there.mask(self.dtype) if packs == "mask" else None, there.positions)
         # What stands at a position is predicted by the one before it, and a row's first by none.
-        wanted = nn.functional.pad(joined.labels.masked_fill(firsts, -1)[:, 1:], (0, 1), value=-1)
+        wanted = nn.functional.pad(labels[:, 1:], (0, 1), value=-1)
         predicting = wanted >= 0
-        log_p = self._log_p(given, predicting, wanted[predicting])
         owner = owners[predicting]
-        counts = torch.zeros(len(rows), dtype=torch.long, device=self.device)
-        return log_p.new_zeros(len(rows)).index_add(0, owner, log_p), counts.index_add(0, owner, torch.ones_like(owner))
+        log_p = self._log_p(given, predicting, self._sent(wanted[predicting]))
+        sums = log_p.new_zeros(len(rows)).index_add(0, self._sent(owner), log_p)
+        return sums, self._sent(owner.bincount(minlength=len(rows)))
 
     @property
     def packs(self) -> str | None:
@@ -112,18 +113,16 @@ class DecoderOnly(LanguageTower):
         # hand: behind embeddings `generate` takes it off a padded row's first new tokens, as many as it has padding.
         given = {"inputs_embeds": joined.inputs, "attention_mask": joined.mask, "logits_processor": [penalty]}
         with self._answering():
-            lengths = joined.mask.sum(1).tolist()
+            lengths = joined.lengths
             if reading.worth(lengths) and self.reads_ahead and max(lengths) <= self._window:
-                given[self._cache_name] = self._read(joined, lengths, copies=settings["num_beams"])
+                given[self._cache_name] = self._read(joined, copies=settings["num_beams"])
             return self.model.generate(**given, **settings)
 
-    def _read(
-        self, joined: Joined, lengths: Sequence[int], copies: int, bins: Sequence[Sequence[int]] | None = None
-    ) -> Any:
+    def _read(self, joined: Joined, copies: int, bins: Sequence[Sequence[int]] | None = None) -> Any:
         """The cache of prompts padded on the left, all but the last position of each, so many copies of a prompt."""
         from transformers import DynamicCache
 
-        layout = reading.Layout.of(lengths, self.width, bins)
+        layout = reading.Layout.of(joined.lengths, self.width, bins)
         packed = layout.packing.to(self.device)
         given = self._given(layout.packed(joined.inputs), packed.mask(self.dtype), packed.positions, cache=True)
         read = DynamicCache()
@@ -154,7 +153,7 @@ class DecoderOnly(LanguageTower):
                 joined = self._join(soft, rows, left=True)
                 last = joined.inputs[:, -1:], joined.mask, joined.positions[:, -1:]
                 try:
-                    cache = self._read(joined, joined.mask.sum(1).tolist(), 1, [range(3)])
+                    cache = self._read(joined, 1, [range(3)])
                     after = self.model(**self._given(*last, cache=True), **{self._cache_name: cache}).logits[:, -1]
                 except CANNOT:
                     return False
@@ -176,15 +175,15 @@ class DecoderOnly(LanguageTower):
         joined = self._join(soft, [prompt for prompt, _ in groups], left=True)
         fed = max(len(tree.ids) for tree in trees)
         rows, prompt = joined.mask.shape
-        lengths = joined.mask.sum(1)
-        longest = int(lengths.max()) + max(int(tree.depths.max()) + 2 if len(tree.ids) else 1 for tree in trees)
+        lengths = torch.tensor(joined.lengths)
+        longest = max(joined.lengths) + max(int(tree.depths.max()) + 2 if len(tree.ids) else 1 for tree in trees)
         self._check_length(longest)
         if longest > self._window:  # the mask below shows everything, however far away
             return self._behind(soft, groups)
         ids = torch.zeros(rows, fed, dtype=torch.long)
         depths = torch.zeros(rows, fed, dtype=torch.long)
         sees = torch.zeros(rows, prompt + fed, prompt + fed, dtype=torch.bool)
-        sees[:, :, :prompt] = joined.mask.bool().cpu()[:, None]
+        sees[:, :, :prompt] = (torch.arange(prompt) >= prompt - lengths[:, None])[:, None]
         sees[:, :prompt, :prompt] &= torch.ones(prompt, prompt, dtype=torch.bool).tril()
         predicting = torch.zeros(rows, prompt + fed, dtype=torch.bool)
         for row, tree in enumerate(trees):
@@ -195,17 +194,18 @@ class DecoderOnly(LanguageTower):
         sees |= torch.eye(prompt + fed, dtype=torch.bool)  # padding sees itself: nothing at all would give NaN
         hidden = torch.zeros(sees.shape, dtype=self.dtype).masked_fill(~sees, torch.finfo(self.dtype).min)
         given = self._given(
-            torch.cat([joined.inputs, self._embeddings(ids.to(self.device))], dim=1),
-            hidden[:, None].to(self.device),
-            torch.cat([joined.positions, lengths[:, None] + depths.to(self.device)], dim=1),
+            torch.cat([joined.inputs, self._embeddings(self._sent(ids))], dim=1),
+            self._sent(hidden[:, None]),
+            torch.cat([joined.positions, self._sent(lengths[:, None] + depths)], dim=1),
         )
-        logits = self._logits(given, predicting.to(self.device))
+        logits = self._logits(given, predicting)
         starts = torch.tensor([0, *(len(tree.ids) + 1 for tree in trees)]).cumsum(0)
         counts = torch.tensor([0, *(len(candidates) for _, candidates in groups)]).cumsum(0)
-        places = torch.cat([tree.places + start for tree, start in zip(trees, starts, strict=False)]).to(self.device)
-        owners = torch.cat([tree.owners + count for tree, count in zip(trees, counts, strict=False)]).to(self.device)
-        log_p = _picked(logits, places, torch.cat([tree.tokens for tree in trees]).to(self.device))
-        return log_p.new_zeros(int(counts[-1])).index_add(0, owners, log_p)
+        places = torch.cat([tree.places + start for tree, start in zip(trees, starts, strict=False)])
+        owners = torch.cat([tree.owners + count for tree, count in zip(trees, counts, strict=False)])
+        tokens = torch.cat([tree.tokens for tree in trees])
+        log_p = _picked(logits, self._sent(places), self._sent(tokens))
+        return log_p.new_zeros(int(counts[-1])).index_add(0, self._sent(owners), log_p)
 
     @property
     def _window(self) -> float:
@@ -253,18 +253,20 @@ class DecoderOnly(LanguageTower):
     def _log_p(self, given: dict[str, Any], predicting: Tensor, tokens: Tensor) -> Tensor:
         """Log p (M,) of tokens (M,) at the predicting positions (R, S), row by row."""
         if self._head_stands_alone:
-            return self._log_p_of(self.model.base_model(**given).last_hidden_state[predicting], tokens)
+            return self._log_p_of(self._chosen(self.model.base_model(**given).last_hidden_state, predicting), tokens)
         return token_log_likelihood(self._logits(given, predicting), tokens)
 
     def _logits(self, given: dict[str, Any], predicting: Tensor) -> Tensor:
-        """Which positions (R, S) predict a token that is wanted -> their logits (…, vocabulary), row by row."""
+        """Which positions (R, S) predict a token that is wanted, known in the machine's memory -> their logits
+        (…, vocabulary), row by row.
+        """
         if self._head_stands_alone:
             hidden = self.model.base_model(**given).last_hidden_state
-            return self.model.get_output_embeddings()(hidden[predicting])
+            return self.model.get_output_embeddings()(self._chosen(hidden, predicting))
         if self._keeps_positions:
             kept = predicting.any(0).nonzero().flatten()
-            return self.model(**given, logits_to_keep=kept).logits[predicting[:, kept]]
-        return self.model(**given).logits[predicting]
+            return self._chosen(self.model(**given, logits_to_keep=self._sent(kept)).logits, predicting[:, kept])
+        return self._chosen(self.model(**given).logits, predicting)
 
     @cached_property
     def _keeps_positions(self) -> bool:

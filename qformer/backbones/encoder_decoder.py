@@ -15,7 +15,10 @@ from qformer.backbones.language import LanguageTower, padded
 from qformer.backbones.ranking import Group
 from qformer.errors import DataError
 from qformer.nn.losses import token_log_likelihood
-from qformer.sample import Row, Text
+from qformer.sample import Row, Text, row_length
+
+AT_ONCE = 8192
+"""Positions of prompts, counted once for each candidate behind them, up to which a GPU is given all in one pass."""
 
 
 class EncoderDecoder(LanguageTower):
@@ -37,7 +40,7 @@ class EncoderDecoder(LanguageTower):
                 )
         targets = [row[-1].ids for row in rows]  # type: ignore[union-attr]
         read, mask = self._encoded(soft, [row[:-1] for row in rows])
-        return self._decoded(read, mask, targets), torch.tensor([len(ids) for ids in targets], device=self.device)
+        return self._decoded(read, mask, targets), self._sent(torch.tensor([len(ids) for ids in targets]))
 
     def write(self, soft: Tensor, rows: Sequence[Row], **decoding: Any) -> Tensor:
         """New ids (R, T), an answer per row; `decoding`: the fields of `qformer.cards.Decoding`.
@@ -53,12 +56,28 @@ class EncoderDecoder(LanguageTower):
         with self._answering():
             return self.model.generate(**given, **settings)[:, starts.shape[1] :]
 
+    def _scored(self, soft: Tensor, groups: Sequence[Group]) -> Tensor:
+        """Little work is done in one pass of the decoder on a GPU, which is waiting for passes to be launched; more of
+        it, and any on a CPU, is less work behind a cache.
+        """
+        read = [row_length(prompt, soft.shape[1]) for prompt, _ in groups]
+        positions = sum(map(len, (candidates for _, candidates in groups))) * max(read)
+        if self.device.type == "cpu" or positions > AT_ONCE:
+            return super()._scored(soft, groups)
+        return self._at_once(soft, groups)
+
+    def _at_once(self, soft: Tensor, groups: Sequence[Group]) -> Tensor:
+        """Sums of log p of the groups' candidates: prompts are encoded once, and each candidate is a row of its own."""
+        read, mask = self._encoded(soft, [prompt for prompt, _ in groups])
+        owner = self._sent(torch.tensor([n for n, (_, candidates) in enumerate(groups) for _ in candidates]))
+        return self._decoded(read[owner], mask[owner], [ids for _, candidates in groups for ids in candidates])
+
     def _behind(self, soft: Tensor, groups: Sequence[Group]) -> Tensor:
         from transformers import DynamicCache, EncoderDecoderCache
 
         read, mask = self._encoded(soft, [prompt for prompt, _ in groups])
-        owner = torch.tensor([n for n, (_, choices) in enumerate(groups) for _ in choices], device=self.device)
-        ids = padded([ids for _, candidates in groups for ids in candidates], -1).to(self.device)  # (C, T)
+        owner = self._sent(torch.tensor([n for n, (_, candidates) in enumerate(groups) for _ in candidates]))
+        ids = self._sent(padded([ids for _, candidates in groups for ids in candidates], -1))  # (C, T)
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         first = self._written(read, mask, self._starts(len(groups)), cache)[:, -1]
         sums = token_log_likelihood(first[owner], ids[:, 0])
@@ -83,14 +102,15 @@ class EncoderDecoder(LanguageTower):
 
     def _decoded(self, read: Tensor, mask: Tensor, targets: Sequence[Sequence[int]]) -> Tensor:
         """(R,) sums of log p of targets, written behind the decoder's start as `generate` does."""
-        labels = padded(targets, -1).to(self.device)
-        fed = torch.cat([self._starts(len(labels)), labels[:, :-1].clamp(min=0)], dim=1)
+        labels = padded(targets, -1)
+        fed = torch.cat([self._starts(len(labels)), self._sent(labels[:, :-1].clamp(min=0))], dim=1)
         scored, width = labels >= 0, labels.shape[1]
+        tokens = self._sent(labels[scored])
         if self._head_stands_alone:
-            log_p = self._log_p_of(self._hidden(read, mask, fed)[:, -width:][scored], labels[scored])
+            log_p = self._log_p_of(self._chosen(self._hidden(read, mask, fed)[:, -width:], scored), tokens)
         else:
-            log_p = token_log_likelihood(self._written(read, mask, fed)[:, -width:][scored], labels[scored])
-        return log_p.new_zeros(len(labels)).index_add(0, scored.nonzero()[:, 0], log_p)
+            log_p = token_log_likelihood(self._chosen(self._written(read, mask, fed)[:, -width:], scored), tokens)
+        return log_p.new_zeros(len(labels)).index_add(0, self._sent(scored.nonzero()[:, 0]), log_p)
 
     def _hidden(self, read: Tensor, mask: Tensor, fed: Tensor) -> Tensor:
         """What the output layer reads (R, T, L) behind ids (R, T)."""
@@ -106,7 +126,7 @@ class EncoderDecoder(LanguageTower):
     def _starts(self, rows: int) -> Tensor:
         """(R, D) ids that a decoder is given: the one it starts with, and what the profile has behind it."""
         ids = (self.model.generation_config.decoder_start_token_id, *self.profile.decoder_opening)
-        return torch.tensor([ids] * rows, device=self.device)
+        return self._sent(torch.tensor([ids] * rows))
 
     def _written(self, read: Tensor, mask: Tensor, fed: Tensor, cache: Any | None = None) -> Tensor:
         """Logits (R, T, vocabulary) of the decoder behind ids (R, T), and behind what the cache holds."""

@@ -33,11 +33,16 @@ CANNOT = (TypeError, AttributeError, RuntimeError, ValueError)
 
 @dataclasses.dataclass(frozen=True)
 class Joined:
-    """Rows as tensors: inputs (R, S, L), mask (R, S) of ones and zeros, labels (R, S), -1 where nothing is trained."""
+    """Rows as tensors: inputs (R, S, L), mask (R, S) of ones and zeros, labels (R, S), -1 where nothing is trained, and
+    each row's length.
+
+    Labels stay in the machine's memory: what is chosen by them there is chosen without waiting for a GPU.
+    """
 
     inputs: Tensor
     mask: Tensor
     labels: Tensor
+    lengths: tuple[int, ...]
 
     @property
     def positions(self) -> Tensor:
@@ -168,12 +173,21 @@ class LanguageTower(nn.Module, ABC):
                     ids += piece.ids
             places.append(place)
             labels.append(label)
-        table = torch.cat([self._embeddings(torch.tensor(ids, device=self.device)), soft])
+        table = torch.cat([self._embeddings(self._sent(torch.tensor(ids))), soft])
         return Joined(
-            inputs=table[padded(places, 0, left).to(self.device)],
-            mask=padded([[1] * len(place) for place in places], 0, left).to(self.device),
-            labels=padded(labels, -1, left).to(self.device),
+            inputs=table[self._sent(padded(places, 0, left))],
+            mask=self._sent(padded([[1] * len(place) for place in places], 0, left)),
+            labels=padded(labels, -1, left),
+            lengths=tuple(map(len, places)),
         )
+
+    def _sent(self, values: Tensor) -> Tensor:
+        """The same on the LLM's device, behind what that is busy with: nothing waits until it has done it."""
+        return values.to(self.device, non_blocking=True)
+
+    def _chosen(self, values: Tensor, which: Tensor) -> Tensor:
+        """Of values (R, S, …) on the device those that `which` (R, S), in the machine's memory, says (M, …)."""
+        return values.flatten(0, 1).index_select(0, self._sent(which.flatten().nonzero().flatten()))
 
     def _check_length(self, length: int) -> None:
         limit = self.positions
@@ -248,7 +262,7 @@ class LanguageTower(nn.Module, ABC):
         ids = ranking.requested(joiner, rows, candidates, end)
         with self._answering():
             return ranking.ranked(
-                partial(self._scorers[self.ranks], soft),
+                partial(self._scored, soft),
                 rows,
                 ids,
                 normalize,
@@ -299,6 +313,10 @@ class LanguageTower(nn.Module, ABC):
             if torch.allclose(found, wanted, rtol=near, atol=near):
                 return name
         return "apart"
+
+    def _scored(self, soft: Tensor, groups: Sequence[Group]) -> Tensor:
+        """Sums of log p of the groups' candidates, in the fastest way that is right."""
+        return self._scorers[self.ranks](soft, groups)
 
     @abstractmethod
     def _behind(self, soft: Tensor, groups: Sequence[Group]) -> Tensor:

@@ -33,8 +33,9 @@ class Packing:
     positions: Tensor
 
     def to(self, device: torch.device) -> Packing:
-        """The same with its tensors on a device."""
-        return Packing(self.bins, self.owners.to(device), self.positions.to(device))
+        """The same with its tensors on a device, which is not waited for."""
+        owners, positions = (each.to(device, non_blocking=True) for each in (self.owners, self.positions))
+        return Packing(self.bins, owners, positions)
 
     def mask(self, dtype: torch.dtype) -> Tensor:
         """(B, 1, S, S), added to scores: 0 where a position sees another of its row before it or itself, else the

@@ -50,8 +50,8 @@ class Layout:
 
     def packed(self, inputs: Tensor) -> Tensor:
         """Padded embeddings (R, S, L) -> (B, T, L)."""
-        device = inputs.device
-        return inputs[self.packing.owners.clamp(min=0).to(device), self.columns.to(device)]
+        places = (self.packing.owners.clamp(min=0), self.columns)
+        return inputs[tuple(each.to(inputs.device, non_blocking=True) for each in places)]
 
     def padded(self, layers: Iterable[Any], cache: Any, copies: int) -> Any:
         """Puts keys and values of packed rows (B, heads, T, width), layer by layer, into a cache: (R · copies, heads,
@@ -59,7 +59,8 @@ class Layout:
         """
         places = self.places.repeat_interleave(copies, 0)
         for number, layer in enumerate(layers):
+            places = places.to(layer.keys.device, non_blocking=True)  # once, but for an LLM over several devices
             kept = (each.transpose(1, 2).flatten(0, 1) for each in (layer.keys, layer.values))
-            keys, values = (each[places.to(each.device)].transpose(1, 2) for each in kept)
+            keys, values = (each[places].transpose(1, 2) for each in kept)
             cache.update(keys, values, number)
         return cache

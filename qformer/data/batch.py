@@ -64,6 +64,11 @@ class StepData:
     tally: Tally = field(default_factory=Tally)
     error: DataError | None = None
 
+    def pin_memory(self) -> StepData:
+        """Asked for by `DataLoader` where there is a GPU."""
+        self.batches = [batch.pin_memory() for batch in self.batches]
+        return self
+
 
 def open_sources(
     cards: Mapping[str, TaskCard], root: Path, *, on_error: str = "fail", index: Index | None = None

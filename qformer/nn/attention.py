@@ -32,7 +32,10 @@ class Places(NamedTuple):
 
     @classmethod
     def of(cls, reads: int, queries: int, instruction: tuple[Tensor, Tensor | None] | None) -> Places:
-        """From the ids (N, T) of the words and their mask, True where real; no mask: all are."""
+        """From the ids (N, T) of the words and their mask, True where real; no mask: all are.
+
+        Of a mask in the machine's memory the real words are found without waiting for the ids' device.
+        """
         if instruction is None:
             return cls(reads, queries)
         (ids, words), longest = instruction, instruction[0].shape[1]
@@ -42,6 +45,7 @@ class Places(NamedTuple):
         if len(real) == ids.numel():
             return cls(reads, queries, longest)
         mask = torch.cat([words.new_ones(reads, queries, dtype=torch.bool), words.bool()], dim=1)
+        mask, real = (each.to(ids.device, non_blocking=True) for each in (mask, real))
         return cls(reads, queries, longest, mask, real)
 
     @property

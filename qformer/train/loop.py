@@ -171,6 +171,7 @@ def _train(
         batch_size=None,
         sampler=range(start, settings.train.steps),
         num_workers=settings.data.workers,
+        pin_memory=accelerator.device.type == "cuda",
     )
     with _bar(settings, start, shown=first_process and not quiet) as advance, _Lines(run, first_process) as lines:
         validation = _Validation(settings, validate, model, lines, accelerator, say)

@@ -41,16 +41,17 @@ def train_step(
     """
     counts, rounds = global_counts(objective, batches, accelerator)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    total = torch.zeros((), device=accelerator.device)
+    losses: list[Tensor] = []
     for number in range(rounds):
         batch = batches[number] if number < len(batches) else dummy
         last = number == rounds - 1
         with nullcontext() if last else accelerator.no_sync(model), accelerator.autocast():
             sums = model(batch)
             loss = torch.stack([sums[part] / max(1, counts[part]) for part in sums]).sum()
-            check_finite(loss, batch, "the loss")
             (loss * accelerator.num_processes).backward()  # DDP averages over ranks; ours is a sum
-        total += loss.detach()
+        losses.append(loss.detach())
+    # Looked at when all is on its way: asking after each would keep a GPU waiting for what it is to do next.
+    check_finite(losses, [*batches, *[dummy] * (rounds - len(batches))])
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     if not torch.isfinite(norm):  # told before clipping, which would spread it to all gradients
         names = [name for batch in batches for name in batch.samples]  # all ranks meet here: the norm is of all
@@ -59,7 +60,7 @@ def train_step(
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepReport(float(accelerator.reduce(total, "sum")), float(norm), counts)
+    return StepReport(float(accelerator.reduce(torch.stack(losses).sum(), "sum")), float(norm), counts)
 
 
 def global_counts(
@@ -84,10 +85,11 @@ class NotFiniteError(TrainingError):
         super().__init__(f"{found}; lower train.rate, or look at these samples.")
 
 
-def check_finite(value: Tensor, batch: Batch, where: str) -> None:
-    """Stop at the first value that is not finite."""
-    if not torch.isfinite(value):
-        raise NotFiniteError(where, batch.samples)
+def check_finite(losses: Sequence[Tensor], batches: Sequence[Batch]) -> None:
+    """Stop at the first micro-batch whose loss is not finite."""
+    for finite, batch in zip(torch.stack([*losses]).isfinite().tolist(), batches, strict=True):
+        if not finite:
+            raise NotFiniteError("the loss", batch.samples)
 
 
 def first_not_finite(model: nn.Module) -> str:
