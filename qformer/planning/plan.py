@@ -36,6 +36,8 @@ LENGTHS = "configs/planning/lengths.yaml"
 WORDS = ("name", "known from", "remark")
 """Columns of words; others hold numbers."""
 HERE = "here"
+MORE = 1.05
+"""A part that takes so many times what its operations do is waiting for launches."""
 """In the place of a GPU's name: this machine, timed."""
 CACHED = ("float16", 2)
 
@@ -51,6 +53,12 @@ class Sizes:
     former: QFormerSize
     weights: Weights
     known_from: dict[str, str]
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        """Of adapter and LLM, both halves of an encoder–decoder counted."""
+        read = self.language.encoder.layers if self.language.encoder else 0
+        return {"adapter": self.former.layers, "language": self.language.decoder.layers + read}
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,8 @@ class Plan:
     heaviest: MicroBatch
     activations: Activations
     choice: Choice
+    launched: tuple[str, ...] = ()
+    """Parts whose kernels take longer to launch than to compute."""
 
     @property
     def bytes(self) -> float:
@@ -286,10 +296,18 @@ def reckon(
     )
     moment, held = memory.peak(found.weights, activations, choice, 0.0 if on_cpu else memory.CONTEXT)
     amounts: dict[str, float] = dict.fromkeys(speed.PARTS, 0.0)
+    seconds: dict[str, float] = dict.fromkeys(speed.PARTS, 0.0)
     for micro in steps.micro_batches:
-        for part, amount in work_of(settings, found, micro).items():
+        each = work_of(settings, found, micro)
+        for part, amount in each.items():
             amounts[part] += amount / len(steps.steps)
-    return Plan(moment, held, amounts, rates.seconds(amounts, found.weights.trained), heaviest, activations, choice)
+        for part, taken in rates.seconds(each, found.blocks).items():
+            seconds[part] += taken / len(steps.steps)
+    slower = {part for part in rates.launch if seconds[part] * rates.rates[part] > MORE * amounts[part]}
+    seconds = {part: taken for part, taken in seconds.items() if taken}
+    seconds["optimizer"] = found.weights.trained * rates.optimizer
+    launched = tuple(part for part in speed.PARTS if part in slower)
+    return Plan(moment, held, amounts, seconds, heaviest, activations, choice, launched)
 
 
 # -- what is shown ----------------------------------------------------------------------------------------------------
@@ -400,9 +418,14 @@ def _time(
     if gpu == HERE:
         how = "Timed here: single blocks of each part at their true width, times their number."
     else:
-        shares = speed.known().efficiency if efficiency is None else dict.fromkeys(speed.PARTS, efficiency)
-        told = ", ".join(f"{part} {share:.0%}" for part, share in shares.items())
-        how = f"Assumed, not measured: of the peak of {gpu} ({speed.gpu(gpu).source}) {told}."
+        told = ", ".join(f"{part} {share:.0%}" for part, share in speed.shares_of(settings, efficiency).items())
+        known = "as you say" if efficiency else "measured in part, on one H200"
+        how = f"Taken, {known}: of the peak of {gpu} ({speed.gpu(gpu).source}) {told}."
+        if made.launched:
+            how += (
+                f"\n  Launching its kernels takes longer than computing them: {', '.join(made.launched)}. A larger "
+                f"train.micro_batch_tokens, or train.compile=true, shortens that."
+            )
     fed = steps.mean("pictures") * gpus / made.step
     notes = [how, f"Not counted: opening pictures (data.workers must bring {fed:,.0f} a second), validation, scoring."]
     if gpus > 1:

@@ -1,4 +1,4 @@
-"""How fast the parts run: on a known GPU by its peak and an assumed share of it, here by timing single blocks.
+"""How fast the parts run: on a known GPU by a share of its peak and what launching takes, here by timing single blocks.
 
 Blocks are made with random weights at their true width; nothing is read from disk.
 """
@@ -58,23 +58,30 @@ class GPU:
 
 @dataclass(frozen=True)
 class GPUs:
-    """The known GPUs, and the share of its peak that each part is taken to reach."""
+    """The known GPUs, the share of its peak that each part is taken to reach, as it is written and compiled, and the
+    seconds that launching a block of it takes in a micro-batch.
+    """
 
     gpus: dict[str, GPU] = field(default_factory=dict)
     efficiency: dict[str, float] = field(default_factory=dict)
+    compiled: dict[str, float] = field(default_factory=dict)
+    launch: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Operations a second by part, and seconds that AdamW and clipping take for a parameter."""
+    """Operations a second by part, seconds that AdamW and clipping take for a parameter, and seconds that a block of a
+    part takes at least, however little it has to do.
+    """
 
     rates: dict[str, float]
     optimizer: float
+    launch: dict[str, float] = field(default_factory=dict)
 
-    def seconds(self, work: dict[str, float], trained: int) -> dict[str, float]:
-        """Of a step, by part."""
-        times = {part: amount / self.rates[part] for part, amount in work.items() if amount}
-        return {**times, "optimizer": trained * self.optimizer}
+    def seconds(self, work: dict[str, float], blocks: dict[str, int]) -> dict[str, float]:
+        """Of a micro-batch, by part, each with so many blocks."""
+        least = {part: each * blocks.get(part, 0) for part, each in self.launch.items()}
+        return {part: max(amount / self.rates[part], least.get(part, 0.0)) for part, amount in work.items() if amount}
 
 
 @cache
@@ -110,6 +117,7 @@ def on(name: str, settings: RunConfig, efficiency: float | None = None) -> Speed
     if efficiency is not None and not 0 < efficiency <= 1:
         raise ConfigError(f"plan: --efficiency is {efficiency:g}; it is a share of the peak, above 0 and at most 1.")
     found, rates = gpu(name), {}
+    shares = shares_of(settings, efficiency)
     for part, dtype in computes_in(settings).items():
         top = getattr(found, dtype, None)
         if top is None:
@@ -118,8 +126,16 @@ def on(name: str, settings: RunConfig, efficiency: float | None = None) -> Speed
                 f"plan: the settings have the {part} computed in {dtype}, for which '{name}' is not known to have a "
                 f"peak; it has {have}. Change train.precision, vision.dtype and language.dtype, or name another GPU."
             )
-        rates[part] = top * 1e12 * (efficiency or known().efficiency[part])
-    return Speed(rates, ADAM_BYTES / (found.bandwidth * 1e9))
+        rates[part] = top * 1e12 * shares[part]
+    launch = {} if efficiency or settings.train.compile else known().launch
+    return Speed(rates, ADAM_BYTES / (found.bandwidth * 1e9), launch)
+
+
+def shares_of(settings: RunConfig, efficiency: float | None = None) -> dict[str, float]:
+    """Of a GPU's peak that each part is taken to reach."""
+    if efficiency is not None:
+        return dict.fromkeys(PARTS, efficiency)
+    return known().compiled if settings.train.compile else known().efficiency
 
 
 # -- here -------------------------------------------------------------------------------------------------------------
