@@ -6,7 +6,8 @@ settings are those of the shipped configs, batch and micro-batches among them.  
 timed whose work is nearest to their mean.  transformers' `InstructBlipForConditionalGeneration` has the same weights
 (the LLM is the same object), frozen towers in bfloat16, and takes the same rows as one padded batch with a picture a
 row, or in the largest halves of it that fit.  Both compute under autocast to bfloat16; pictures, features and ids lie
-in the memory of the machine at first, where a run's loader puts them (pinned), and are moved within what is timed.
+in the memory of the machine at first, pinned as a run's loader leaves them (ids of ours are not), and are moved within
+what is timed.  transformers has cuDNN's attention, which a run does without (`qformer/devices.py`).
 
 Every pair does the same work in turn, after an untimed round in which soft tokens and losses are compared; *faster* is
 the median of the pairs' ratios.  The share of peak is `qformer plan`'s count of operations, over the time they took and
@@ -35,6 +36,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -48,9 +50,9 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration
 
-from qformer import config, exporting, hub
+from qformer import config, devices, exporting, hub
 from qformer.assemble import Picture, Pixels, Prepared
-from qformer.backbones import blueprints, precision
+from qformer.backbones import blueprints
 from qformer.backbones.decoder_only import DecoderOnly
 from qformer.backbones.encoder_decoder import EncoderDecoder
 from qformer.backbones.language import LanguageTower
@@ -189,7 +191,7 @@ def settings_of(name: str, size: str, folder: Path, changes: Sequence[str]) -> R
 
 def ours_of(settings: RunConfig, found: plan.Sizes, device: torch.device) -> VLM:
     """The model of a config with random weights, made on the device."""
-    precision.choose_attention(device)
+    devices.choose_attention(device)
     vision = blueprints.blank_vision(settings.vision, device)
     llm, _ = blueprints.blank_language(settings.language, device)
     with torch.device(device):
@@ -321,6 +323,15 @@ class Both:
         language = self.ours.language
         return language.profile.closing if language.is_encoder_decoder else None
 
+    @contextmanager
+    def as_torch_chooses(self) -> Iterator[None]:
+        """A while with attention by cuDNN too, where torch would take it: shapes come again and again here."""
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        try:
+            yield
+        finally:
+            devices.choose_attention(self.device)
+
     def autocast(self) -> torch.autocast:
         """What training computes in."""
         return torch.autocast(self.device.type, COMPUTED)
@@ -336,7 +347,7 @@ class Both:
     def their_step(self, parts: Sequence[Part]) -> None:
         """The same by transformers: a backward pass for each part, with its share of the loss."""
         total = torch.zeros((), device=self.device)
-        with compiling.as_written(self.ours):  # the LLM is the same object
+        with compiling.as_written(self.ours), self.as_torch_chooses():  # the LLM is the same object
             for given, weight in parts:
                 with self.autocast():
                     loss = self.theirs(**self.moved(given)).loss * weight
@@ -488,7 +499,7 @@ def generation(both: Both, repeats: int) -> str:
 
     @torch.inference_mode()
     def their_words() -> None:
-        with both.autocast():
+        with both.autocast(), both.as_torch_chooses():
             new["theirs"] = both.theirs.generate(**both.moved(given), **decoding).shape[1] - read
 
     model.eval(), both.theirs.eval()

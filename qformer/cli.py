@@ -93,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("changes", nargs="*", metavar="key=value", help="settings to change")
     command.add_argument("--gpu", default="here", help="a known GPU, such as h200 (this machine, timed)")
     command.add_argument("--gpus", type=int, default=1, help="how many work together (1)")
-    told = "share of a known GPU's peak that every part reaches, above 0 and at most 1 (assumed by part)"
+    told = "share of a known GPU's peak that every part reaches, above 0 and at most 1 (by part)"
     command.add_argument("--efficiency", type=float, help=told)
 
     command = commands.add_parser(

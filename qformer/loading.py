@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qformer import config, resources, starting, weights
-from qformer.backbones import inside, language_loading, precision
+from qformer import config, devices, resources, starting, weights
+from qformer.backbones import inside, language_loading
 from qformer.backbones import language as language_backbone
 from qformer.backbones import vision as vision_backbone
 from qformer.backbones.language import LanguageTower
@@ -174,7 +174,7 @@ def load(
         vision: where the encoder is, if elsewhere than in training or in the source: a name, a file of LAVIS'
             EVA-CLIP-g (eva_vit_g.pth), settings, or an encoder of one's own (`OwnTower`).
         language: where the LLM is, likewise.
-        device: where to put it all.
+        device: where to put it all; on a GPU this process then has no attention of cuDNN (`qformer.devices`).
         dtype: of the frozen LLM.
         quantization: of the frozen LLM, as `language.quantization` or one of transformers' configs; {} for none.
         instruction_tokenizer: what the Q-Former reads with, where the source does not bring it.
@@ -210,7 +210,7 @@ def _settled(model: VLM, device: str | torch.device | None, processes: Processes
     if processes.count > 1:
         model.settle(torch.device(device or "cpu"), processes)
     elif device:
-        precision.choose_attention(torch.device(device))
+        devices.choose_attention(torch.device(device))
         model.to(device)
     return model.eval()
 

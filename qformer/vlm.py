@@ -19,13 +19,14 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from qformer import __version__, config, exporting, features, modelcard, starting, weights
+from qformer import __version__, config, devices, exporting, features, modelcard, starting, weights
 from qformer.assemble import Assembler, Item
 from qformer.backbones import precision, sharding
 from qformer.backbones.language import LanguageTower
 from qformer.backbones.vision import FrozenTower, OwnTower, VisionSettings
 from qformer.cards import Decoding
 from qformer.config import RunConfig
+from qformer.devices import sent
 from qformer.errors import ConfigError, TrainingError, reason
 from qformer.features import Cache, Filler
 from qformer.images import ImageTransform
@@ -88,16 +89,16 @@ class VLM(nn.Module):
         """
         first = next(self.vision.parameters(), None)
         with torch.no_grad(), precision.in_own(None if first is None else first.dtype, self.device):
-            tokens = self.vision(pixels.to(self.device, non_blocking=True))
+            tokens = self.vision(sent(pixels, self.device))
         return tokens._replace(values=tokens.values.to(self.connector.dtype))
 
     def tokens(self, batch: Batch) -> Tokens:
         """Encoder outputs of a batch's pictures: those that it brings, and those of its pixels."""
         if batch.features is None:
             return self.encode(batch.pixels)
-        values = batch.features.to(self.device, non_blocking=True).to(self.connector.dtype)
+        values = sent(batch.features, self.device).to(self.connector.dtype)
         if len(batch.pixels):
-            order = torch.tensor([*batch.featured, *batch.opened]).argsort().to(self.device, non_blocking=True)
+            order = sent(torch.tensor([*batch.featured, *batch.opened]).argsort(), self.device)
             values = torch.cat([values, self.encode(batch.pixels).values])[order]
         return Tokens(values)
 
@@ -124,8 +125,8 @@ class VLM(nn.Module):
             )
             for row in batch.rows
         )
-        reads, frames = torch.tensor([*places]).reshape(-1, 2).T.to(soft.device, non_blocking=True)
-        return self.connector.in_time(soft[reads], frames), rows
+        reads, frames = torch.tensor([*places]).reshape(-1, 2).T
+        return self.connector.in_time(soft[sent(reads, soft.device)], frames), rows
 
     def look(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Query outputs (N, Q, D) of a batch's reads, and the mean entropy of their cross-attention over log P."""
@@ -170,7 +171,7 @@ class VLM(nn.Module):
         pictures = [read.picture for read in batch.reads]
         tokens = self.tokens(batch)
         if pictures != list(range(batch.pictures)):
-            tokens = tokens._replace(pictures=torch.tensor(pictures).to(self.device, non_blocking=True))
+            tokens = tokens._replace(pictures=sent(torch.tensor(pictures), self.device))
         return tokens, self._instructions([read.instruction for read in batch.reads])
 
     def _instructions(self, instructions: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor | None] | None:
@@ -178,8 +179,7 @@ class VLM(nn.Module):
             return None
         longest = max(map(len, instructions))
         pad = self.instruction_tokenizer.pad_token_id
-        ids = torch.tensor([[*each, *[pad] * (longest - len(each))] for each in instructions])
-        ids = ids.to(self.device, non_blocking=True)
+        ids = sent(torch.tensor([[*each, *[pad] * (longest - len(each))] for each in instructions]), self.device)
         if all(len(each) == longest for each in instructions):
             return ids, None
         lengths = torch.tensor([len(each) for each in instructions])
@@ -190,13 +190,13 @@ class VLM(nn.Module):
     def settle(self, device: torch.device, processes: Processes = ALONE) -> VLM:
         """Put it all on a device; with `language.shard` of the LLM's blocks only this process's part.
 
-        On a GPU the process then takes no attention of cuDNN (`precision.choose_attention`).  All processes have to
+        On a GPU the process then takes no attention of cuDNN (`qformer.devices`).  All processes have to
         call this.  DDP then leaves the LLM alone: what it would copy to all is in parts.
 
         Raises:
             ConfigError: `language.shard` with one process, or with an LLM that cannot be cut into parts.
         """
-        precision.choose_attention(device)
+        devices.choose_attention(device)
         if not self.settings.language.shard or self.language is None:
             return self.to(device)
         if processes.count == 1:

@@ -455,7 +455,7 @@ def test_the_papers_run_is_planned_with_neither_hub_nor_data(
     assert (
         "Taken, measured in part, on one H200: of the peak of h200 (NVIDIA, H200 data sheet, SXM) encoder 45%" in text
     )
-    assert "Launching its kernels takes longer than computing them: adapter, language." in text
+    assert "Launching kernels takes longer than computing them: adapter, language." in text
     assert "GPU hours; the paper's run of FlanT5-XL took 576: 16 A100 of 40 GB for 1.5 days." in text
     operations = float(table["encoder"][0])
     assert operations == pytest.approx(5.2e11, rel=0.1)  # 39 blocks over 257 tokens

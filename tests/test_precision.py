@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qformer import loading
-from qformer.backbones import precision
+from qformer import devices, loading
 from qformer.data.batch import StepData
 from qformer.sample import Batch
 from tests import world
@@ -37,10 +36,22 @@ def test_a_tower_in_float16_is_trained_in_front_of_and_behind(tmp_path: Path, vi
 def test_attention_on_a_gpu_is_not_cudnns(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[bool] = []
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", told.append)
-    precision.choose_attention(torch.device("cpu"))
+    devices.choose_attention(torch.device("cpu"))
     assert told == []
-    precision.choose_attention(torch.device("cuda", 1))
+    devices.choose_attention(torch.device("cuda", 1))
     assert told == [False]
+
+
+def test_attention_is_chosen_before_a_model_is_put_on_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.write_pictures(tmp_path / "data", count=6)
+    settings = world.settings(tmp_path / "towers", tmp_path / "data", tmp_path / "run")
+    asked: list[str] = []
+    monkeypatch.setattr(devices, "choose_attention", lambda device: asked.append(device.type))
+    model = loading.build(settings, report=lambda line: None).settle(torch.device("cpu"))
+    assert asked == ["cpu"]
+    model.save(tmp_path / "saved")
+    loading.load(tmp_path / "saved", device="cpu")
+    assert asked == ["cpu", "cpu"]
 
 
 @pytest.mark.gpu
@@ -49,5 +60,5 @@ def test_a_loader_pins_what_a_step_is_given() -> None:
         3, [Batch(torch.ones(2, 3, 4, 4), (), ()), Batch(torch.empty(0), (), (), features=torch.ones(1, 2))]
     )
     [found] = torch.utils.data.DataLoader([made], batch_size=None, pin_memory=True)
-    assert found.step == 3 and all(batch.pixels.is_pinned() for batch in found.batches)
+    assert found.step == 3 and found.batches[0].pixels.is_pinned()
     assert found.batches[1].features is not None and found.batches[1].features.is_pinned()

@@ -119,3 +119,16 @@ def test_candidates_of_an_encoder_decoder_score_alike_in_one_pass(llm: LanguageT
     assert found.shape == (5,)
     torch.testing.assert_close(found, apart, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found, behind, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gpu_is_given_one_pass_where_a_cpu_takes_two(llm: LanguageTower, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not isinstance(llm, EncoderDecoder):
+        pytest.skip("a decoder-only LLM reads prompt and candidates in one pass in any case")
+    taken: list[str] = []
+    assert llm.ranks == "behind"
+    monkeypatch.setattr(EncoderDecoder, "_at_once", lambda *given: taken.append("at once"))
+    monkeypatch.setattr(EncoderDecoder, "_behind", lambda *given: taken.append("behind"))
+    llm._scored(torch.empty(0), ())
+    monkeypatch.setattr(EncoderDecoder, "device", torch.device("cuda"))
+    llm._scored(torch.empty(0), ())
+    assert taken == ["behind", "at once"]

@@ -27,9 +27,9 @@ from qformer.config import TrainConfig
 from qformer.data.batch import StepMaker, mixture_of, open_sources
 from qformer.errors import ConfigError, DataError, TrainingError
 from qformer.processes import Processes
-from qformer.sample import Text, row_length, trained_tokens
+from qformer.sample import Batch, Read, Slot, Text, row_length, trained_tokens
 from qformer.train import checkpoint, lock, loop, monitors, optim
-from qformer.train.step import NotFiniteError, train_step
+from qformer.train.step import NotFiniteError, not_finite, train_step
 from tests import world
 
 LINE = '{"id": "new", "image": "pictures/0.png", "instruction": "what", "target": "red"}\n'
@@ -499,6 +499,17 @@ def test_a_gradient_that_is_not_finite_stops_the_run_though_its_loss_is_finite(m
     assert not saved.checkpoints(settings.directory)
 
 
+def test_the_micro_batches_without_a_finite_loss_are_named():
+    model = torch.nn.Linear(2, 1)
+    batches = [Batch(torch.empty(0), (), (), samples) for samples in (("a",), ("b", "c"), ("d",), ("e",))]
+    losses = [torch.tensor(each) for each in (1.0, float("nan"), 2.0, float("inf"), 0.0)]  # the last of a dummy
+    error = not_finite(model, losses, batches)
+    assert error.where == "the loss" and error.samples == ("b", "c", "e")
+    model.weight.grad, model.bias.grad = torch.zeros(1, 2), torch.tensor([float("inf")])
+    error = not_finite(model, [torch.tensor(1.0)] * 5, batches)
+    assert error.where == "the gradient of bias" and error.samples == ("a", "b", "c", "d", "e")
+
+
 def test_a_value_that_is_not_finite_leaves_the_checkpoint_before_it_good(make, monkeypatch):
     """NaN at the fourth step: its samples are named, and without it the run goes on as if it had never been."""
     changes = ("train.steps=6", "train.checkpoint_every=1", "qformer.dropout=0.1")
@@ -857,7 +868,6 @@ def test_readings_have_the_values_of_what_they_measure(make):
 
 
 def test_the_gap_is_positive_where_another_samples_picture_makes_it_worse():
-    from qformer.sample import Batch, Read, Slot, Text
 
     class Sees(torch.nn.Module):
         """Loses half a nat a row on the picture of that number, and three on any other."""
@@ -879,7 +889,6 @@ def test_the_gap_is_positive_where_another_samples_picture_makes_it_worse():
 
 
 def test_the_gap_is_measured_with_other_samples_pictures():
-    from qformer.sample import Batch, Read, Slot, Text
 
     def of(*rows):
         """Rows of pictures; every picture of every row has a read of its own."""

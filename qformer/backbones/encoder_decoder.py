@@ -15,10 +15,7 @@ from qformer.backbones.language import LanguageTower, padded
 from qformer.backbones.ranking import Group
 from qformer.errors import DataError
 from qformer.nn.losses import token_log_likelihood
-from qformer.sample import Row, Text, row_length
-
-AT_ONCE = 8192
-"""Positions of prompts, counted once for each candidate behind them, up to which a GPU is given all in one pass."""
+from qformer.sample import Row, Text
 
 
 class EncoderDecoder(LanguageTower):
@@ -57,14 +54,10 @@ class EncoderDecoder(LanguageTower):
             return self.model.generate(**given, **settings)[:, starts.shape[1] :]
 
     def _scored(self, soft: Tensor, groups: Sequence[Group]) -> Tensor:
-        """Little work is done in one pass of the decoder on a GPU, which is waiting for passes to be launched; more of
-        it, and any on a CPU, is less work behind a cache.
+        """Behind a cache there is less to compute, which a CPU takes; a GPU, which waits for passes of so few positions
+        (`ranking.SCORED_POSITIONS`) to be launched, takes one pass of the decoder for two.
         """
-        read = [row_length(prompt, soft.shape[1]) for prompt, _ in groups]
-        positions = sum(map(len, (candidates for _, candidates in groups))) * max(read)
-        if self.device.type == "cpu" or positions > AT_ONCE:
-            return super()._scored(soft, groups)
-        return self._at_once(soft, groups)
+        return super()._scored(soft, groups) if self.device.type == "cpu" else self._at_once(soft, groups)
 
     def _at_once(self, soft: Tensor, groups: Sequence[Group]) -> Tensor:
         """Sums of log p of the groups' candidates: prompts are encoded once, and each candidate is a row of its own."""

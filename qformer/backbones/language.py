@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from qformer import devices
 from qformer.backbones import ranking
 from qformer.backbones.ranking import Group
 from qformer.backbones.sharding import Shards
@@ -182,8 +183,8 @@ class LanguageTower(nn.Module, ABC):
         )
 
     def _sent(self, values: Tensor) -> Tensor:
-        """The same on the LLM's device, behind what that is busy with: nothing waits until it has done it."""
-        return values.to(self.device, non_blocking=True)
+        """The same on the LLM's device, without waiting for it."""
+        return devices.sent(values, self.device)
 
     def _chosen(self, values: Tensor, which: Tensor) -> Tensor:
         """Of values (R, S, …) on the device those that `which` (R, S), in the machine's memory, says (M, …)."""

@@ -14,6 +14,8 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from qformer.devices import sent
+
 WIDER = (1, 2, 3, 4)
 """Tensor rows are this many times as long as the longest row at most."""
 ATTENTION = 6
@@ -34,8 +36,7 @@ class Packing:
 
     def to(self, device: torch.device) -> Packing:
         """The same with its tensors on a device, which is not waited for."""
-        owners, positions = (each.to(device, non_blocking=True) for each in (self.owners, self.positions))
-        return Packing(self.bins, owners, positions)
+        return Packing(self.bins, sent(self.owners, device), sent(self.positions, device))
 
     def mask(self, dtype: torch.dtype) -> Tensor:
         """(B, 1, S, S), added to scores: 0 where a position sees another of its row before it or itself, else the

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qformer.backbones.packing import Packing, cheapest, packed
+from qformer.devices import sent
 
 WORTH = 0.85
 """Prompts are read side by side where no more than this share of their padded positions is real."""
@@ -51,7 +52,7 @@ class Layout:
     def packed(self, inputs: Tensor) -> Tensor:
         """Padded embeddings (R, S, L) -> (B, T, L)."""
         places = (self.packing.owners.clamp(min=0), self.columns)
-        return inputs[tuple(each.to(inputs.device, non_blocking=True) for each in places)]
+        return inputs[tuple(sent(each, inputs.device) for each in places)]
 
     def padded(self, layers: Iterable[Any], cache: Any, copies: int) -> Any:
         """Puts keys and values of packed rows (B, heads, T, width), layer by layer, into a cache: (R · copies, heads,
@@ -59,7 +60,7 @@ class Layout:
         """
         places = self.places.repeat_interleave(copies, 0)
         for number, layer in enumerate(layers):
-            places = places.to(layer.keys.device, non_blocking=True)  # once, but for an LLM over several devices
+            places = sent(places, layer.keys.device)  # once, but for an LLM over several devices
             kept = (each.transpose(1, 2).flatten(0, 1) for each in (layer.keys, layer.values))
             keys, values = (each[places].transpose(1, 2) for each in kept)
             cache.update(keys, values, number)

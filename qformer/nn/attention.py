@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qformer.devices import sent
 from qformer.nn.tokens import Tokens
 
 NORM_EPS = 1e-12
@@ -45,8 +46,7 @@ class Places(NamedTuple):
         if len(real) == ids.numel():
             return cls(reads, queries, longest)
         mask = torch.cat([words.new_ones(reads, queries, dtype=torch.bool), words.bool()], dim=1)
-        mask, real = (each.to(ids.device, non_blocking=True) for each in (mask, real))
-        return cls(reads, queries, longest, mask, real)
+        return cls(reads, queries, longest, sent(mask, ids.device), sent(real, ids.device))
 
     @property
     def seen(self) -> int:

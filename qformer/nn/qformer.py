@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qformer.devices import sent
 from qformer.errors import ConfigError
 from qformer.nn.attention import NORM_EPS, CrossAttention, Places, SelfAttention
 from qformer.nn.tokens import Tokens
@@ -232,6 +233,8 @@ class QFormerConnector(nn.Module):
     def in_time(self, soft: Tensor, frames: Tensor) -> Tensor:
         """Soft tokens (N, Q, L) and each one's frame (N,), 0 of a picture -> with the frames' embedding, projected.
 
+        Frames in the machine's memory are looked at without waiting for the soft tokens' device.
+
         Raises:
             ConfigError: a video of more frames than are told apart.
         """
@@ -244,7 +247,7 @@ class QFormerConnector(nn.Module):
                 f"many looked at (options.frames in the card), or train with a larger qformer.frames."
             )
         table = torch.cat([learned.new_zeros(1, learned.shape[1]), learned])
-        return soft + F.linear(table[frames], self.projection.weight)[:, None].to(soft.dtype)
+        return soft + F.linear(table[sent(frames, table.device)], self.projection.weight)[:, None].to(soft.dtype)
 
     def look(self, tokens: Tokens, instruction: tuple[Tensor, Tensor | None] | None = None) -> tuple[Tensor, Tensor]:
         """For monitors: query outputs (B, Q, D) before the projection, and the mean entropy of their attention."""

@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from qformer import cards, dryrun, hub, named
+from qformer import cards, devices, dryrun, hub, named
 from qformer.backbones import blueprints, ranking
 from qformer.backbones.blueprints import language_parameters
 from qformer.cards import TaskCard
@@ -35,9 +35,9 @@ PAPER_HOURS, PAPER = 576, "16 A100 of 40 GB for 1.5 days"
 LENGTHS = "configs/planning/lengths.yaml"
 WORDS = ("name", "known from", "remark")
 """Columns of words; others hold numbers."""
-HERE = "here"
 MORE = 1.05
 """A part that takes so many times what its operations do is waiting for launches."""
+HERE = "here"
 """In the place of a GPU's name: this machine, timed."""
 CACHED = ("float16", 2)
 
@@ -107,7 +107,8 @@ def plan(
         settings: the run.
         gpu: a known GPU, or `here` for this machine, whose parts are timed.
         gpus: how many work together.
-        efficiency: the share of a known GPU's peak that every part reaches; None: the shares that are shipped.
+        efficiency: the share of a known GPU's peak that every part reaches, launches included; None: the shares that
+            are shipped.
 
     Raises:
         ConfigError: an unknown GPU, options that do not go together, whatever of cards and settings a run would
@@ -245,6 +246,7 @@ def speed_of(
     """Of a known GPU by its peak; of this machine by timing."""
     if gpu != HERE:
         return speed.on(gpu, settings, efficiency)
+    devices.choose_attention(device)
     return speed.here(
         settings, usual(settings, found, steps), found.tower, found.encoder, found.model, found.language,
         found.former, device, clock,
@@ -423,8 +425,8 @@ def _time(
         how = f"Taken, {known}: of the peak of {gpu} ({speed.gpu(gpu).source}) {told}."
         if made.launched:
             how += (
-                f"\n  Launching its kernels takes longer than computing them: {', '.join(made.launched)}. A larger "
-                f"train.micro_batch_tokens, or train.compile=true, shortens that."
+                f"\n  Launching kernels takes longer than computing them: {', '.join(made.launched)}. "
+                f"train.compile=true shortens that, and a larger train.micro_batch_tokens may, if it pads little."
             )
     fed = steps.mean("pictures") * gpus / made.step
     notes = [how, f"Not counted: opening pictures (data.workers must bring {fed:,.0f} a second), validation, scoring."]

@@ -50,17 +50,17 @@ def train_step(
             loss = torch.stack([sums[part] / max(1, counts[part]) for part in sums]).sum()
             (loss * accelerator.num_processes).backward()  # DDP averages over ranks; ours is a sum
         losses.append(loss.detach())
-    # Looked at when all is on its way: asking after each would keep a GPU waiting for what it is to do next.
-    check_finite(losses, [*batches, *[dummy] * (rounds - len(batches))])
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    if not torch.isfinite(norm):  # told before clipping, which would spread it to all gradients
-        names = [name for batch in batches for name in batch.samples]  # all ranks meet here: the norm is of all
-        raise NotFiniteError(first_not_finite(model), gather_object(names))
+    total = accelerator.reduce(torch.stack(losses).sum(), "sum")
+    # Asked once, when all is on its way, since a GPU would wait for it; of what is the same on all ranks, which meet
+    # there; and before clipping, which would spread it to all gradients.
+    if not (torch.isfinite(norm) and torch.isfinite(total)):
+        raise not_finite(model, losses, batches)
     if max_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepReport(float(accelerator.reduce(torch.stack(losses).sum(), "sum")), float(norm), counts)
+    return StepReport(float(total), float(norm), counts)
 
 
 def global_counts(
@@ -85,11 +85,16 @@ class NotFiniteError(TrainingError):
         super().__init__(f"{found}; lower train.rate, or look at these samples.")
 
 
-def check_finite(losses: Sequence[Tensor], batches: Sequence[Batch]) -> None:
-    """Stop at the first micro-batch whose loss is not finite."""
-    for finite, batch in zip(torch.stack([*losses]).isfinite().tolist(), batches, strict=True):
-        if not finite:
-            raise NotFiniteError("the loss", batch.samples)
+def not_finite(model: nn.Module, losses: Sequence[Tensor], batches: Sequence[Batch]) -> NotFiniteError:
+    """What went wrong in a step, asked by all ranks together: the losses of some micro-batches, or else a gradient.
+
+    There may be more losses than micro-batches: those behind are of dummies.
+    """
+    finite = [bool(loss.isfinite()) for loss in losses]
+    names = [name for batch, fine in zip(batches, finite, strict=False) if not fine for name in batch.samples]
+    if names := gather_object(names):
+        return NotFiniteError("the loss", names)
+    return NotFiniteError(first_not_finite(model), gather_object([name for each in batches for name in each.samples]))
 
 
 def first_not_finite(model: nn.Module) -> str:
