@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qformer import devices, loading
 from qformer.data.batch import StepData
 from qformer.sample import Batch
+from qformer.train.step import train_step
 from tests import world
 from tests.test_many import maker_of
 
@@ -62,3 +67,46 @@ def test_a_loader_pins_what_a_step_is_given() -> None:
     [found] = torch.utils.data.DataLoader([made], batch_size=None, pin_memory=True)
     assert found.step == 3 and found.batches[0].pixels.is_pinned()
     assert found.batches[1].features is not None and found.batches[1].features.is_pinned()
+
+
+def test_weights_are_cast_once_a_step_and_gradients_are_those_of_casting_them_each_time(tmp_path: Path) -> None:
+    world.write_pictures(tmp_path / "data", count=6)
+    settings = world.settings(tmp_path / "towers", tmp_path / "data", tmp_path / "run")
+    model = loading.build(settings, report=lambda line: None)
+    batches = maker_of(model.settings, model, batch_size=4, micro_batch_tokens=40, rank=0, ranks=1)[0].batches
+    assert len(batches) > 2
+    half = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+    total = sum(model.objective.counts(batch)["answer"] for batch in batches)
+    with Casts() as apart:
+        for batch in batches:
+            with half():
+                (model(batch)["answer"] / total).backward()
+    wanted = {name: each.grad for name, each in model.trainable().items()}
+    model.zero_grad(set_to_none=True)
+    alone = SimpleNamespace(
+        device=torch.device("cpu"), num_processes=1, autocast=half, no_sync=lambda model: nullcontext(),
+        reduce=lambda values, how: values, gather=lambda values: values,
+    )  # fmt: skip
+    kept: dict[str, torch.Tensor | None] = {}
+    optimizer = torch.optim.SGD(model.trainable().values(), lr=0.1)
+    optimizer.register_step_pre_hook(
+        lambda *_: kept.update({name: each.grad for name, each in model.trainable().items()})
+    )
+    with Casts() as together:
+        train_step(model, model.objective, batches, batches[0], optimizer, alone, None)  # type: ignore[arg-type]
+    weights = sum(each.ndim == 2 for each in model.connector.qformer.blocks.parameters())
+    assert together.count <= apart.count - (len(batches) - 1) * weights // 2
+    for name, gradient in wanted.items():
+        found = kept[name]
+        assert (found is None) == (gradient is None), name
+        assert found is None or gradient is None or torch.equal(found, gradient), name
+
+
+class Casts(TorchDispatchMode):
+    """Counts tensors that are made into another type."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.__name__.startswith("_to_copy")
+        return func(*args, **(kwargs or {}))

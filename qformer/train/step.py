@@ -42,14 +42,15 @@ def train_step(
     counts, rounds = global_counts(objective, batches, accelerator)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     losses: list[Tensor] = []
-    for number in range(rounds):
-        batch = batches[number] if number < len(batches) else dummy
-        last = number == rounds - 1
-        with nullcontext() if last else accelerator.no_sync(model), accelerator.autocast():
-            sums = model(batch)
-            loss = torch.stack([sums[part] / max(1, counts[part]) for part in sums]).sum()
-            (loss * accelerator.num_processes).backward()  # DDP averages over ranks; ours is a sum
-        losses.append(loss.detach())
+    with accelerator.autocast():  # around them all, so that weights are cast once a step
+        for number in range(rounds):
+            batch = batches[number] if number < len(batches) else dummy
+            last = number == rounds - 1
+            with nullcontext() if last else accelerator.no_sync(model):
+                sums = model(batch)
+                loss = torch.stack([sums[part] / max(1, counts[part]) for part in sums]).sum()
+                (loss * accelerator.num_processes).backward()  # DDP averages over ranks; ours is a sum
+            losses.append(loss.detach())
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     total = accelerator.reduce(torch.stack(losses).sum(), "sum")
     # Asked once, when all is on its way, since a GPU would wait for it; of what is the same on all ranks, which meet
