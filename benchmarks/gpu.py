@@ -314,6 +314,8 @@ class Both:
         self.steps = steps_of(settings, found, data, self.ours)
         self.step = usual(self.steps)
         self.losses: dict[str, float] = {}
+        self.firsts: list[float] = []
+        """Seconds of steps that were taken for the first time, all but the very first, which loads kernels."""
         if settings.train.compile:
             compiling.compile_blocks(self.ours)
 
@@ -343,6 +345,15 @@ class Both:
             self.ours, self.ours.objective, batches, batches[0], self.mine, self.accelerator, limit
         )  # fmt: skip
         self.losses["ours"] = report.loss
+
+    def take_all(self) -> None:
+        """All steps once, as a run takes them: each has shapes that were not seen before."""
+        now = clock_of(self.device)
+        for number, step in enumerate(self.steps):
+            began = now()
+            self.our_step(step.batches)
+            if number:
+                self.firsts.append(now() - began)
 
     def their_step(self, parts: Sequence[Part]) -> None:
         """The same by transformers: a backward pass for each part, with its share of the loss."""
@@ -445,7 +456,7 @@ def training(both: Both, only: Sequence[str], repeats: int, top: float | None) -
     both.theirs.vision_model.eval(), both.theirs.language_model.eval()  # frozen towers stay so, as ours do
     parts = both.fitting()
     beside = both.own_bytes(both.theirs, both.other)
-    our_most = most_held(device, lambda: [both.our_step(step.batches) for step in both.steps]) - beside
+    our_most = most_held(device, both.take_all) - beside
     beside = both.own_bytes(both.ours, both.mine)
     their_most = most_held(device, lambda: both.their_step(parts)) - beside
     theirs = waited(device, lambda: both.their_step(parts))
@@ -533,6 +544,8 @@ def table(settings: RunConfig, options: argparse.Namespace, device: torch.device
         yield row
         if options.gpu and len(notes) == 1 and "training" in options.only:
             notes.append(planned(settings, found, data, options.gpu, seconds, most))
+    if both.firsts:
+        notes.append(f"Steps that came for the first time: {', '.join(f'{each:.3g}' for each in both.firsts)} s.")
     with compiling.as_written(both.ours):
         if "ranking" in options.only:
             yield from ranked(both, options.repeats)

@@ -46,6 +46,7 @@ def test_every_row_is_measured_by_the_code_of_a_gpu(config: str, goal: str, more
         assert float(cells[2]) > 0 and float(cells[3]) > 0 and re.fullmatch(r"\*\*[\d.]+×\*\*", cells[4])
     assert f"| {goal} |" in rows[0] and rows[0].count("%") == rows[1].count("%") == len(more) // 2
     assert re.search(r"The step: 6 samples, \d+ rows, \d+ pictures, \d+ micro-batches, .* operations", table)
+    assert re.search(r"Steps that came for the first time: [\d.]+(, [\d.]+)* s\.", table)
     near = re.search(r"encoder's outputs ([\d.]+)%, soft tokens ([\d.]+)%, loss ([\d.]+)%", table)
     assert near is not None and all(float(each) < 5 for each in near.groups())
     assert ("`qformer plan` on h200 (NVIDIA, H200 data sheet, SXM): " in table) == bool(more)
