@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qformer import devices, loading
 from qformer.data.batch import StepData
 from qformer.sample import Batch
-from qformer.train.step import train_step
+from qformer.train.step import rehearse, train_step
 from tests import world
 from tests.test_many import maker_of
 
@@ -110,3 +110,21 @@ class Casts(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += func.__name__.startswith("_to_copy")
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_several_ranks_rehearse_and_one_does_not(tmp_path: Path, ranks: int) -> None:
+    """What it is for, four ranks that go on to the bit, is tried by `make drill`."""
+    world.write_pictures(tmp_path / "data", count=6)
+    settings = world.settings(tmp_path / "towers", tmp_path / "data", tmp_path / "run")
+    model = loading.build(settings, report=lambda line: None)
+    dummy = maker_of(model.settings, model, batch_size=2, micro_batch_tokens=None, rank=0, ranks=1).assembler.dummy(
+        model.vision.settings.size
+    )
+    passed: list[str] = []
+    for name, each in model.trainable().items():
+        each.register_hook(lambda gradient, name=name: passed.append(name))
+    accelerator = SimpleNamespace(num_processes=ranks, autocast=nullcontext)
+    rehearse(model, dummy, accelerator)  # type: ignore[arg-type]
+    assert sorted(passed) == sorted(model.trainable() if ranks > 1 else [])
+    assert all(each.grad is None for each in model.parameters())

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
 from qformer import cards, config, keyed, loading, saved, vlm, weights
@@ -27,7 +28,7 @@ from qformer.sample import Batch, row_length
 from qformer.train import caching, checkpoint, compiling, monitors
 from qformer.train.lock import locked
 from qformer.train.optim import learning_rate, optimizer_for
-from qformer.train.step import NotFiniteError, StepReport, train_step
+from qformer.train.step import NotFiniteError, StepReport, rehearse, train_step
 
 CONFIG_FILE, METRICS_FILE, MIXTURE_FILE, BROKEN_FILE = "config.yaml", "metrics.jsonl", "mixture.json", "broken.jsonl"
 VALIDATION = "validation"
@@ -166,6 +167,7 @@ def _train(
 
     alarm = monitors.BlindnessAlarm()
     dummy = maker.assembler.dummy(model.vision.settings.size)
+    rehearse(wrapped, dummy, accelerator)
     loader: DataLoader[StepData] = DataLoader(
         maker,
         batch_size=None,
@@ -360,10 +362,11 @@ def _one_step(
     except NotFiniteError as error:
         # An LLM in parts answers to all processes alone, and the others have no cause to run theirs again.
         found = None if settings.language.shard else _module_not_finite(model, data.batches)
-        where = found or error.where
-        record = {"step": step + 1, "where": where, "samples": error.samples}
-        with weights.whole_file(settings.directory / "not_finite.json") as file:
-            file.write_text(json.dumps(record, indent=2), encoding="utf-8")
+        where = next(filter(None, gather_object([found])), error.where)  # all ranks are here, and know it of their own
+        if accelerator.is_main_process:
+            record = {"step": step + 1, "where": where, "samples": error.samples}
+            with weights.whole_file(settings.directory / "not_finite.json") as file:
+                file.write_text(json.dumps(record, indent=2), encoding="utf-8")
         raise NotFiniteError(f"{where} at step {step + 1}", error.samples) from None
 
 

@@ -64,6 +64,20 @@ def train_step(
     return StepReport(float(total), float(norm), counts)
 
 
+def rehearse(model: nn.Module, dummy: Batch, accelerator: Accelerator) -> None:
+    """A backward pass that adds nothing, before the first step of several ranks.
+
+    DDP puts gradients into buckets anew behind its first backward pass, by the order in which they came, and sums over
+    more than two ranks are rounded by their place in a bucket: without this a run that goes on would add up its first
+    step in another order than one that never stopped.
+    """
+    if accelerator.num_processes == 1:
+        return
+    with accelerator.autocast():
+        torch.stack([*model(dummy).values()]).sum().backward()
+    model.zero_grad(set_to_none=True)
+
+
 def global_counts(
     objective: Objective, batches: Sequence[Batch], accelerator: Accelerator
 ) -> tuple[dict[str, int], int]:
