@@ -16,7 +16,7 @@ PACKAGE = ROOT / "qformer"
 LAYERS = {
     0: ("errors", "resources", "hub"),
     1: ("keyed", "config", "cards", "text", "sample", "untokenized", "presets"),
-    2: ("nn", "tensorfiles"),
+    2: ("devices", "nn", "tensorfiles"),
     3: ("images", "videos", "features", "backbones"),
     4: (
         "assemble", "vlm", "objectives", "weights", "loading", "published_models", "saved", "named", "instruction",
