@@ -49,9 +49,8 @@ class DecoderOnly(LanguageTower):
         if packs is None:
             joined = self._join(soft, rows)
             given = self._given(joined.inputs, joined.mask, joined.positions)
-            owners = torch.arange(len(rows))[:, None].expand_as(joined.labels)
-            labels = joined.labels.clone()
-            labels[:, 0] = -1
+            labels = joined.labels
+            owners = torch.arange(len(rows))[:, None].expand_as(labels)
         else:
             packed = packing.packed(lengths, bins or packing.cheapest(lengths, self.width))
             joined = self._join(soft, [tuple(chain.from_iterable(rows[n] for n in numbers)) for numbers in packed.bins])
