@@ -868,7 +868,6 @@ def test_readings_have_the_values_of_what_they_measure(make):
 
 
 def test_the_gap_is_positive_where_another_samples_picture_makes_it_worse():
-
     class Sees(torch.nn.Module):
         """Loses half a nat a row on the picture of that number, and three on any other."""
 
@@ -889,7 +888,6 @@ def test_the_gap_is_positive_where_another_samples_picture_makes_it_worse():
 
 
 def test_the_gap_is_measured_with_other_samples_pictures():
-
     def of(*rows):
         """Rows of pictures; every picture of every row has a read of its own."""
         reads = [Read(picture, (place,)) for place, row in enumerate(rows) for picture in row]
