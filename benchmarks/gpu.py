@@ -52,7 +52,7 @@ from transformers import InstructBlipConfig, InstructBlipForConditionalGeneratio
 
 from qformer import config, devices, exporting, hub
 from qformer.assemble import Picture, Pixels, Prepared
-from qformer.backbones import blueprints
+from qformer.backbones import blueprints, fused
 from qformer.backbones.decoder_only import DecoderOnly
 from qformer.backbones.encoder_decoder import EncoderDecoder
 from qformer.backbones.language import LanguageTower
@@ -327,10 +327,13 @@ class Both:
 
     @contextmanager
     def as_torch_chooses(self) -> Iterator[None]:
-        """A while with attention by cuDNN too, where torch would take it: shapes come again and again here."""
+        """A while with the LLM, which is the same object, as transformers writes it, and with attention by cuDNN too,
+        where torch would take it: shapes come again and again here.
+        """
         torch.backends.cuda.enable_cudnn_sdp(True)
         try:
-            yield
+            with fused.as_written(self.ours.language.model):
+                yield
         finally:
             devices.choose_attention(self.device)
 
@@ -358,7 +361,7 @@ class Both:
     def their_step(self, parts: Sequence[Part]) -> None:
         """The same by transformers: a backward pass for each part, with its share of the loss."""
         total = torch.zeros((), device=self.device)
-        with compiling.as_written(self.ours), self.as_torch_chooses():  # the LLM is the same object
+        with compiling.as_written(self.ours), self.as_torch_chooses():
             for given, weight in parts:
                 with self.autocast():
                     loss = self.theirs(**self.moved(given)).loss * weight

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from qformer.backbones import fused
 from qformer.nn.attention import CrossAttention, Places, SelfAttention
 from qformer.nn.tokens import Tokens
 from qformer.sample import Batch
@@ -84,8 +85,13 @@ def a_picture_a_read(given: Batch) -> Batch:
     return dataclasses.replace(given, pixels=given.pixels[pictures], reads=reads)
 
 
+def norms_written_out(model: VLM) -> AbstractContextManager[None]:
+    """The LLM's norms and activations as transformers writes them."""
+    return fused.as_written(model.language.model)
+
+
 @contextmanager
-def fused(model: VLM) -> Iterator[None]:
+def one_product(model: VLM) -> Iterator[None]:
     """Queries, keys and values of the Q-Former by one product, and keys and values of pictures by another."""
 
     def project(source: Tensor, *layers: nn.Linear) -> Tensor:
@@ -118,6 +124,7 @@ SAVINGS: dict[str, tuple[int, Switch | None]] = {
     "output layer at predicting positions": (14, whole_head),
     "instructions without padding in the Q-Former": (14, padded_text),
     "no last text half in the Q-Former": (14, last_text),
+    "norms of the LLM by one operation": (14, norms_written_out),
     "each picture once, 14 rows on two": (2, None),
 }
 """Pictures of the 14 rows, and what switches the saving off (None: a batch with copies)."""
@@ -126,7 +133,7 @@ OPTIONS: dict[str, tuple[Callable[[VLM, Batch], AbstractContextManager[Any]], fl
     "autocast to bfloat16 (train.precision)": (lambda model, given: torch.autocast("cpu", torch.bfloat16), 2e-2),
 }
 """Settings that are off by default: what switches them on, and how near the losses come."""
-TRIED: dict[str, Switch] = {"projections of the Q-Former fused": fused}
+TRIED: dict[str, Switch] = {"projections of the Q-Former fused": one_product}
 """What was tried and not kept, and what switches it on."""
 
 

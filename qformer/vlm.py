@@ -85,7 +85,7 @@ class VLM(nn.Module):
     def encode(self, pixels: Tensor) -> Tokens:
         """(B, 3, H, W) -> tokens (B, P, V) of the frozen encoder, in the connector's dtype; no gradient is kept.
 
-        An encoder in float16 computes in it, whatever autocast says.
+        An encoder in half precision computes in it, whatever autocast says.
         """
         first = next(self.vision.parameters(), None)
         with torch.no_grad(), precision.in_own(None if first is None else first.dtype, self.device):

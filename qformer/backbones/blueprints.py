@@ -13,7 +13,7 @@ from torch import nn
 
 from qformer import config as settings_files
 from qformer import resources
-from qformer.backbones import inside
+from qformer.backbones import fused, inside
 from qformer.backbones.language_loading import DTYPES, read_architecture, rebuild
 from qformer.backbones.vision import FrozenTower, load_vision
 from qformer.config import LanguageConfig, VisionConfig
@@ -86,7 +86,9 @@ def blank_language(settings: LanguageConfig, device: str | torch.device = "meta"
     rebuild(config, settings)
     auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     with torch.device(device):
-        return auto.from_config(config, dtype=DTYPES[settings.dtype]), known_from
+        model = auto.from_config(config, dtype=DTYPES[settings.dtype])
+    fused.fuse(model)  # as the tower does that a run makes of it, which drops nothing out either
+    return model.eval(), known_from
 
 
 def language_parameters(model: Any) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qformer import devices
-from qformer.backbones import ranking
+from qformer.backbones import fused, ranking
 from qformer.backbones.ranking import Group
 from qformer.backbones.sharding import Shards
 from qformer.cards import Decoding
@@ -74,6 +74,7 @@ class LanguageTower(nn.Module, ABC):
         self.shards: Shards | None = None
         """The processes that hold its blocks in parts, see `qformer.backbones.sharding`; None: each holds all."""
         model.requires_grad_(False)
+        fused.fuse(model)
         _forget_generation_defaults(model, tokenizer)
         if gradient_checkpointing:
             if not getattr(model, "supports_gradient_checkpointing", False):

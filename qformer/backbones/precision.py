@@ -6,7 +6,13 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+HALVES = (torch.float16, torch.bfloat16)
+
 
 def in_own(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[object]:
-    """Where a tower's weights are float16 no autocast, which is to bfloat16 here: torch refuses to mix the two."""
-    return torch.autocast(device.type, enabled=False) if dtype == torch.float16 else nullcontext()
+    """No autocast, which is to bfloat16 here, where a tower's weights are in half precision.
+
+    torch refuses to mix float16 with it, and what it would do in bfloat16 is to make some of a block's tensors float32
+    and back again.
+    """
+    return torch.autocast(device.type, enabled=False) if dtype in HALVES else nullcontext()

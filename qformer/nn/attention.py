@@ -53,15 +53,21 @@ class Places(NamedTuple):
         """N · Q: how many stand in line before the words."""
         return self.reads * self.queries
 
+    def apart(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(N · Q + M, D) -> queries (N · Q, D), words (M, D); two slices would make two gradients to be added."""
+        queries, words = x.split([self.seen, len(x) - self.seen])
+        return queries, words
+
     def real_words(self, words: Tensor) -> Tensor:
         """(N, T, D) -> (M, D)."""
         return words.flatten(0, 1) if self.real is None else words.flatten(0, 1).index_select(0, self.real)
 
     def in_rows(self, x: Tensor) -> Tensor:
         """(N · Q + M, D) -> (N, Q + T, D), zeros where nothing stands."""
-        queries, words = x[: self.seen].unflatten(0, (self.reads, -1)), x[self.seen :]
         if not self.words:
-            return queries
+            return x.unflatten(0, (self.reads, -1))
+        queries, words = self.apart(x)
+        queries = queries.unflatten(0, (self.reads, -1))
         if self.real is not None:
             words = words.new_zeros(self.reads * self.words, x.shape[1]).index_copy(0, self.real, words)
         return torch.cat([queries, words.unflatten(0, (self.reads, -1))], dim=1)
@@ -70,7 +76,8 @@ class Places(NamedTuple):
         """(N, Q + T, D) -> (N · Q + M, D)."""
         if not self.words:
             return x.flatten(0, 1)
-        return torch.cat([x[:, : self.queries].flatten(0, 1), self.real_words(x[:, self.queries :])])
+        queries, words = x.split([self.queries, self.words], dim=1)
+        return torch.cat([queries.flatten(0, 1), self.real_words(words)])
 
 
 class Attention(nn.Module):

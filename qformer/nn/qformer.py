@@ -94,7 +94,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, places: Places, tokens: Tokens) -> Tensor:
         """In line x (N · Q + M, D), queries then the M real words -> the same, or (N · Q, D) from the last block."""
         x = self.self_attention(x, places, queries_only=self.queries_only)
-        seen, text = x[: places.seen], x[places.seen :]
+        seen, text = places.apart(x)
         if self.cross_attention is not None:
             seen = self.cross_attention(seen.unflatten(0, (places.reads, -1)), tokens).flatten(0, 1)
         seen = self.query_feed_forward(seen)

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,12 +54,6 @@ class Sizes:
     former: QFormerSize
     weights: Weights
     known_from: dict[str, str]
-
-    @property
-    def blocks(self) -> dict[str, int]:
-        """Of adapter and LLM, both halves of an encoder–decoder counted."""
-        read = self.language.encoder.layers if self.language.encoder else 0
-        return {"adapter": self.former.layers, "language": self.language.decoder.layers + read}
 
 
 @dataclass(frozen=True)
@@ -271,16 +266,18 @@ def reckon(
 ) -> Plan:
     """Memory, operations and seconds of a step."""
     heaviest = max(steps.micro_batches, key=lambda each: (each.computed, each.reads))
-    autocast = torch.bfloat16 if settings.train.precision == "bfloat16" else None
+    autocast = speed.autocast_of(settings)
     queries = settings.qformer.queries
-    hidden = 2 if autocast is not None else memory.BYTES[settings.language.dtype]
     most = ranking.LOGITS_AT_ONCE // found.language.vocabulary
     side = found.tower.settings.size
+    seeing, reading = (speed.autocast_of(settings, each.dtype) for each in (settings.vision, settings.language))
+    with nullcontext() if on_cpu else trace.as_on_a_gpu():
+        language = trace.language_held(found.model, heaviest, queries, reading)
     activations = Activations(
-        encoder=trace.encoder_held(found.tower, heaviest, autocast if settings.vision.dtype == "float32" else None),
+        encoder=trace.encoder_held(found.tower, heaviest, seeing),
         adapter=trace.former_held(found.former, found.language.width, found.encoder.tokens, heaviest, autocast),
-        language=trace.language_held(found.model, heaviest, queries, autocast),
-        boundary=float(heaviest.computed * found.language.width * hidden),
+        language=language,
+        boundary=float(heaviest.computed * found.language.width * memory.BYTES[settings.language.dtype]),
         computed=heaviest.computed,
         pixels=2.0 * steps.mean("pictures") * 3 * side * side * 4 if on_cpu else 0.0,
         dtype=settings.language.dtype,
@@ -299,11 +296,12 @@ def reckon(
     moment, held = memory.peak(found.weights, activations, choice, 0.0 if on_cpu else memory.CONTEXT)
     amounts: dict[str, float] = dict.fromkeys(speed.PARTS, 0.0)
     seconds: dict[str, float] = dict.fromkeys(speed.PARTS, 0.0)
+    launches = {"adapter": activations.adapter.launched, "language": language.launched}
     for micro in steps.micro_batches:
         each = work_of(settings, found, micro)
         for part, amount in each.items():
             amounts[part] += amount / len(steps.steps)
-        for part, taken in rates.seconds(each, found.blocks).items():
+        for part, taken in rates.seconds(each, launches).items():
             seconds[part] += taken / len(steps.steps)
     slower = {part for part in rates.launch if seconds[part] * rates.rates[part] > MORE * amounts[part]}
     seconds = {part: taken for part, taken in seconds.items() if taken}

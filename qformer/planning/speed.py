@@ -59,7 +59,7 @@ class GPU:
 @dataclass(frozen=True)
 class GPUs:
     """The known GPUs, the share of its peak that each part is taken to reach, as it is written and compiled, and the
-    seconds that launching a block of it takes in a micro-batch.
+    seconds that launching one of its operations takes.
     """
 
     gpus: dict[str, GPU] = field(default_factory=dict)
@@ -70,17 +70,17 @@ class GPUs:
 
 @dataclass(frozen=True)
 class Speed:
-    """Operations a second by part, seconds that AdamW and clipping take for a parameter, and seconds that a block of a
-    part takes at least, however little it has to do.
+    """Floating-point operations a second by part, seconds that AdamW and clipping take for a parameter, and seconds
+    that whatever a part launches takes at least, however little it has to do.
     """
 
     rates: dict[str, float]
     optimizer: float
     launch: dict[str, float] = field(default_factory=dict)
 
-    def seconds(self, work: dict[str, float], blocks: dict[str, int]) -> dict[str, float]:
-        """Of a micro-batch, by part, each with so many blocks."""
-        least = {part: each * blocks.get(part, 0) for part, each in self.launch.items()}
+    def seconds(self, work: dict[str, float], launches: dict[str, float]) -> dict[str, float]:
+        """Of a micro-batch, by part, each with so many operations launched."""
+        least = {part: each * launches.get(part, 0.0) for part, each in self.launch.items()}
         return {part: max(amount / self.rates[part], least.get(part, 0.0)) for part, amount in work.items() if amount}
 
 
@@ -101,11 +101,15 @@ def gpu(name: str) -> GPU:
 
 def computes_in(settings: RunConfig) -> dict[str, str]:
     """The type of number that each part's products are made in."""
-    vision, language = settings.vision.dtype, settings.language.dtype
-    if settings.train.precision == "bfloat16":
-        encoder = "bfloat16" if vision == "float32" else vision
-        return {"encoder": encoder, "adapter": "bfloat16", "language": "bfloat16", "head": "bfloat16"}
-    return {"encoder": vision, "adapter": "float32", "language": language, "head": language}
+    own = {"encoder": settings.vision.dtype, "adapter": "float32", "language": settings.language.dtype}
+    own["head"] = own["language"]
+    return {part: "bfloat16" if autocast_of(settings, dtype) else dtype for part, dtype in own.items()}
+
+
+def autocast_of(settings: RunConfig, dtype: str = "float32") -> torch.dtype | None:
+    """What products with weights of this type are cast to, as `precision.in_own` has it; None: to nothing."""
+    cast = settings.train.precision == "bfloat16" and dtype not in ("float16", "bfloat16")
+    return torch.bfloat16 if cast else None
 
 
 def on(name: str, settings: RunConfig, efficiency: float | None = None) -> Speed:
@@ -189,13 +193,15 @@ def here(
     clock: Callable[[], float] = time.perf_counter,
 ) -> Speed:
     """The speed of this machine at a usual micro-batch; towers are on the meta device and stay there."""
-    autocast = torch.bfloat16 if settings.train.precision == "bfloat16" else None
-    watch = Stopwatch(device, clock, autocast)
-    seeing = watch if settings.vision.dtype == "float32" else dataclasses.replace(watch, autocast=None)
+    watch = Stopwatch(device, clock, autocast_of(settings))
+    seeing, reading = (
+        dataclasses.replace(watch, autocast=autocast_of(settings, each.dtype))
+        for each in (settings.vision, settings.language)
+    )
     rates = {
         "encoder": _encoder_rate(tower, encoder, micro, seeing),
-        "language": _language_rate(model, work, micro, watch),
-        "head": _head_rate(model, work, micro, watch),
+        "language": _language_rate(model, work, micro, reading),
+        "head": _head_rate(model, work, micro, reading),
     }
     rates["adapter"], optimizer = _adapter(settings.train, size, work.width, encoder.tokens, micro, watch)
     return Speed(rates, optimizer)

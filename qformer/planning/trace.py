@@ -1,4 +1,5 @@
-"""What a forward and a backward pass hold in memory, found by running the real modules on tensors that hold nothing.
+"""What a forward and a backward pass hold in memory, and how many operations a GPU would launch for them, found by
+running the real modules on tensors that hold nothing.
 
 torch's fake tensors have shapes and types and no contents; how long each would live is what is counted.  Towers are
 taken at a few blocks, and what a block adds is multiplied.
@@ -21,20 +22,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.modeling_outputs import BaseModelOutput
 
-from qformer.backbones import ranking
+from qformer.backbones import fused, ranking
 from qformer.backbones.stacks import blocks_of
 from qformer.nn.losses import token_log_likelihood
 from qformer.nn.qformer import QFormer, QFormerConnector, QFormerSize
 from qformer.nn.tokens import Tokens
 from qformer.planning.shapes import MicroBatch
 
+NOTHING_TO_DO = frozenset({"prim::device", "aten::_unsafe_view", "aten::empty", "aten::empty_like", "aten::new_empty"})
+"""Operations that compute nothing, beside views."""
+
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors that are made inside and alive, and the most there ever were."""
+    """Bytes of the tensors that are made inside and alive, and the most there ever were; operations that compute."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.launched = 0
         self._known: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -42,6 +46,7 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(each, Tensor):
                 self._note(each, 0)
         made = func(*args, **(kwargs or {}))
+        self.launched += not (func.is_view or func.name().partition(".")[0] in NOTHING_TO_DO)
         for each in tree_leaves(made):
             if isinstance(each, Tensor):
                 self._note(each, each.untyped_storage().nbytes())
@@ -69,11 +74,14 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes of a part: kept for its backward pass; at the most in its forward pass; at the most in its backward."""
+    """Bytes of a part: kept for its backward pass; at the most in its forward pass; at the most in its backward.  And
+    operations there and back that are launched one by one.
+    """
 
     kept: float
     forward: float = 0
     backward: float = 0
+    launched: float = 0
 
     def __add__(self, other: Held) -> Held:
         return Held(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
@@ -141,8 +149,9 @@ def _former_once(
                 instruction = ids, None
             soft, forward = live.highest(lambda: connector(Tokens(values, pictures=pictures), instruction))
             kept = live.live
+            soft.sum().backward()
             del soft
-    return Held(kept, forward)
+    return Held(kept, forward, launched=live.launched)
 
 
 @dataclass(frozen=True)
@@ -161,10 +170,39 @@ class LanguageHeld:
         """All that the blocks keep for the backward pass."""
         return self.base.kept + sum(number * each.kept for number, each in self.blocks)
 
+    @property
+    def launched(self) -> float:
+        """All operations of blocks and head, there and back."""
+        return self.base.launched + sum(number * each.launched for number, each in self.blocks)
+
     def recomputed(self, boundary: float) -> float:
         """The same where each block keeps its inputs alone (`boundary` bytes) and is computed again, one at a time."""
         most = max((each.kept for _, each in self.blocks), default=0)
         return self.base.kept + boundary * sum(number for number, _ in self.blocks) + most
+
+
+class _OneKernel(torch.autograd.Function):
+    """An RMS norm as a GPU has it: it keeps its inputs and a number a row, where a CPU keeps what stands between."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return gradients[0].clone(), None, None
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """A while in which the norms of `qformer.backbones.fused` are one kernel each; fake tensors are the CPU's."""
+    before = fused.rms_norm
+    fused.rms_norm = _OneKernel.apply
+    try:
+        yield
+    finally:
+        fused.rms_norm = before
 
 
 def language_held(model: Any, micro: MicroBatch, queries: int, autocast: torch.dtype | None = None) -> LanguageHeld:
@@ -258,7 +296,7 @@ def _language_once(model: Any, micro: MicroBatch, queries: int, autocast: torch.
         loss, scoring = live.highest(score)
         scored = live.live
         _, backward = live.highest(loss.backward)
-    return Held(kept, forward), Held(scored - kept, scoring - kept, backward - kept)
+    return Held(kept, forward, launched=live.launched), Held(scored - kept, scoring - kept, backward - kept)
 
 
 def run_language(model: Any, inputs: Tensor, micro: MicroBatch) -> Tensor:
