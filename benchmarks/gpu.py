@@ -5,9 +5,10 @@ settings are those of the shipped configs, batch and micro-batches among them.  
 `configs/planning/lengths.yaml` states for the thirteen sets, drawn as a run draws them; of the first steps that one is
 timed whose work is nearest to their mean.  transformers' `InstructBlipForConditionalGeneration` has the same weights
 (the LLM is the same object), frozen towers in bfloat16, and takes the same rows as one padded batch with a picture a
-row, or in the largest halves of it that fit.  Both compute under autocast to bfloat16; pictures, features and ids lie
-in the memory of the machine at first, pinned as a run's loader leaves them (ids of ours are not), and are moved within
-what is timed.  transformers has cuDNN's attention, which a run does without (`qformer/devices.py`).
+row, or in the largest halves of it that fit.  Both compute under autocast to bfloat16, ours all but its frozen towers;
+pictures, features and ids lie in the memory of the machine at first, pinned as a run's loader leaves them (ids of ours
+are not), and are moved within what is timed.  transformers has cuDNN's attention, which a run does without
+(`qformer/devices.py`), and the LLM's norms as it writes them, which a run has fused (`qformer/backbones/fused.py`).
 
 Every pair does the same work in turn, after an untimed round in which soft tokens and losses are compared; *faster* is
 the median of the pairs' ratios.  The share of peak is `qformer plan`'s count of operations, over the time they took and
@@ -432,9 +433,9 @@ class Both:
         ]
         self.ours.eval(), self.theirs.eval()
         with self.autocast(), compiling.as_written(self.ours):
-            losses = torch.stack([
-                self.ours(batch)["answer"] / self.ours.objective.counts(batch)["answer"], self.theirs(**given).loss,
-            ])  # fmt: skip
+            mine = self.ours(batch)["answer"] / self.ours.objective.counts(batch)["answer"]
+            with self.as_torch_chooses():
+                losses = torch.stack([mine, self.theirs(**given).loss])
         for hook in hooks:
             hook.remove()
         pairs = {**{what: (own, other) for what, (own, other, *_) in seen.items()}, "loss": losses.unbind()}

@@ -324,7 +324,9 @@ class TrainConfig:
     max_norm: float | None = None
     """Gradient norm that steps are clipped to; null: no clipping."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 computes under autocast; weights, gradients and optimizer states stay float32."""
+    """bfloat16 computes under autocast, and frozen towers in half precision in their own; weights, gradients and
+    optimizer states stay float32.
+    """
     compile: bool = False
     """Whether training steps run the blocks of towers and Q-Former as torch.compile makes them, which takes minutes at
     the start.  Losses and gradients are equal but for rounding; a run that goes on is so too, not to the bit."""

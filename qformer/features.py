@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from qformer.backbones.precision import HALVES
 from qformer.backbones.vision import DTYPES, FrozenTower
 from qformer.config import RunConfig
 from qformer.errors import ConfigError, TrainingError, reason
@@ -265,7 +266,8 @@ def filler(settings: RunConfig, tower: FrozenTower, *, training: bool, say: Call
     """
     vision = settings.vision
     assert vision.cache is not None
-    precision = settings.train.precision if training else "float32"
+    half = next(tower.parameters()).dtype in HALVES  # computes in its own, as in `VLM.encode`
+    precision = settings.train.precision if training and not half else "float32"
     mode = (vision.train_transform if training else vision.eval_transform).mode
     way = {
         "format": FORMAT,

@@ -136,6 +136,18 @@ def test_features_are_computed_in_the_runs_precision(make):
     torch.testing.assert_close(answering, exact, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_tower_in_half_precision_computes_in_its_own_with_a_cache_as_without(make, dtype):
+    settings = make("train.precision=bfloat16", f"vision.dtype={dtype}", cache="kept")
+    model, pixels = built(settings), torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = model.encode(pixels).values.float()
+    fillers = [features.filler(settings, model.vision, training=training, say=print) for training in (True, False)]
+    assert fillers[0].cache.folder == fillers[1].cache.folder
+    for kept in fillers:
+        assert (kept.encode(pixels).float() - wanted).norm() < 0.02 * wanted.norm()
+
+
 def test_a_run_gives_the_same_bits_whatever_was_kept_when_it_began(make, tmp_path, monkeypatch):
     changes = ("train.steps=5", "train.checkpoint_every=2", "qformer.dropout=0.1", "vision.cache_dtype=float16")
     cold = weights_of(run(make(*changes, name="cold", cache="kept")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,14 @@ class Scaled(nn.Module):
         return self.compute(self, x)
 
 
+class Gated(Scaled):
+    """May be given a gate, which no plain norm has."""
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        made: Tensor = self.compute(self, x)
+        return made if gate is None else made * gate
+
+
 def plain(module: Any, x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + module.eps).to(x.dtype) * module.weight
 
@@ -112,6 +121,9 @@ def plain(module: Any, x: Tensor) -> Tensor:
         (lambda m, x: x / (x.square().mean(-1, keepdim=True).sqrt() + m.eps) * m.weight, False),
         (lambda m, x: (1 + m.weight) * plain(m, x), False),
         (lambda m, x: m.nothing(x), False),
+        (lambda m, x: (plain(m, x), x), False),
+        (lambda m, x: None, False),
+        (lambda m, x: nn.functional.rms_norm(x.unflatten(-1, (2, 4)), (4,), eps=m.eps).flatten(-2) * m.weight, False),
         (lambda m, x: x[:, :4], False),
     ],
 )
@@ -122,7 +134,7 @@ def test_a_class_is_taken_by_what_it_computes(compute: Any, is_one: bool) -> Non
 
 
 def test_what_has_more_than_a_weight_is_left_alone() -> None:
-    model = nn.Sequential(nn.LayerNorm(8), nn.RMSNorm(8), nn.Linear(8, 8), nn.Embedding(8, 8))
+    model = nn.Sequential(nn.LayerNorm(8), nn.LayerNorm(8, bias=False), nn.Linear(8, 8), nn.Embedding(8, 8))
     model.append(Scaled(plain))
     model[-1].register_parameter("bias", nn.Parameter(torch.ones(8)))
     fused.fuse(model)
@@ -146,6 +158,23 @@ def test_another_type_of_number_than_the_weights_is_computed_as_it_is_written() 
     wanted = model(x)
     fused.fuse(model)
     assert isinstance(model[0], fused.Fused) and torch.equal(model(x), wanted)
+
+
+def test_a_gate_is_left_to_what_is_written() -> None:
+    model = nn.Sequential(Gated(plain))
+    x, gate = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    wanted = model[0](x, gate), model[0](x, gate=gate), model[0](x)
+    fused.fuse(model)
+    assert isinstance(model[0], fused.Fused)
+    for found, each in zip((model[0](x, gate), model[0](x, gate=gate), model[0](x)), wanted, strict=True):
+        torch.testing.assert_close(found, each)
+
+
+def test_a_fused_model_can_be_pickled(tmp_path: Path) -> None:
+    model = read(family_llm(tmp_path, "flan_t5"), "flan_t5")
+    fused.fuse(model)
+    again = pickle.loads(pickle.dumps(model))
+    assert changed(again) == changed(model) and all(map(torch.equal, answer(again), answer(model)))
 
 
 class Operations(TorchDispatchMode):

@@ -38,6 +38,26 @@ def test_a_tower_in_float16_is_trained_in_front_of_and_behind(tmp_path: Path, vi
     assert all(each.isfinite().all() for each in gradients) and any(each.any() for each in gradients)
 
 
+@pytest.mark.parametrize("vision", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("language", ["float32", "float16", "bfloat16"])
+def test_towers_in_half_precision_compute_in_their_own(tmp_path: Path, vision: str, language: str) -> None:
+    world.write_pictures(tmp_path / "data", count=6)
+    changes = (f"vision.dtype={vision}", f"language.dtype={language}")
+    model = loading.build(
+        world.settings(tmp_path / "towers", tmp_path / "data", tmp_path / "run", *changes), report=lambda line: None
+    )
+    seen: dict[str, bool] = {}
+    parts = {"vision": model.vision.model, "adapter": model.connector.qformer, "language": model.language.model.model}
+    for name, each in parts.items():
+        each.register_forward_pre_hook(
+            lambda *_, name=name: seen.update({name: torch.is_autocast_enabled("cpu")}), prepend=True
+        )
+    [batch] = maker_of(model.settings, model, batch_size=4, micro_batch_tokens=None, rank=0, ranks=1)[0].batches
+    with torch.autocast("cpu", torch.bfloat16):
+        model(batch)["answer"].backward()
+    assert seen == {"vision": vision == "float32", "adapter": True, "language": language == "float32"}
+
+
 def test_attention_on_a_gpu_is_not_cudnns(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[bool] = []
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", told.append)

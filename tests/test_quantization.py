@@ -102,6 +102,17 @@ def test_the_adapter_learns_in_front_of_a_quantised_llm_as_in_front_of_the_whole
     assert found >= (0.95 if bits == 8 else 0.5)
 
 
+@pytest.mark.parametrize(("given", "computed"), [({}, "bfloat16"), ({"bnb_4bit_compute_dtype": "float16"}, "float16")])
+def test_four_bits_are_computed_in_the_llms_type_where_no_other_is_named(
+    llm: Path, given: dict[str, str], computed: str
+) -> None:
+    needs("bitsandbytes")
+    settings = LanguageConfig(name=str(llm), dtype="bfloat16", quantization={"load_in_4bit": True, **given})
+    made = load_language(settings).model.config.quantization_config
+    assert made.bnb_4bit_compute_dtype == getattr(torch, computed)
+    assert settings.quantization == {"load_in_4bit": True, **given}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("module", GPU_ONLY)
 def test_the_adapter_learns_in_front_of_a_quantised_llm_on_a_gpu(

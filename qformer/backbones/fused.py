@@ -28,18 +28,24 @@ class Fused:
     """Comes before the class of a module and computes what that does; `written` is the class as it was."""
 
     written: type[nn.Module]
+    epsilon: str
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copied and pickled by the class as it was, since this one has no name to be found by."""
+        return _new, (self.written, type(self).__mro__[1], self.epsilon), self.__dict__
 
 
 class FusedRMSNorm(Fused):
     """x / √(mean(x²) + ε) · weight, over the last axis (Zhang and Sennrich 2019)."""
 
-    epsilon: str
     weight: Tensor
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D), summed in float32; of another type than the weight's as it is written."""
-        if x.dtype != self.weight.dtype:
-            return self.written.forward(self, x)
+    def forward(self, x: Tensor, *more: Any, **given: Any) -> Tensor:
+        """(..., D) -> (..., D), summed in float32; as it is written where x is of another type than the weight, or not
+        all that is given (a gate).
+        """
+        if more or given or x.dtype != self.weight.dtype:
+            return self.written.forward(self, x, *more, **given)
         return rms_norm(x, self.weight, getattr(self, self.epsilon))
 
 
@@ -58,19 +64,11 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 def fuse(model: nn.Module) -> None:
     """Have a model's RMS norms and tanh GELUs computed by one operation each; its tensors and their names stay."""
-    tried: dict[tuple[type[nn.Module], float], bool] = {}
     for module in model.modules():
-        kind: Any = type(module)  # mypy does not take modules for hashable
-        if isinstance(module, Fused):
-            continue
-        if issubclass(kind, NewGELUActivation | FastGELUActivation):
-            module.__class__ = _before(kind, FusedGELU)
-        elif (name := _epsilon(module)) is not None:
-            epsilon = getattr(module, name)
-            if (kind, epsilon) not in tried:
-                tried[kind, epsilon] = _is_rms_norm(module, epsilon)
-            if tried[kind, epsilon]:
-                module.__class__ = _before(kind, FusedRMSNorm, name)
+        if type(module) in (NewGELUActivation, FastGELUActivation):
+            module.__class__ = _before(type(module), FusedGELU)
+        elif (name := _epsilon(module)) is not None and _is_rms_norm(module, getattr(module, name)):
+            module.__class__ = _before(type(module), FusedRMSNorm, name)
 
 
 @contextmanager
@@ -86,6 +84,11 @@ def as_written(model: nn.Module) -> Iterator[None]:
             module.__class__ = kind
 
 
+def _new(kind: type[nn.Module], computes: type[Fused], epsilon: str) -> Any:
+    made = _before(kind, computes, epsilon)
+    return made.__new__(made)
+
+
 @cache
 def _before(kind: Any, computes: type[Fused], epsilon: str = "") -> Any:
     """A class by the same name, since transformers tells modules apart by names too."""
@@ -96,27 +99,27 @@ def _epsilon(module: nn.Module) -> str | None:
     """The name of a norm's ε, where it may be an RMS norm: one weight, a number for each feature, and nothing else."""
     weight = module._parameters.get("weight")
     alone = len(module._parameters) == 1 and not module._buffers and not module._modules
-    if not alone or weight is None or weight.ndim != 1:
+    if isinstance(module, Fused) or not alone or weight is None or weight.ndim != 1:
         return None
     return next((name for name in EPSILONS if isinstance(getattr(module, name, None), float)), None)
 
 
 @torch.no_grad()
 def _is_rms_norm(module: nn.Module, epsilon: float) -> bool:
-    """Whether a module, with a weight of our own, gives what torch's RMS norm does: of large rows and of one whose
-    squares are of ε's size, in both types of number.
+    """Whether a module, with another weight of its width, gives what torch's RMS norm does: of large rows and of one
+    whose squares are of ε's size, in both types of number.
     """
-    trial = copy.copy(module)
-    wide = torch.linspace(-2.0, 3.0, 8, device="cpu")
+    trial, width = copy.copy(module), len(module._parameters["weight"])  # type: ignore[arg-type]
+    wide = torch.linspace(-2.0, 3.0, width, device="cpu")
     rows = torch.stack([wide, wide.flip(0) * 40, wide.square() * epsilon**0.5])
     for dtype, near in NEAR.items():
-        x, weight = rows.to(dtype), torch.linspace(0.5, -1.5, 8, device="cpu", dtype=dtype)
+        x, weight = rows.to(dtype), torch.linspace(0.5, -1.5, width, device="cpu", dtype=dtype)
+        wanted = rms_norm(x, weight, epsilon)
         trial._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
         try:
             found = trial.forward(x)
-        except (RuntimeError, TypeError, AttributeError, ValueError, IndexError):
-            return False  # another kind of module, which asks for something else
-        wanted = rms_norm(x, weight, epsilon)
-        if found.dtype != dtype or found.shape != x.shape or not torch.allclose(found, wanted, rtol=near, atol=1e-6):
+            if found.dtype != dtype or not torch.allclose(found, wanted, rtol=near, atol=1e-6):
+                return False
+        except Exception:  # another kind of module, which asks for something else, in whatever way
             return False
     return True

@@ -159,8 +159,11 @@ def _quantized(settings: LanguageConfig) -> dict[str, Any]:
 
     if not settings.quantization:
         return {}
+    values = dict(settings.quantization)
+    if values.get("load_in_4bit"):  # which transformers else has computed in float32
+        values.setdefault("bnb_4bit_compute_dtype", settings.dtype)
     try:
-        return {"quantization_config": AutoQuantizationConfig.from_dict(dict(settings.quantization))}
+        return {"quantization_config": AutoQuantizationConfig.from_dict(values)}
     except (ImportError, ValueError, TypeError, AttributeError) as error:
         raise _no_quantization(settings, error) from None
 

@@ -14,6 +14,8 @@ IN_BITS = {8: 1.0, 4: 0.5 + 4 / 64}
 """Bytes of a quantised weight; in 4 bits with a float32 scale for every 64 of them."""
 CONTEXT = 1e9
 """Taken for what a GPU's driver and libraries hold for themselves: an assumption."""
+AT_WORK = 2e8
+"""What libraries hold on a CPU once they work, beyond what importing them takes: seen by `benchmarks/plan.py`."""
 USABLE = 0.95
 """Share of a GPU's memory that a plan may fill; the rest is lost between blocks of unlike sizes: an assumption."""
 ROOMS = (8192, 4096, 2048, 1024, 512)
@@ -87,7 +89,7 @@ def moments(given: Weights, held: Activations, choice: Choice, context: float) -
     words = BYTES[choice.language] / BYTES[held.dtype]
     stays = weights(given, choice)
     if context:
-        stays["driver and libraries (assumed)"] = context
+        stays["libraries, driver (assumed)"] = context
     if held.pixels:
         stays["pictures of two steps"] = held.pixels
     gradients = 4.0 * given.trained * (2 if choice.gpus > 1 else 1)

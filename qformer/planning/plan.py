@@ -293,10 +293,11 @@ def reckon(
         gpus,
         sharded(settings),
     )
-    moment, held = memory.peak(found.weights, activations, choice, 0.0 if on_cpu else memory.CONTEXT)
+    moment, held = memory.peak(found.weights, activations, choice, memory.AT_WORK if on_cpu else memory.CONTEXT)
     amounts: dict[str, float] = dict.fromkeys(speed.PARTS, 0.0)
     seconds: dict[str, float] = dict.fromkeys(speed.PARTS, 0.0)
-    launches = {"adapter": activations.adapter.launched, "language": language.launched}
+    again = settings.language.gradient_checkpointing
+    launches = {"adapter": activations.adapter.launched, "language": language.launched(again)}
     for micro in steps.micro_batches:
         each = work_of(settings, found, micro)
         for part, amount in each.items():

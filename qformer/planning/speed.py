@@ -6,9 +6,11 @@ Blocks are made with random weights at their true width; nothing is read from di
 from __future__ import annotations
 
 import copy
+import ctypes
 import dataclasses
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +42,8 @@ ENOUGH_SECONDS = 4.0
 """A part's repeats end when they have taken so long."""
 MOST_WORK = {"cpu": 1.5e11, "cuda": 2e13}
 """Operations of one timing at most; larger micro-batches are timed by a part of their rows."""
+MALLOC = {-1: 2**31 - 1, -3: 1 << 25}
+"""M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h, the latter at the most that it comes to by itself."""
 MOST_WEIGHTS = 1 << 30
 """Bytes of blocks that are made for one timing, beyond the first."""
 
@@ -108,7 +112,7 @@ def computes_in(settings: RunConfig) -> dict[str, str]:
 
 def autocast_of(settings: RunConfig, dtype: str = "float32") -> torch.dtype | None:
     """What products with weights of this type are cast to, as `precision.in_own` has it; None: to nothing."""
-    cast = settings.train.precision == "bfloat16" and dtype not in ("float16", "bfloat16")
+    cast = settings.train.precision == "bfloat16" and dtype == "float32"
     return torch.bfloat16 if cast else None
 
 
@@ -193,6 +197,8 @@ def here(
     clock: Callable[[], float] = time.perf_counter,
 ) -> Speed:
     """The speed of this machine at a usual micro-batch; towers are on the meta device and stay there."""
+    if device.type == "cpu":
+        _keep_what_is_freed()
     watch = Stopwatch(device, clock, autocast_of(settings))
     seeing, reading = (
         dataclasses.replace(watch, autocast=autocast_of(settings, each.dtype))
@@ -205,6 +211,18 @@ def here(
     }
     rates["adapter"], optimizer = _adapter(settings.train, size, work.width, encoder.tokens, micro, watch)
     return Speed(rates, optimizer)
+
+
+def _keep_what_is_freed() -> None:
+    """Have this process keep memory for its next tensors, where its allocator is glibc's.
+
+    A run comes to that by itself, since something of it lies behind whatever is freed; a part that is timed alone would
+    give all back and be charged for each page anew, a seventh of its time.
+    """
+    if sys.platform == "linux":
+        set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+        for option, value in MALLOC.items() if set_option else ():
+            set_option(option, value)
 
 
 def _encoder_rate(tower: Any, work: EncoderWork, micro: MicroBatch, watch: Stopwatch) -> float:

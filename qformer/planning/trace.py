@@ -75,13 +75,14 @@ class LiveBytes(TorchDispatchMode):
 @dataclass(frozen=True)
 class Held:
     """Bytes of a part: kept for its backward pass; at the most in its forward pass; at the most in its backward.  And
-    operations there and back that are launched one by one.
+    operations that are launched one by one, there and back, and there alone.
     """
 
     kept: float
     forward: float = 0
     backward: float = 0
     launched: float = 0
+    ahead: float = 0
 
     def __add__(self, other: Held) -> Held:
         return Held(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
@@ -170,10 +171,10 @@ class LanguageHeld:
         """All that the blocks keep for the backward pass."""
         return self.base.kept + sum(number * each.kept for number, each in self.blocks)
 
-    @property
-    def launched(self) -> float:
-        """All operations of blocks and head, there and back."""
-        return self.base.launched + sum(number * each.launched for number, each in self.blocks)
+    def launched(self, again: bool) -> float:
+        """All operations of blocks and head, there and back; `again`: those of the blocks there once more."""
+        blocks = sum(number * (each.launched + again * each.ahead) for number, each in self.blocks)
+        return self.base.launched + blocks
 
     def recomputed(self, boundary: float) -> float:
         """The same where each block keeps its inputs alone (`boundary` bytes) and is computed again, one at a time."""
@@ -280,7 +281,7 @@ def _language_once(model: Any, micro: MicroBatch, queries: int, autocast: torch.
             return run_language(model, table[places], micro)
 
         hidden, forward = live.highest(read)
-        kept = live.live
+        kept, ahead = live.live, live.launched
 
         def score() -> Tensor:
             if model.config.is_encoder_decoder:
@@ -296,7 +297,8 @@ def _language_once(model: Any, micro: MicroBatch, queries: int, autocast: torch.
         loss, scoring = live.highest(score)
         scored = live.live
         _, backward = live.highest(loss.backward)
-    return Held(kept, forward, launched=live.launched), Held(scored - kept, scoring - kept, backward - kept)
+    whole = Held(kept, forward, launched=live.launched, ahead=ahead)
+    return whole, Held(scored - kept, scoring - kept, backward - kept)
 
 
 def run_language(model: Any, inputs: Tensor, micro: MicroBatch) -> Tensor:
