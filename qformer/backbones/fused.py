@@ -65,10 +65,11 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 def fuse(model: nn.Module) -> None:
     """Have a model's RMS norms and tanh GELUs computed by one operation each; its tensors and their names stay."""
     for module in model.modules():
-        if type(module) in (NewGELUActivation, FastGELUActivation):
-            module.__class__ = _before(type(module), FusedGELU)
+        kind: Any = type(module)  # mypy does not take modules for hashable
+        if kind in (NewGELUActivation, FastGELUActivation):
+            module.__class__ = _before(kind, FusedGELU)
         elif (name := _epsilon(module)) is not None and _is_rms_norm(module, getattr(module, name)):
-            module.__class__ = _before(type(module), FusedRMSNorm, name)
+            module.__class__ = _before(kind, FusedRMSNorm, name)
 
 
 @contextmanager
@@ -84,13 +85,13 @@ def as_written(model: nn.Module) -> Iterator[None]:
             module.__class__ = kind
 
 
-def _new(kind: type[nn.Module], computes: type[Fused], epsilon: str) -> Any:
+def _new(kind: Any, computes: Any, epsilon: str) -> Any:
     made = _before(kind, computes, epsilon)
     return made.__new__(made)
 
 
 @cache
-def _before(kind: Any, computes: type[Fused], epsilon: str = "") -> Any:
+def _before(kind: Any, computes: Any, epsilon: str = "") -> Any:
     """A class by the same name, since transformers tells modules apart by names too."""
     return type(kind.__name__, (computes, kind), {"written": kind, "epsilon": epsilon})
 

@@ -220,7 +220,7 @@ def _keep_what_is_freed() -> None:
     give all back and be charged for each page anew, a seventh of its time.
     """
     if sys.platform == "linux":
-        set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+        set_option: Any = getattr(ctypes.CDLL(None), "mallopt", None)
         for option, value in MALLOC.items() if set_option else ():
             set_option(option, value)
 
