@@ -4,7 +4,8 @@ On the rows and the models of `benchmarks/speed.py`.  Each saving is switched of
 are timed in turn, and their losses compared before.  A row says what was tried and brought too little to be kept.  The
 floor is what the step's floating-point operations would take at the speed of this machine's own large matrix products.
 `--compile` has the blocks compiled as `train.compile` does, which takes minutes before the first step, and times that
-as one more saving.
+as one more saving; `--only padded floor` chooses rows by words in their names.  Autocast to bfloat16 takes minutes a
+step on a CPU without instructions for it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -137,24 +138,34 @@ TRIED: dict[str, Switch] = {"projections of the Q-Former fused": one_product}
 """What was tried and not kept, and what switches it on."""
 
 
-def table(both: speed.Both, repeats: int, compiled: bool) -> Iterator[str]:
-    """A row a saving, and the floor; what is `compiled` is so from its row on."""
+def table(both: speed.Both, repeats: int, compiled: bool, only: Sequence[str] = ()) -> Iterator[str]:
+    """A row a saving, and the floor, or those whose names have one of the words; what is `compiled` is so from its row
+    on.
+    """
+
+    def wanted(name: str) -> bool:
+        return not only or any(word in name for word in only)
+
     yield "| saving | with it (s) | without (s) | brings | range |"
     yield "|---|---|---|---|---|"
     for name, (pictures, off) in SAVINGS.items():
-        yield f"| {name} | {saved(both, speed.batch(speed.SHAPES, pictures), off, repeats)} |"
+        if wanted(name):
+            yield f"| {name} | {saved(both, speed.batch(speed.SHAPES, pictures), off, repeats)} |"
     given = speed.batch(speed.SHAPES, len(speed.SHAPES))
     for name, (option, near) in OPTIONS.items():
-        yield f"| {name} | {saved(both, given, None, repeats, partial(option, given=given), near)} |"
+        if wanted(name):
+            yield f"| {name} | {saved(both, given, None, repeats, partial(option, given=given), near)} |"
     for name, on in TRIED.items():
-        yield f"| {name} (tried, not kept) | {saved(both, given, None, repeats, on)} |"
+        if wanted(name):
+            yield f"| {name} (tried, not kept) | {saved(both, given, None, repeats, on)} |"
     if compiled:
         compiling.compile_blocks(both.ours)
         yield f"| blocks compiled (train.compile) | {saved(both, given, compiling.as_written, repeats)} |"
-    yield ""
-    with compiling.as_written(both.ours):
-        told = floor(both, repeats)
-    yield told
+    if wanted("floor"):
+        with compiling.as_written(both.ours):
+            told = floor(both, repeats)
+        yield ""
+        yield told
 
 
 def saved(
@@ -218,10 +229,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="time compiled blocks too")
+    parser.add_argument("--only", nargs="*", default=(), help="words of the rows that are wanted, or floor")
     options = parser.parse_args()
     print(speed.machine(options.repeats))
     with tempfile.TemporaryDirectory() as folder:
-        for line in table(speed.Both(Path(folder)), options.repeats, options.compile):
+        for line in table(speed.Both(Path(folder)), options.repeats, options.compile, options.only):
             print(line, flush=True)
 
 

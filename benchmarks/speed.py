@@ -360,15 +360,14 @@ STYLE = (
 
 
 def draw(curves: dict[str, tuple[list[int], list[float]]], file: Path) -> None:
-    """A panel a size, from nothing up, as one SVG."""
-    width, height = charts.WIDTH, charts.HEIGHT + 20
-    panels = [
-        f'<svg x="{place * width}" y="20" width="{width}" height="{charts.HEIGHT}" '
-        + charts.line_chart(name, [("line", list(zip(sizes, seconds, strict=True)))]).removeprefix("<svg ")
-        + f'<text class="title" x="{place * width + charts.LEFT}" y="14">seconds a step by {name}</text>'
-        for place, (name, (sizes, seconds)) in enumerate(curves.items())
-    ]
-    size = f'width="{width * len(panels)}" height="{height}"'
+    """A panel a size, from nothing up, two beside each other, as one SVG."""
+    width, height, panels = charts.WIDTH, charts.HEIGHT + 20, []
+    for place, (name, (sizes, seconds)) in enumerate(curves.items()):
+        x, y = place % 2 * width, place // 2 * height
+        line = charts.line_chart(name, [("line", list(zip(sizes, seconds, strict=True)))]).removeprefix("<svg ")
+        panels.append(f'<text class="title" x="{x + charts.LEFT}" y="{y + 14}">seconds a step by {name}</text>')
+        panels.append(f'<svg x="{x}" y="{y + 20}" width="{width}" height="{charts.HEIGHT}" {line}')
+    size = f'width="{width * min(2, len(curves))}" height="{height * -(-len(curves) // 2)}"'
     page = f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{STYLE}</style>{"".join(panels)}</svg>'
     file.write_text(page + "\n", encoding="utf-8")
 

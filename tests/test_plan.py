@@ -171,7 +171,7 @@ def prepared(name: str, prompt: int, target: int, picture: str = "", read: int =
 def test_the_shape_of_rows_that_share_a_picture() -> None:
     group = [prepared("a", 5, 3, "p", read=4), prepared("b", 2, 1, "p", read=6), prepared("c", 1, 2, "q")]
     packed = shapes.shape(group, queries=4, kind=LLMKind(64, encoder_decoder=False, packs=True))
-    assert (packed.pictures, packed.reads, packed.instruction, packed.trained, packed.positions) == (2, 3, 6, 6, 26)
+    assert (packed.pictures, packed.reads, packed.instruction, packed.trained, packed.positions) == (2, 3, 5, 6, 26)
     assert (packed.rows, packed.span, packed.packed) == (1, 26, True)
     padded = shapes.shape(group, queries=4, kind=LLMKind(64, encoder_decoder=False, packs=False))
     assert (padded.rows, padded.span, padded.computed) == (3, 12, 36)

@@ -14,8 +14,10 @@ IN_BITS = {8: 1.0, 4: 0.5 + 4 / 64}
 """Bytes of a quantised weight; in 4 bits with a float32 scale for every 64 of them."""
 CONTEXT = 1e9
 """Taken for what a GPU's driver and libraries hold for themselves: an assumption."""
-AT_WORK = 2e8
-"""What libraries hold on a CPU once they work, beyond what importing them takes: seen by `benchmarks/plan.py`."""
+AT_WORK = 4e8
+"""What a process on a CPU holds beside its tensors and beyond importing: 0.2 GB of libraries once they work, and memory
+that was freed and is not given back; of three sizes of runs 0.25 to 0.6 GB (`benchmarks/plan.py`).
+"""
 USABLE = 0.95
 """Share of a GPU's memory that a plan may fill; the rest is lost between blocks of unlike sizes: an assumption."""
 ROOMS = (8192, 4096, 2048, 1024, 512)

@@ -1,10 +1,11 @@
 """How large the tensors of a step are: rows of seeded steps, counted where the data are there, else of stated lengths.
 
-B tensor rows of S positions, N reads, T instruction ids of the longest read, M trained tokens.
+B tensor rows of S positions, N reads, T instruction ids of a read in the mean, M trained tokens.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -78,9 +79,9 @@ def stated_groups(cards: Mapping[str, TaskCard], sizes: Mapping[str, int], per: 
 class MicroBatch:
     """The tensors of one forward pass.
 
-    pictures and reads; `instruction`: T, padding among it; rows × span: what a decoder-only LLM computes, or an
-    encoder–decoder's encoder; written × length: what the decoder of the latter computes; trained: M; positions: those
-    of the rows without any padding; packed: whether rows share tensor rows.
+    pictures and reads; `instruction`: T, since the Q-Former pads nothing but the rows of its attention; rows × span:
+    what a decoder-only LLM computes, or an encoder–decoder's encoder; written × length: what the decoder of the latter
+    computes; trained: M; positions: those of the rows without any padding; packed: whether rows share tensor rows.
     """
 
     pictures: int
@@ -199,7 +200,7 @@ def shape(group: Sequence[Prepared], queries: int, kind: LLMKind) -> MicroBatch:
     made: dict[str, Any] = {
         "pictures": len(pictures),
         "reads": len(reads),
-        "instruction": max(len(each.instruction) for each in group),
+        "instruction": math.ceil(sum(len(words) for _, words in reads) / max(1, len(reads))),
         "positions": sum(lengths),
         "trained": sum(trained),
     }
