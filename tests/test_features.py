@@ -139,7 +139,7 @@ def test_features_are_computed_in_the_runs_precision(make):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_tower_in_half_precision_computes_in_its_own_with_a_cache_as_without(make, dtype):
     settings = make("train.precision=bfloat16", f"vision.dtype={dtype}", cache="kept")
-    model, pixels = built(settings), torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    model, pixels = built(settings, anew=True), torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", torch.bfloat16):
         wanted = model.encode(pixels).values.float()
     fillers = [features.filler(settings, model.vision, training=training, say=print) for training in (True, False)]
