@@ -136,6 +136,13 @@ def test_importing_the_light_layers_pulls_in_nothing_heavy() -> None:
     assert ran.stdout.split() == []
 
 
+def test_importing_a_model_does_not_wait_for_transformers() -> None:
+    """Which takes two seconds more, and is asked for when an LLM is read."""
+    code = "import sys, qformer.vlm; print('transformers' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert ran.stdout.split() == ["False"]
+
+
 @pytest.mark.skipif("cli" not in MODULES, reason="there is no command line yet")
 def test_help_answers_at_once() -> None:
     """Half a second once files are cached; processor time, so that a busy machine does not fail it."""

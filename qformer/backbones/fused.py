@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.activations import FastGELUActivation, NewGELUActivation
 
 EPSILONS = ("variance_epsilon", "eps")
 """What norms call the number that they add to the mean square."""
@@ -64,6 +63,8 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 def fuse(model: nn.Module) -> None:
     """Have a model's RMS norms and tanh GELUs computed by one operation each; its tensors and their names stay."""
+    from transformers.activations import FastGELUActivation, NewGELUActivation  # slow to import
+
     for module in model.modules():
         kind: Any = type(module)  # mypy does not take modules for hashable
         if kind in (NewGELUActivation, FastGELUActivation):
