@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,8 @@ def tower(saved: Any) -> Any:
     return functools.cache(lambda family: load_language(LanguageConfig(name=str(saved(family)))))
 
 
-def soft_tokens(llm: LanguageTower) -> Tensor:
-    return torch.randn(len(EXAMPLES), QUERIES, llm.width, generator=torch.Generator().manual_seed(5))
+def soft_tokens(llm: LanguageTower, seed: int = 5) -> Tensor:
+    return torch.randn(len(EXAMPLES), QUERIES, llm.width, generator=torch.Generator().manual_seed(seed))
 
 
 def rows_of(llm: LanguageTower, *, answered: bool) -> list[Row]:
@@ -231,13 +232,15 @@ def test_a_half_precise_llm_gives_the_adapter_nearly_the_same_gradient(
     if dtype == "float16" and family in ("t5", "flan_t5", "mt5"):
         pytest.skip("refused, see above")
     exact, half = tower(family), load_language(LanguageConfig(name=str(saved(family)), dtype=dtype))
-    rows, grads = rows_of(exact, answered=True), []
-    for llm in (exact, half):
-        soft = soft_tokens(llm).requires_grad_()
-        llm.log_likelihood(soft, rows)[0].sum().backward()
-        grads.append(soft.grad)
-    assert grads[1].dtype == torch.float32
-    # T5 does not scale its attention: of random weights it is sharp, and what is rounded counts (0.86 to 1 over seeds).
-    near = 0.8 if family in ("t5", "flan_t5", "mt5") else 0.98
-    assert torch.cosine_similarity(grads[0].flatten(), grads[1].flatten(), dim=0) > near
+    rows, cosines = rows_of(exact, answered=True), []
+    # T5 does not scale its attention: of random weights it is sharp, and single draws are luck.
+    for seed in range(5, 14) if family in ("t5", "flan_t5", "mt5") else (5,):
+        grads = []
+        for llm in (exact, half):
+            soft = soft_tokens(llm, seed).requires_grad_()
+            llm.log_likelihood(soft, rows)[0].sum().backward()
+            assert soft.grad is not None and soft.grad.dtype == torch.float32
+            grads.append(soft.grad.flatten())
+        cosines.append(float(torch.cosine_similarity(*grads, dim=0)))
+    assert statistics.median(cosines) > 0.98
     assert {parameter.dtype for parameter in half.model.parameters()} == {getattr(torch, dtype)}
