@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from qformer.backbones import precision
 from qformer.sample import Batch, trained_tokens
 
 if TYPE_CHECKING:
@@ -40,6 +39,5 @@ class AnswerLikelihood:
     def sums(self, model: VLM, batch: Batch) -> dict[str, Tensor]:
         """Nats over all trained tokens of the batch."""
         soft, rows = model.seen(batch)
-        with precision.in_own(model.language.dtype, model.device):
-            log_likelihood, _ = model.language.log_likelihood(soft, rows)
+        log_likelihood, _ = model.language.log_likelihood(soft, rows)
         return {"answer": -log_likelihood.sum() * batch.weight}

@@ -502,6 +502,25 @@ def test_a_run_that_does_not_fit_is_told_what_to_change(run: RunConfig, monkeypa
     assert len(lines) > 6
 
 
+def test_what_to_change_on_this_machine_takes_what_a_plan_of_it_takes(
+    run: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the byte: on a CPU with what a process holds beside its tensors."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def planned(settings: RunConfig) -> tuple[plan.Sizes, plan.Plan]:
+        found = plan.sizes(settings)
+        steps = plan.look(settings, found).steps
+        return found, plan.reckon(settings, found, steps, speed.on("t4", settings), on_cpu=True)
+
+    found, made = planned(run)
+    told = list(plan.fit(found, made, plan.HERE, (made.bytes - 1) / memory.USABLE))[1]
+    changed = dataclasses.replace(run, language=dataclasses.replace(run.language, gradient_checkpointing=True))
+    wanted = planned(changed)[1].bytes
+    assert told == f"  language.gradient_checkpointing=true: {plan._size(wanted)}"
+    assert wanted > memory.AT_WORK
+
+
 def test_several_gpus_share_a_step(run: RunConfig) -> None:
     text = shown(run, gpu="t4", gpus=2)
     assert "on 2 t4" in text and rows(text)["pictures encoded"] == ["3"]

@@ -102,6 +102,27 @@ def test_the_adapter_learns_in_front_of_a_quantised_llm_as_in_front_of_the_whole
     assert found >= (0.95 if bits == 8 else 0.5)
 
 
+def test_four_bits_give_a_gradient_after_they_have_answered(
+    llm: Path,
+) -> None:
+    """Where a CPU has bfloat16 products of its own, bitsandbytes packs weights anew for them, and would give none."""
+    needs("bitsandbytes")
+    language = load_language(LanguageConfig(name=str(llm), quantization=FOUR["bitsandbytes"]))
+    packed = [module for module in language.model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    assert not any(module.support_avx512bf16_for_cpu for module in packed)
+    rows = [(Slot(0), Text((5, 6)), Text((7, 2), trained=True))]
+    soft = torch.randn(1, 4, language.width, generator=torch.Generator().manual_seed(1))
+    language.rank(soft, [rows[0][:2]], [["yes", "no"]])
+    gradients = []
+    for _ in range(2):
+        given = soft.clone().requires_grad_()
+        language.log_likelihood(given, rows)[0].sum().backward()
+        assert given.grad is not None
+        gradients.append(given.grad)
+        language.generate(soft, [rows[0][:2]], max_new_tokens=2)
+    assert torch.equal(*gradients) and gradients[0].norm() > 0
+
+
 @pytest.mark.parametrize(("given", "computed"), [({}, "bfloat16"), ({"bnb_4bit_compute_dtype": "float16"}, "float16")])
 def test_four_bits_are_computed_in_the_llms_type_where_no_other_is_named(
     llm: Path, given: dict[str, str], computed: str
@@ -203,3 +224,12 @@ def test_a_config_of_transformers_is_taken_as_its_values() -> None:
     assert values is not None
     assert (values["quant_method"], values["weights"]) == ("quanto", "int4")
     assert quantization_values({}) is None
+
+
+def test_a_type_of_products_that_nobody_named_is_not_among_a_configs_values() -> None:
+    from transformers import BitsAndBytesConfig
+
+    plain = quantization_values(BitsAndBytesConfig(load_in_4bit=True))
+    named = quantization_values(BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float16))
+    assert plain is not None and plain["load_in_4bit"] and "bnb_4bit_compute_dtype" not in plain
+    assert named is not None and named["bnb_4bit_compute_dtype"] == "float16"

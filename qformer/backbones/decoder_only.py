@@ -28,7 +28,7 @@ class DecoderOnly(LanguageTower):
 
     is_encoder_decoder = False
 
-    def log_likelihood(self, soft: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    def _log_likelihood(self, soft: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         """Soft tokens (N, Q, L) -> (R,) sums and (R,) counts; the head runs on predicting positions alone.
 
         Raises:

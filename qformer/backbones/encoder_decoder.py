@@ -23,7 +23,7 @@ class EncoderDecoder(LanguageTower):
 
     is_encoder_decoder = True
 
-    def log_likelihood(self, soft: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    def _log_likelihood(self, soft: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         """Soft tokens (N, Q, L) -> (R,) sums and (R,) counts.
 
         Raises:

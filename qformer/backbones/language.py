@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qformer import devices
-from qformer.backbones import fused, ranking
+from qformer.backbones import fused, precision, ranking
 from qformer.backbones.ranking import Group
 from qformer.backbones.sharding import Shards
 from qformer.cards import Decoding
@@ -75,6 +75,7 @@ class LanguageTower(nn.Module, ABC):
         """The processes that hold its blocks in parts, see `qformer.backbones.sharding`; None: each holds all."""
         model.requires_grad_(False)
         fused.fuse(model)
+        _leave_four_bits_as_they_are(model)
         _forget_generation_defaults(model, tokenizer)
         if gradient_checkpointing:
             if not getattr(model, "supports_gradient_checkpointing", False):
@@ -206,9 +207,20 @@ class LanguageTower(nn.Module, ABC):
         """How rows to be scored share tensor rows, see `qformer.backbones.packing`; None: they are padded."""
         return None
 
-    @abstractmethod
     def log_likelihood(self, soft: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-        """Soft tokens (N, Q, L) -> sums of log p over each row's trained tokens (R,), and their numbers (R,)."""
+        """Soft tokens (N, Q, L) -> sums of log p over each row's trained tokens (R,), and their numbers (R,).
+
+        An LLM in half precision computes in it, whatever autocast says.
+
+        Raises:
+            DataError: a row too long for the LLM, or one whose trained tokens this kind of LLM cannot score.
+        """
+        with precision.in_own(self.dtype, self.device):
+            return self._log_likelihood(soft, rows)
+
+    @abstractmethod
+    def _log_likelihood(self, soft: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """What `log_likelihood` gives."""
 
     @cached_property
     @torch.no_grad()
@@ -275,11 +287,13 @@ class LanguageTower(nn.Module, ABC):
 
     @contextmanager
     def _answering(self) -> Iterator[None]:
-        """Evaluation mode and no gradients for a while: in training mode a checkpointed layer keeps no cache."""
+        """Evaluation mode, no gradients, its own precision for a while: in training mode a checkpointed layer keeps no
+        cache.
+        """
         before = self.training
         self.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), precision.in_own(self.dtype, self.device):
                 yield
         finally:
             self.train(before)
@@ -428,6 +442,15 @@ def _silence_dropout(model: Any) -> None:
             for name, value in list(vars(holder).items()) if holder is not None else ():
                 if "drop" in name and isinstance(value, float):
                     setattr(holder, name, 0.0)
+
+
+def _leave_four_bits_as_they_are(model: Any) -> None:
+    """Where a CPU multiplies bfloat16 by itself (AVX-512), bitsandbytes packs 4-bit weights anew when they are first
+    used without gradients, and from then on gives none through them, to training either.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def padded(rows: Sequence[Sequence[int]], filler: int, left: bool = False) -> Tensor:

@@ -18,6 +18,8 @@ from qformer.text import Profile, profile_from_tokenizer
 from qformer.untokenized import MissingTokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+COMPUTE = "bnb_4bit_compute_dtype"
+"""What bitsandbytes computes products with weights of 4 bits in."""
 LEAST_SHARE = 0.9
 """Of a table of embeddings, what the ids of its own tokenizer fill; tables are padded, by a few hundred rows."""
 
@@ -141,6 +143,8 @@ def quantization_values(given: Any) -> dict[str, Any] | None:
         ConfigError: it is neither.
     """
     values = given.to_dict() if hasattr(given, "to_dict") else given
+    if hasattr(given, "to_diff_dict") and COMPUTE not in given.to_diff_dict():
+        values.pop(COMPUTE, None)  # as nobody named it; of who names float32, which is the same to transformers, too
     try:
         plain = json.loads(json.dumps(values))
     except (TypeError, ValueError):
@@ -161,7 +165,7 @@ def _quantized(settings: LanguageConfig) -> dict[str, Any]:
         return {}
     values = dict(settings.quantization)
     if values.get("load_in_4bit"):  # which transformers else has computed in float32
-        values.setdefault("bnb_4bit_compute_dtype", settings.dtype)
+        values.setdefault(COMPUTE, settings.dtype)
     try:
         return {"quantization_config": AutoQuantizationConfig.from_dict(values)}
     except (ImportError, ValueError, TypeError, AttributeError) as error:

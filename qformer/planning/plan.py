@@ -394,7 +394,7 @@ def fit(found: Sizes, made: Plan, gpu: str, room: float) -> Iterator[str]:
     yield f"It does not fit into {memory.USABLE:.0%} of {_size(room)}. What to change, each on top of those before it:"
     on_gpu = gpu != HERE or torch.cuda.is_available()
     for change, choice in memory.lighter(made.choice, made.heaviest.span, on_gpu=on_gpu):
-        held = memory.peak(found.weights, made.activations, choice, memory.CONTEXT if on_gpu else 0.0)[1]
+        held = memory.peak(found.weights, made.activations, choice, memory.CONTEXT if on_gpu else memory.AT_WORK)[1]
         yield f"  {change}: {_size(sum(held.values()))}"
         if sum(held.values()) <= room * memory.USABLE:
             yield "  and then it fits."
