@@ -3,9 +3,10 @@
 On the rows and the models of `benchmarks/speed.py`.  Each saving is switched off by itself; steps with and without it
 are timed in turn, and their losses compared before.  A row says what was tried and brought too little to be kept.  The
 floor is what the step's floating-point operations would take at the speed of this machine's own large matrix products.
-`--compile` has the blocks compiled as `train.compile` does, which takes minutes before the first step, and times that
-as one more saving; `--only padded floor` chooses rows by words in their names.  Autocast to bfloat16 takes minutes a
-step on a CPU without instructions for it.
+One row is of an encoder–decoder alone, of the T5 of `benchmarks/ranking.py`.  `--compile` has the blocks compiled as
+`train.compile` does, which takes minutes before the first step, and times that as one more saving; `--only padded
+floor` chooses rows by words in their names.  Autocast to bfloat16 takes minutes a step on a CPU without instructions
+for it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import random
 import statistics
 import tempfile
 import time
@@ -20,16 +22,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
+import ranking as ranking_benchmark
 import speed
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from qformer.backbones import fused
+from qformer.assemble import Prepared
+from qformer.backbones import fused, ranking
+from qformer.data.batch import StepMaker
+from qformer.data.mixture import Mixture
 from qformer.nn.attention import CrossAttention, Places, SelfAttention
 from qformer.nn.tokens import Tokens
 from qformer.sample import Batch
@@ -77,6 +83,28 @@ def last_text(model: VLM) -> Iterator[None]:
             yield
     finally:
         hook.remove()
+
+
+@contextmanager
+def keys_a_read(model: VLM) -> Iterator[None]:
+    """The Q-Former makes keys and values of a picture anew for every read of it; the encoder still sees it once."""
+    reads = model._reads
+
+    def apart(batch: Batch) -> Any:
+        tokens, instruction = reads(batch)
+        assert tokens.pictures is not None and tokens.mask is None
+        return Tokens(tokens.values[tokens.pictures]), instruction
+
+    with patch.object(model, "_reads", apart):
+        yield
+
+
+@contextmanager
+def logits_in_parts(model: VLM) -> Iterator[None]:
+    """Logits of a quarter of the trained tokens at a time, written again backwards: for memory, where they are many."""
+    trained = sum(answer for _, answer in speed.SHAPES)
+    with patch.object(ranking, "LOGITS_AT_ONCE", -(-trained // 4) * model.language.model.config.vocab_size):
+        yield
 
 
 def a_picture_a_read(given: Batch) -> Batch:
@@ -127,15 +155,21 @@ SAVINGS: dict[str, tuple[int, Switch | None]] = {
     "no last text half in the Q-Former": (14, last_text),
     "norms of the LLM by one operation": (14, norms_written_out),
     "each picture once, 14 rows on two": (2, None),
+    "of that, its keys and values once": (2, keys_a_read),
 }
 """Pictures of the 14 rows, and what switches the saving off (None: a batch with copies)."""
 OPTIONS: dict[str, tuple[Callable[[VLM, Batch], AbstractContextManager[Any]], float]] = {
     "features at hand (vision.cache)": (speed.features, 1e-5),
+    "logits in four parts": (lambda model, given: logits_in_parts(model), 1e-5),
     "autocast to bfloat16 (train.precision)": (lambda model, given: torch.autocast("cpu", torch.bfloat16), 2e-2),
 }
-"""Settings that are off by default: what switches them on, and how near the losses come."""
+"""What is not done in this step by itself: what switches it on, and how near the losses come."""
 TRIED: dict[str, Switch] = {"projections of the Q-Former fused": one_product}
 """What was tried and not kept, and what switches it on."""
+BY_LENGTH = "micro-batches by length, of a T5 alone"
+COMPILED = "blocks compiled (train.compile)"
+ROOM = 1024
+"""Positions of a micro-batch of an encoder–decoder, on both its sides."""
 
 
 def table(both: speed.Both, repeats: int, compiled: bool, only: Sequence[str] = ()) -> Iterator[str]:
@@ -158,9 +192,11 @@ def table(both: speed.Both, repeats: int, compiled: bool, only: Sequence[str] = 
     for name, on in TRIED.items():
         if wanted(name):
             yield f"| {name} (tried, not kept) | {saved(both, given, None, repeats, on)} |"
-    if compiled:
+    if wanted(BY_LENGTH):
+        yield f"| {BY_LENGTH} | {by_length(repeats)} |"
+    if compiled and wanted(COMPILED):
         compiling.compile_blocks(both.ours)
-        yield f"| blocks compiled (train.compile) | {saved(both, given, compiling.as_written, repeats)} |"
+        yield f"| {COMPILED} | {saved(both, given, compiling.as_written, repeats)} |"
     if wanted("floor"):
         with compiling.as_written(both.ours):
             told = floor(both, repeats)
@@ -190,12 +226,48 @@ def saved(
 
     without(), saving()
     assert math.isclose(losses["with"], losses["without"], rel_tol=near), losses
-    slow, fast = speed.in_turn(without, saving, repeats)
+    return cells(*speed.in_turn(without, saving, repeats))
+
+
+def cells(slow: Sequence[float], fast: Sequence[float]) -> str:
+    """Seconds with and without, and their ratio, as a row tells them."""
     ratios = [a / b for a, b in zip(slow, fast, strict=True)]
     return (
-        f"{statistics.median(fast):.2f} | {statistics.median(slow):.2f} | **{statistics.median(ratios):.2f}×** | "
+        f"{statistics.median(fast):.3g} | {statistics.median(slow):.3g} | **{statistics.median(ratios):.2f}×** | "
         f"{min(ratios):.2f}–{max(ratios):.2f}×"
     )
+
+
+def by_length(repeats: int) -> str:
+    """The rows of four steps, in no order, in micro-batches cut by length and as they come: an encoder–decoder's loss
+    and gradient at its soft tokens.
+    """
+    llm = ranking_benchmark.tower("t5")
+    shapes = list(speed.SHAPES) * 4
+    random.Random(0).shuffle(shapes)
+    rows = speed.batch(shapes, len(shapes)).rows
+    items = [Prepared(str(number), (str(number),), (), row) for number, row in enumerate(rows)]
+    cut = {"mixture": Mixture({"rows": 1.0}, {"rows": len(rows)}, 0), "sources": {}, "assembler": cast(Any, None)}
+    sizes = {"batch_size": len(rows), "steps": 1, "soft_tokens": speed.QUERIES, "micro_batch_tokens": ROOM}
+    maker = StepMaker(**cut, **sizes, apart=True)
+    sorted_groups = [*maker.groups(items)]
+    with patch.object(StepMaker, "_falling", lambda self, item: 0):
+        groups = [*maker.groups(items)]
+    drawn = torch.randn(len(rows), speed.QUERIES, llm.width)
+    losses: dict[str, float] = {}
+
+    def step(groups: Sequence[Sequence[Prepared]], label: str) -> None:
+        losses[label] = 0.0
+        for group in groups:
+            soft = drawn.clone().requires_grad_()
+            loss = -llm.log_likelihood(soft, [item.row for item in group])[0].sum()
+            loss.backward()
+            losses[label] += float(loss)
+
+    without, saving = partial(step, groups, "without"), partial(step, sorted_groups, "with")
+    without(), saving()
+    assert math.isclose(losses["with"], losses["without"], rel_tol=1e-5), losses
+    return cells(*speed.in_turn(without, saving, repeats))
 
 
 def floor(both: speed.Both, repeats: int) -> str:

@@ -93,7 +93,7 @@ def ids(count: int, seed: int) -> tuple[int, ...]:
     return tuple(torch.randint(10, ranking.IDS, (count,), generator=dice).tolist())
 
 
-def batch(shapes: Sequence[tuple[int, int]], pictures: int, *, queries: int = QUERIES, frames: int = 1) -> Batch:
+def batch(shapes: Sequence[tuple[int, int]], pictures: int, *, frames: int = 1) -> Batch:
     """Rows of prompt and answer tokens, each on a picture (or on frames of its own); the Q-Former reads the prompt."""
     reads, rows = [], list[Row]()
     for number, (prompt, answer) in enumerate(shapes):
@@ -412,7 +412,7 @@ def tables(folder: Path, options: argparse.Namespace) -> Iterator[str]:
         yield from ranked(options.repeats)
     if "growth" in options.only:
         yield ""
-        yield from growth(folder, max(1, options.repeats // 2), options.plot, options.most)
+        yield from growth(folder, options.repeats, options.plot, options.most)
 
 
 if __name__ == "__main__":

@@ -56,13 +56,16 @@ def test_every_row_of_the_table_is_measured(
 @pytest.mark.filterwarnings("ignore")  # torch warns of its own doings while it traces
 def test_each_saving_is_measured_by_itself(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import parts
+    import ranking
 
     monkeypatch.setattr(sys, "argv", ["parts.py", "--repeats", "1", "--compile"])
     monkeypatch.setattr(parts, "SIDE", 64)
+    monkeypatch.setattr(ranking, "T5_SMALL", {**ranking.T5_SMALL, "d_model": 32, "d_ff": 64, "num_layers": 2})
     monkeypatch.setattr(compiling, "BACKEND", "eager")
     parts.main()
     out = capsys.readouterr().out
-    assert all(f"| {name} | " in out for name in (*parts.SAVINGS, *parts.OPTIONS, "blocks compiled (train.compile)"))
+    named = (*parts.SAVINGS, *parts.OPTIONS, parts.BY_LENGTH, parts.COMPILED)
+    assert all(f"| {name} | " in out for name in named)
     assert all(f"| {name} (tried, not kept) | " in out for name in parts.TRIED)
     assert "times the floor" in out
 
