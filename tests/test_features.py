@@ -140,12 +140,15 @@ def test_features_are_computed_in_the_runs_precision(make):
 def test_a_tower_in_half_precision_computes_in_its_own_with_a_cache_as_without(make, dtype):
     settings = make("train.precision=bfloat16", f"vision.dtype={dtype}", cache="kept")
     model, pixels = built(settings, anew=True), torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    cast = []
+    model.vision.register_forward_hook(lambda *_: cast.append(torch.is_autocast_enabled("cpu")))
     with torch.autocast("cpu", torch.bfloat16):
         wanted = model.encode(pixels).values.float()
     fillers = [features.filler(settings, model.vision, training=training, say=print) for training in (True, False)]
     assert fillers[0].cache.folder == fillers[1].cache.folder
     for kept in fillers:
         assert (kept.encode(pixels).float() - wanted).norm() < 0.02 * wanted.norm()
+    assert len(cast) > 2 and not any(cast)
 
 
 def test_a_run_gives_the_same_bits_whatever_was_kept_when_it_began(make, tmp_path, monkeypatch):

@@ -74,14 +74,15 @@ def test_every_family_gives_the_same_numbers_and_those_with_such_parts_have_them
     assert changed(again) == changed(model) == kinds and all(map(torch.equal, answer(again), answer(model)))
 
 
-def test_in_bfloat16_it_is_no_further_from_the_truth(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["t5", "flan_t5", "mt5"])
+def test_in_bfloat16_it_is_no_further_from_the_truth(tmp_path: Path, family: str) -> None:
     """One operation rounds once, where seven round seven times; over several LLMs, since rounding is luck."""
     apart: dict[str, list[float]] = {"written": [], "fused": []}
     for seed in range(6):
-        path = family_llm(tmp_path / str(seed), "flan_t5", seed)
-        truth = answer(read(path, "flan_t5", torch.bfloat16).float())
+        path = family_llm(tmp_path / str(seed), family, seed)
+        truth = answer(read(path, family, torch.bfloat16).float())
         for how in apart:
-            half = read(path, "flan_t5", torch.bfloat16)
+            half = read(path, family, torch.bfloat16)
             if how == "fused":
                 fused.fuse(half)
             apart[how] += [away(found, wanted) for found, wanted in zip(answer(half), truth, strict=True)]

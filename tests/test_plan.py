@@ -436,11 +436,11 @@ def test_fused_blocks_are_fewer_operations_and_keep_less(run: RunConfig) -> None
         more = trace.language_held(model, BOTH, queries=4)
     norms = [2, 3]
     for (_, few), (_, many), number in zip(fewer.blocks, more.blocks, norms, strict=True):
-        assert 15 * number <= many.launched - few.launched <= 30 * number and few.kept < many.kept
-    assert fewer.launched(False) < 0.6 * more.launched(False)
-    assert all(0.3 * each.launched < each.ahead < 0.6 * each.launched for _, each in fewer.blocks)
-    ahead = sum(number * each.ahead for number, each in fewer.blocks)
-    assert fewer.launched(True) == fewer.launched(False) + ahead
+        assert 15 * number <= many.launches - few.launches <= 30 * number and few.kept < many.kept
+    assert fewer.launches(False) < 0.6 * more.launches(False)
+    assert all(0.3 * each.launches < each.forward_launches < 0.6 * each.launches for _, each in fewer.blocks)
+    forward = sum(number * each.forward_launches for number, each in fewer.blocks)
+    assert fewer.launches(True) == fewer.launches(False) + forward
     assert fused.rms_norm.__name__ == "rms_norm"  # put back
 
 

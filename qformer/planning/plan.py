@@ -79,7 +79,9 @@ class Plan:
     heaviest: MicroBatch
     activations: Activations
     choice: Choice
-    launched: tuple[str, ...] = ()
+    launches: dict[str, float]
+    """Operations that each part launches in the heaviest micro-batch, both passes."""
+    launched: tuple[str, ...]
     """Parts whose kernels take longer to launch than to compute."""
 
     @property
@@ -97,6 +99,9 @@ def plan(
     settings: RunConfig, *, gpu: str = HERE, gpus: int = 1, efficiency: float | None = None
 ) -> Iterator[Text | Table]:
     """Tables and blocks of text, in the order in which they are to be read.
+
+    Where this machine is timed without a GPU, the process has its allocator keep freed memory from then on, as that of
+    a run does.
 
     Args:
         settings: the run.
@@ -297,7 +302,7 @@ def reckon(
     amounts: dict[str, float] = dict.fromkeys(speed.PARTS, 0.0)
     seconds: dict[str, float] = dict.fromkeys(speed.PARTS, 0.0)
     again = settings.language.gradient_checkpointing
-    launches = {"adapter": activations.adapter.launched, "language": language.launched(again)}
+    launches = {"adapter": activations.adapter.launches, "language": language.launches(again)}
     for micro in steps.micro_batches:
         each = work_of(settings, found, micro)
         for part, amount in each.items():
@@ -308,7 +313,7 @@ def reckon(
     seconds = {part: taken for part, taken in seconds.items() if taken}
     seconds["optimizer"] = found.weights.trained * rates.optimizer
     launched = tuple(part for part in speed.PARTS if part in slower)
-    return Plan(moment, held, amounts, seconds, heaviest, activations, choice, launched)
+    return Plan(moment, held, amounts, seconds, heaviest, activations, choice, launches, launched)
 
 
 # -- what is shown ----------------------------------------------------------------------------------------------------
@@ -422,6 +427,9 @@ def _time(
         told = ", ".join(f"{part} {share:.0%}" for part, share in speed.shares_of(settings, efficiency).items())
         known = "as you say" if efficiency else "measured in part, on one H200"
         how = f"Taken, {known}: of the peak of {gpu} ({speed.gpu(gpu).source}) {told}."
+        if not settings.train.compile:
+            counted = ", ".join(f"{part} {number:,.0f}" for part, number in made.launches.items())
+            how += f"\n  Operations launched in a micro-batch: {counted}."
         if made.launched:
             how += (
                 f"\n  Launching kernels takes longer than computing them: {', '.join(made.launched)}. "

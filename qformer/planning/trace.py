@@ -75,14 +75,14 @@ class LiveBytes(TorchDispatchMode):
 @dataclass(frozen=True)
 class Held:
     """Bytes of a part: kept for its backward pass; at the most in its forward pass; at the most in its backward.  And
-    operations that are launched one by one, there and back, and there alone.
+    operations that are launched one by one, in both passes and in the forward pass alone.
     """
 
     kept: float
     forward: float = 0
     backward: float = 0
-    launched: float = 0
-    ahead: float = 0
+    launches: float = 0
+    forward_launches: float = 0
 
     def __add__(self, other: Held) -> Held:
         return Held(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
@@ -152,7 +152,7 @@ def _former_once(
             kept = live.live
             soft.sum().backward()
             del soft
-    return Held(kept, forward, launched=live.launched)
+    return Held(kept, forward, launches=live.launched)
 
 
 @dataclass(frozen=True)
@@ -171,10 +171,10 @@ class LanguageHeld:
         """All that the blocks keep for the backward pass."""
         return self.base.kept + sum(number * each.kept for number, each in self.blocks)
 
-    def launched(self, again: bool) -> float:
-        """All operations of blocks and head, there and back; `again`: those of the blocks there once more."""
-        blocks = sum(number * (each.launched + again * each.ahead) for number, each in self.blocks)
-        return self.base.launched + blocks
+    def launches(self, again: bool) -> float:
+        """All operations of blocks and head in both passes; `again`: those of the blocks' forward pass once more."""
+        blocks = sum(number * (each.launches + again * each.forward_launches) for number, each in self.blocks)
+        return self.base.launches + blocks
 
     def recomputed(self, boundary: float) -> float:
         """The same where each block keeps its inputs alone (`boundary` bytes) and is computed again, one at a time."""
@@ -281,7 +281,7 @@ def _language_once(model: Any, micro: MicroBatch, queries: int, autocast: torch.
             return run_language(model, table[places], micro)
 
         hidden, forward = live.highest(read)
-        kept, ahead = live.live, live.launched
+        kept, forward_launches = live.live, live.launched
 
         def score() -> Tensor:
             if model.config.is_encoder_decoder:
@@ -297,7 +297,7 @@ def _language_once(model: Any, micro: MicroBatch, queries: int, autocast: torch.
         loss, scoring = live.highest(score)
         scored = live.live
         _, backward = live.highest(loss.backward)
-    whole = Held(kept, forward, launched=live.launched, ahead=ahead)
+    whole = Held(kept, forward, launches=live.launched, forward_launches=forward_launches)
     return whole, Held(scored - kept, scoring - kept, backward - kept)
 
 
