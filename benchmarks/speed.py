@@ -184,7 +184,7 @@ def training(both: Both, part: str, repeats: int) -> str:
         other.zero_grad(set_to_none=True)
         losses["theirs"] = loss.item()
 
-    with features(both.ours, ours) if part == "cached" else nullcontext():
+    with features(both.ours, both.ours.encode(ours.pixels)) if part == "cached" else nullcontext():
         our_step(), their_step()
         assert math.isclose(losses["ours"], losses["theirs"], rel_tol=1e-4), losses
         seconds = in_turn(their_step, our_step, repeats)
@@ -193,9 +193,8 @@ def training(both: Both, part: str, repeats: int) -> str:
 
 
 @contextmanager
-def features(model: VLM, given: Batch) -> Iterator[None]:
+def features(model: VLM, kept: Tokens) -> Iterator[None]:
     """With the encoder's outputs of a batch in memory."""
-    kept: Tokens = model.encode(given.pixels)
     encode = model.encode
     model.encode = lambda pixels: kept  # type: ignore[method-assign]
     try:
