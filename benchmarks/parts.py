@@ -45,7 +45,7 @@ from qformer.vlm import VLM
 
 SIDE = 2048
 """Of the matrices whose product says how fast the machine is."""
-Switch = Callable[[VLM], AbstractContextManager[None]]
+Switch = Callable[[VLM], AbstractContextManager[Any]]
 
 
 @contextmanager
@@ -108,6 +108,11 @@ def logits_in_parts(model: VLM) -> Iterator[None]:
         yield
 
 
+def in_bfloat16(model: VLM) -> AbstractContextManager[Any]:
+    """Products in bfloat16, as a run makes them with `train.precision`."""
+    return torch.autocast("cpu", torch.bfloat16)
+
+
 def features_at_hand(model: VLM, given: Batch) -> Switch:
     """The encoder's outputs of a batch, made beforehand."""
     kept = model.encode(given.pixels)
@@ -167,10 +172,7 @@ SAVINGS: dict[str, tuple[int, Switch | None]] = {
 OPTIONS: dict[str, tuple[Callable[[VLM, Batch], Switch], float]] = {
     "features at hand (vision.cache)": (features_at_hand, 1e-5),
     "logits in four parts": (lambda model, given: logits_in_parts, 1e-5),
-    "autocast to bfloat16 (train.precision)": (
-        lambda model, given: lambda _: torch.autocast("cpu", torch.bfloat16),
-        2e-2,
-    ),
+    "autocast to bfloat16 (train.precision)": (lambda model, given: in_bfloat16, 2e-2),
 }
 """What is not done in this step by itself: what switches it on, and how near the losses come."""
 TRIED: dict[str, Switch] = {"projections of the Q-Former fused": one_product}
