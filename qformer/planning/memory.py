@@ -16,7 +16,7 @@ CONTEXT = 1e9
 """Taken for what a GPU's driver and libraries hold for themselves: an assumption."""
 AT_WORK = 4e8
 """What a process on a CPU holds beside its tensors and beyond importing: 0.2 GB of libraries once they work, and memory
-that was freed and is not given back; of two sizes of runs 0.2 and 0.6 GB (`benchmarks/plan.py`).
+that was freed and is not given back; of three sizes of runs 0.3 to 1.3 GB (`benchmarks/plan.py`).
 """
 USABLE = 0.95
 """Share of a GPU's memory that a plan may fill; the rest is lost between blocks of unlike sizes: an assumption."""
