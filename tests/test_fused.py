@@ -74,19 +74,25 @@ def test_every_family_gives_the_same_numbers_and_those_with_such_parts_have_them
     assert changed(again) == changed(model) == kinds and all(map(torch.equal, answer(again), answer(model)))
 
 
-@pytest.mark.parametrize("family", ["t5", "flan_t5", "mt5"])
-def test_in_bfloat16_it_is_no_further_from_the_truth(tmp_path: Path, family: str) -> None:
-    """One operation rounds once, where seven round seven times; over several LLMs, since rounding is luck."""
-    apart: dict[str, list[float]] = {"written": [], "fused": []}
-    for seed in range(6):
-        path = family_llm(tmp_path / str(seed), family, seed)
-        truth = answer(read(path, family, torch.bfloat16).float())
-        for how in apart:
-            half = read(path, family, torch.bfloat16)
-            if how == "fused":
-                fused.fuse(half)
-            apart[how] += [away(found, wanted) for found, wanted in zip(answer(half), truth, strict=True)]
-    assert sum(apart["fused"]) < 0.9 * sum(apart["written"])
+@pytest.mark.parametrize("family", NORMS)
+def test_in_bfloat16_each_norm_is_nearer_to_the_truth(tmp_path: Path, family: str) -> None:
+    """One operation rounds once, where those written out round twice.  Of norms alone: whole random models, whose T5s
+    do not scale their attention, make of any rounding what luck wants.
+    """
+    model, dice = read(family_llm(tmp_path, family), family, torch.bfloat16), torch.Generator().manual_seed(0)
+    fused.fuse(model)
+    norms = [module for module in model.modules() if isinstance(module, fused.FusedRMSNorm)]
+    assert len(norms) == NORMS[family]
+    for norm in norms:
+        weight = torch.randn(norm.weight.shape, generator=dice).bfloat16()
+        norm.weight.copy_(weight)
+        rows = torch.randn(512, len(weight), generator=dice).bfloat16()
+        truth = fused.rms_norm(rows.double(), weight.double(), getattr(norm, norm.epsilon))
+        found = norm(rows).double()
+        with fused.as_written(norm):
+            written = norm(rows).double()
+        once = family == "olmo2"  # whose norm as it is written, too, rounds once
+        assert torch.equal(found, written) if once else away(found, truth) < 0.75 * away(written, truth)
 
 
 class Scaled(nn.Module):
