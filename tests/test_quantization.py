@@ -128,10 +128,10 @@ def test_four_bits_are_computed_in_the_llms_type_where_no_other_is_named(
     llm: Path, given: dict[str, str], computed: str
 ) -> None:
     needs("bitsandbytes")
-    settings = LanguageConfig(name=str(llm), dtype="bfloat16", quantization={"load_in_4bit": True, **given})
+    settings = LanguageConfig(name=str(llm), dtype="bfloat16", quantization={**FOUR["bitsandbytes"], **given})
     made = load_language(settings).model.config.quantization_config
     assert made.bnb_4bit_compute_dtype == getattr(torch, computed)
-    assert settings.quantization == {"load_in_4bit": True, **given}
+    assert settings.quantization == {**FOUR["bitsandbytes"], **given}
 
 
 @pytest.mark.gpu
