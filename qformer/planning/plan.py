@@ -79,6 +79,8 @@ class Plan:
     heaviest: MicroBatch
     activations: Activations
     choice: Choice
+    context: float
+    """Bytes that the process holds beside its tensors."""
     launches: dict[str, float]
     """Operations that each part launches in the heaviest micro-batch, both passes."""
     launched: tuple[str, ...]
@@ -298,7 +300,8 @@ def reckon(
         gpus,
         sharded(settings),
     )
-    moment, held = memory.peak(found.weights, activations, choice, memory.AT_WORK if on_cpu else memory.CONTEXT)
+    context = memory.AT_WORK if on_cpu else memory.CONTEXT
+    moment, held = memory.peak(found.weights, activations, choice, context)
     amounts: dict[str, float] = dict.fromkeys(speed.PARTS, 0.0)
     seconds: dict[str, float] = dict.fromkeys(speed.PARTS, 0.0)
     again = settings.language.gradient_checkpointing
@@ -313,7 +316,7 @@ def reckon(
     seconds = {part: taken for part, taken in seconds.items() if taken}
     seconds["optimizer"] = found.weights.trained * rates.optimizer
     launched = tuple(part for part in speed.PARTS if part in slower)
-    return Plan(moment, held, amounts, seconds, heaviest, activations, choice, launches, launched)
+    return Plan(moment, held, amounts, seconds, heaviest, activations, choice, context, launches, launched)
 
 
 # -- what is shown ----------------------------------------------------------------------------------------------------
@@ -399,7 +402,7 @@ def fit(found: Sizes, made: Plan, gpu: str, room: float) -> Iterator[str]:
     yield f"It does not fit into {memory.USABLE:.0%} of {_size(room)}. What to change, each on top of those before it:"
     on_gpu = gpu != HERE or torch.cuda.is_available()
     for change, choice in memory.lighter(made.choice, made.heaviest.span, on_gpu=on_gpu):
-        held = memory.peak(found.weights, made.activations, choice, memory.CONTEXT if on_gpu else memory.AT_WORK)[1]
+        held = memory.peak(found.weights, made.activations, choice, made.context)[1]
         yield f"  {change}: {_size(sum(held.values()))}"
         if sum(held.values()) <= room * memory.USABLE:
             yield "  and then it fits."
