@@ -102,9 +102,7 @@ def test_the_adapter_learns_in_front_of_a_quantised_llm_as_in_front_of_the_whole
     assert found >= (0.95 if bits == 8 else 0.5)
 
 
-def test_four_bits_give_a_gradient_after_they_have_answered(
-    llm: Path,
-) -> None:
+def test_four_bits_give_a_gradient_after_they_have_answered(llm: Path) -> None:
     """Where a CPU has bfloat16 products of its own, bitsandbytes packs weights anew for them, and would give none."""
     needs("bitsandbytes")
     language = load_language(LanguageConfig(name=str(llm), quantization=FOUR["bitsandbytes"]))
